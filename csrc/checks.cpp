@@ -1,0 +1,117 @@
+#include "checks.h"
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <limits>
+
+namespace adderops {
+namespace {
+
+using torch::headeronly::ScalarType;
+
+std::string list(const std::vector<int64_t>& values) {
+  std::string text = "(";
+  for (size_t i = 0; i < values.size(); ++i) text += (i ? ", " : "") + std::to_string(values[i]);
+  return text + ")";
+}
+
+std::string shape_of(const Tensor& tensor) {
+  std::vector<int64_t> shape;
+  for (int64_t i = 0; i < tensor.dim(); ++i) shape.push_back(tensor.size(i));
+  return list(shape);
+}
+
+std::string name_of(ScalarType type) {
+  switch (type) {
+    case ScalarType::Float: return "float32";
+    case ScalarType::Double: return "float64";
+    case ScalarType::BFloat16: return "bfloat16";
+    case ScalarType::Half: return "float16";
+    default: return "scalar type " + std::to_string(static_cast<int>(type));
+  }
+}
+
+ElementType element_type(const char* op, const Tensor& x) {
+  switch (x.scalar_type()) {
+    case ScalarType::Float: return ElementType::kFloat32;
+    case ScalarType::Double: return ElementType::kFloat64;
+    case ScalarType::BFloat16: return ElementType::kBFloat16;
+    case ScalarType::Half: return ElementType::kFloat16;
+    default: break;
+  }
+  STD_TORCH_CHECK(false, op, ": x: expected dtype float32, float64, bfloat16 or float16, got ",
+                  name_of(x.scalar_type()));
+}
+
+void check_list(const char* op, const char* name, const std::vector<int64_t>& values, size_t count, int64_t least) {
+  STD_TORCH_CHECK(values.size() == count, op, ": ", name, ": expected ", count, " integers, got ", list(values));
+  for (int64_t v : values)
+    STD_TORCH_CHECK(v >= least && v <= std::numeric_limits<int32_t>::max(), op, ": ", name,
+                    ": expected integers from ", least, " to 2^31 - 1, got ", list(values));
+}
+
+int64_t out_size(const char* op, const char* axis, int64_t size, int64_t before, int64_t after, int64_t kernel,
+                 int64_t dilation, int64_t stride) {
+  const int64_t span = dilation * (kernel - 1) + 1, padded = size + before + after;
+  STD_TORCH_CHECK(padded >= span, op, ": w: expected a kernel no larger than the padded input in ", axis, ", got ",
+                  span, " > ", padded);
+  return (padded - span) / stride + 1;
+}
+
+}  // namespace
+
+void check_tensor(const char* op, const char* name, const Tensor& tensor, const Tensor& x,
+                  const std::vector<int64_t>& shape) {
+  STD_TORCH_CHECK(tensor.is_cpu() == x.is_cpu() && tensor.get_device() == x.get_device(), op, ": ", name,
+                  ": expected the device of x, got another");
+  STD_TORCH_CHECK(tensor.scalar_type() == x.scalar_type(), op, ": ", name, ": expected the dtype of x, ",
+                  name_of(x.scalar_type()), ", got ", name_of(tensor.scalar_type()));
+  bool same = tensor.dim() == static_cast<int64_t>(shape.size());
+  for (size_t i = 0; same && i < shape.size(); ++i) same = tensor.size(static_cast<int64_t>(i)) == shape[i];
+  STD_TORCH_CHECK(same, op, ": ", name, ": expected shape ", list(shape), ", got ", shape_of(tensor));
+}
+
+Conv2dArgs check_conv2d(const char* op, const Tensor& x, const Tensor& w, const Geometry& geometry) {
+  STD_TORCH_CHECK(x.dim() == 4, op, ": x: expected 4 dimensions (N, C_in, H, W), got shape ", shape_of(x));
+  STD_TORCH_CHECK(w.dim() == 4, op, ": w: expected 4 dimensions (C_out, C_in/groups, KH, KW), got shape ", shape_of(w));
+  check_list(op, "stride", geometry.stride, 2, 1);
+  check_list(op, "padding", geometry.padding, 4, 0);
+  check_list(op, "dilation", geometry.dilation, 2, 1);
+  const int64_t groups = geometry.groups;
+  STD_TORCH_CHECK(groups >= 1 && x.size(1) % groups == 0 && w.size(0) % groups == 0, op,
+                  ": groups: expected a positive divisor of C_in = ", x.size(1), " and C_out = ", w.size(0), ", got ",
+                  groups);
+  STD_TORCH_CHECK(w.size(0) > 0 && w.size(1) > 0 && w.size(2) > 0 && w.size(3) > 0, op,
+                  ": w: expected no empty dimension, got shape ", shape_of(w));
+  check_tensor(op, "w", w, x, {w.size(0), x.size(1) / groups, w.size(2), w.size(3)});
+
+  Conv2dArgs args{};
+  args.type = element_type(op, x);
+  Conv2dProblem& p = args.problem;
+  p.N = x.size(0), p.C_in = x.size(1), p.H = x.size(2), p.W = x.size(3);
+  p.C_out = w.size(0), p.KH = w.size(2), p.KW = w.size(3);
+  p.stride_h = geometry.stride[0], p.stride_w = geometry.stride[1];
+  p.pad_top = geometry.padding[0], p.pad_left = geometry.padding[2];
+  p.dilation_h = geometry.dilation[0], p.dilation_w = geometry.dilation[1];
+  p.groups = groups;
+  p.OH = out_size(op, "height", p.H, p.pad_top, geometry.padding[1], p.KH, p.dilation_h, p.stride_h);
+  p.OW = out_size(op, "width", p.W, p.pad_left, geometry.padding[3], p.KW, p.dilation_w, p.stride_w);
+  args.x = operand(x);
+  args.w = operand(w);
+  return args;
+}
+
+Operand operand(const Tensor& tensor) {
+  return {tensor.data_ptr(), {tensor.stride(0), tensor.stride(1), tensor.stride(2), tensor.stride(3)}};
+}
+
+Tensor empty_in_format_of(const Tensor& like, const std::vector<int64_t>& shape) {
+  const bool channels_last = like.size(1) > 1 && like.stride(1) == 1 && !like.is_contiguous();
+  return torch::stable::empty(
+      shape, like.scalar_type(), std::nullopt, like.device(), std::nullopt,
+      channels_last ? torch::headeronly::MemoryFormat::ChannelsLast : torch::headeronly::MemoryFormat::Contiguous);
+}
+
+}  // namespace adderops

@@ -1,0 +1,34 @@
+// Tensors -> Conv2dArgs, and every error text of the C++ side: operator, argument, expected, got.
+#pragma once
+#include <torch/csrc/stable/tensor.h>
+
+#include <string>
+#include <vector>
+
+#include "conv2d_problem.h"
+
+namespace adderops {
+
+using torch::stable::Tensor;
+
+// The integers of a call as the schema has them.
+struct Geometry {
+  const std::vector<int64_t>& stride;
+  const std::vector<int64_t>& padding;
+  const std::vector<int64_t>& dilation;
+  int64_t groups;
+};
+
+// Checks x, w and the geometry, and fills everything of the result but grad_y, out and bias.
+Conv2dArgs check_conv2d(const char* op, const Tensor& x, const Tensor& w, const Geometry& geometry);
+
+// Checks one more tensor of the call: same device and dtype as x, and this shape.
+void check_tensor(const char* op, const char* name, const Tensor& tensor, const Tensor& x,
+                  const std::vector<int64_t>& shape);
+
+Operand operand(const Tensor& tensor);
+
+// channels_last when the channels of `like` are the dense dimension, contiguous otherwise; `like` gives device, dtype.
+Tensor empty_in_format_of(const Tensor& like, const std::vector<int64_t>& shape);
+
+}  // namespace adderops

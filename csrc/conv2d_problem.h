@@ -1,0 +1,38 @@
+// What a kernel knows of a convolution: sizes, strides, raw pointers.  No torch, no C++ library.
+//
+// Letters, used everywhere:  Y[n, co, oh, ow] = -sum over (ci, kh, kw) of |X[n, ci, ih, iw] - W[co, ci, kh, kw]|
+//   with ih = oh*stride_h + kh*dilation_h - pad_top and iw likewise; X is zero outside [0,H) x [0,W).
+// As a matrix: M = C_out, P = N*OH*OW, K = C_in/groups*KH*KW.
+#pragma once
+#include <stdint.h>
+
+namespace adderops {
+
+struct Conv2dProblem {
+  int64_t N, C_in, H, W;
+  int64_t C_out, KH, KW;
+  int64_t OH, OW;
+  int64_t stride_h, stride_w;
+  int64_t pad_top, pad_left;  // the other two sides follow from OH and OW
+  int64_t dilation_h, dilation_w;
+  int64_t groups;
+};
+
+enum class ElementType : int { kFloat32, kFloat64, kBFloat16, kFloat16 };
+
+// A tensor of four dimensions anywhere in memory; strides count elements.
+struct Operand {
+  void* data;
+  int64_t stride[4];  // (N, C, H, W), or (C_out, C_in/groups, KH, KW) for weights
+};
+
+// Everything one pass reads and writes.
+//   forward: x, w, bias -> out = Y        grad_x: grad_y, x, w -> out        grad_w: grad_y, x, w -> out
+struct Conv2dArgs {
+  Conv2dProblem problem;
+  ElementType type;
+  Operand x, w, grad_y, out;
+  const void* bias;  // C_out elements or null; forward only
+};
+
+}  // namespace adderops

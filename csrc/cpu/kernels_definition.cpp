@@ -1,0 +1,74 @@
+// float64 (and, before SIMD, every type) by the plain loops of definition.h: one task is one plane of the output.
+#include "definition.h"
+#include "kernels.h"
+
+namespace adderops {
+namespace cpu {
+namespace {
+
+template <typename T>
+T* target(const Conv2dArgs& args, int64_t a, int64_t b, int64_t c, int64_t d) {
+  const Operand& o = args.out;
+  return static_cast<T*>(o.data) + (a * o.stride[0] + b * o.stride[1] + c * o.stride[2] + d * o.stride[3]);
+}
+
+struct Forward {
+  static int64_t tasks(const Conv2dProblem& p) { return p.N * p.C_out; }
+  template <typename T>
+  static void run(const Conv2dArgs& args, int64_t task) {
+    const Conv2dProblem& p = args.problem;
+    const int64_t n = task / p.C_out, co = task % p.C_out;
+    for (int64_t oh = 0; oh < p.OH; ++oh)
+      for (int64_t ow = 0; ow < p.OW; ++ow)
+        from_float(definition::forward<T>(args, n, co, oh, ow), target<T>(args, n, co, oh, ow));
+  }
+};
+
+struct GradX {
+  static int64_t tasks(const Conv2dProblem& p) { return p.N * p.C_in; }
+  template <typename T>
+  static void run(const Conv2dArgs& args, int64_t task) {
+    const Conv2dProblem& p = args.problem;
+    const int64_t n = task / p.C_in, ci = task % p.C_in;
+    for (int64_t ih = 0; ih < p.H; ++ih)
+      for (int64_t iw = 0; iw < p.W; ++iw)
+        from_float(definition::grad_x<T>(args, n, ci, ih, iw), target<T>(args, n, ci, ih, iw));
+  }
+};
+
+struct GradW {
+  static int64_t tasks(const Conv2dProblem& p) { return p.C_out * (p.C_in / p.groups); }
+  template <typename T>
+  static void run(const Conv2dArgs& args, int64_t task) {
+    const Conv2dProblem& p = args.problem;
+    const int64_t channels = p.C_in / p.groups, co = task / channels, ci = task % channels;
+    for (int64_t kh = 0; kh < p.KH; ++kh)
+      for (int64_t kw = 0; kw < p.KW; ++kw)
+        from_float(definition::grad_w<T>(args, co, ci, kh, kw), target<T>(args, co, ci, kh, kw));
+  }
+};
+
+template <typename P>
+Plan plan(const Conv2dArgs& args) {
+  return {0, 0, 1, {P::tasks(args.problem), 0, 0}};
+}
+
+template <typename P>
+void run(const Conv2dArgs& args, int, int64_t task, char*, char*) {
+  switch (args.type) {
+    case ElementType::kFloat32: return P::template run<float>(args, task);
+    case ElementType::kFloat64: return P::template run<double>(args, task);
+    case ElementType::kBFloat16: return P::template run<BFloat16>(args, task);
+    case ElementType::kFloat16: return P::template run<Float16>(args, task);
+  }
+}
+
+}  // namespace
+
+extern const Kernels kDefinitionKernels = {"definition",
+                                           {plan<Forward>, run<Forward>},
+                                           {plan<GradX>, run<GradX>},
+                                           {plan<GradW>, run<GradW>}};
+
+}  // namespace cpu
+}  // namespace adderops

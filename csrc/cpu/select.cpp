@@ -1,0 +1,32 @@
+// Which instruction set runs: asked of the processor once, of ADDEROPS_CPU_ISA at every call.
+#include <cstdlib>
+#include <cstring>
+
+#include "kernels.h"
+
+namespace adderops {
+namespace cpu {
+
+const Kernels* const* available_kernels(int* count) {
+  static const Kernels* all[3];
+  static const int found = [] {
+    int n = 0;
+    all[n++] = &kDefinitionKernels;
+    return n;
+  }();
+  *count = found;
+  return all;
+}
+
+const Kernels* selected_kernels() {
+  int count = 0;
+  const Kernels* const* all = available_kernels(&count);
+  const char* name = std::getenv("ADDEROPS_CPU_ISA");
+  if (!name || !*name) return all[count - 1];
+  for (int i = 0; i < count; ++i)
+    if (!std::strcmp(all[i]->name, name)) return all[i];
+  return nullptr;
+}
+
+}  // namespace cpu
+}  // namespace adderops

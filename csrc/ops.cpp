@@ -1,0 +1,26 @@
+// The operators of adderops: every schema, once.  Formulas: adderops/functional.py; contract: conv2d_problem.h.
+#include <Python.h>
+#include <torch/csrc/stable/library.h>
+
+// x (N, C_in, H, W) with any strides, w (C_out, C_in/groups, KH, KW), bias (C_out); stride (h, w),
+// padding (top, bottom, left, right), dilation (h, w).
+STABLE_TORCH_LIBRARY(adderops, m) {
+  // -> (N, C_out, OH, OW), channels_last where x is
+  m.def(
+      "adder_conv2d(Tensor x, Tensor w, Tensor? bias, int[] stride, int[] padding, int[] dilation, int groups)"
+      " -> Tensor");
+  // grad_y (N, C_out, OH, OW) -> (N, C_in, H, W): the clamped training gradient, not the derivative
+  m.def(
+      "adder_conv2d_grad_x(Tensor grad_y, Tensor x, Tensor w, int[] stride, int[] padding, int[] dilation, int groups)"
+      " -> Tensor");
+  // grad_y (N, C_out, OH, OW) -> (C_out, C_in/groups, KH, KW): the full-precision training gradient, not the derivative
+  m.def(
+      "adder_conv2d_grad_w(Tensor grad_y, Tensor x, Tensor w, int[] stride, int[] padding, int[] dilation, int groups)"
+      " -> Tensor");
+  // the CPU instruction set that the next call uses, and all that this machine runs, weakest first
+  m.def("_cpu_isa() -> str");
+  m.def("_cpu_isas() -> str[]");
+}
+
+static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr};
+extern "C" __attribute__((visibility("default"))) PyObject* PyInit__C(void) { return PyModule_Create(&module); }
