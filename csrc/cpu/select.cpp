@@ -11,7 +11,19 @@ const Kernels* const* available_kernels(int* count) {
   static const Kernels* all[3];
   static const int found = [] {
     int n = 0;
-    all[n++] = &kDefinitionKernels;
+#if defined(__x86_64__)
+    all[n++] = &kBaselineKernels;
+    __builtin_cpu_init();
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    if (avx2) all[n++] = &kAvx2Kernels;
+    if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+      all[n++] = &kAvx512Kernels;
+#elif defined(__aarch64__)
+    all[n++] = &kNeonKernels;
+#else
+    all[n++] = &kBaselineKernels;
+#endif
     return n;
   }();
   *count = found;
