@@ -1,0 +1,47 @@
+"""PEP 517 backend: setuptools, plus the torch to compile against.
+
+`pip install .` builds in an isolated environment that hides an installed torch.  Where the interpreter has a torch that
+is new enough, that one is used: no second download of gigabytes.  Otherwise torch becomes a build requirement; LibTorch's
+stable ABI lets the result run in any torch from 2.13 on, so the two need not be equal.
+"""
+
+import re
+import site
+import sys
+from pathlib import Path
+
+from setuptools.build_meta import *  # noqa: F403  (the hooks that need no change)
+
+OLDEST_TORCH = (2, 13)
+
+
+def installed_torch() -> str | None:
+    """Returns the site-packages folder of a torch that can compile adderops, or None."""
+    for folder in [*site.getsitepackages(), site.getusersitepackages() if site.ENABLE_USER_SITE else ""]:
+        version_file = Path(folder, "torch", "version.py")
+        if folder and version_file.is_file():
+            # read, not imported: the path is not set up yet, and importing torch takes seconds
+            version = re.search(r"__version__ = '(\d+)\.(\d+)", version_file.read_text())
+            return folder if version and tuple(map(int, version.groups())) >= OLDEST_TORCH else None
+    return None
+
+
+TORCH_FOLDER = installed_torch()
+if TORCH_FOLDER and TORCH_FOLDER not in sys.path:
+    sys.path.append(TORCH_FOLDER)  # last, so that the build tools stay those of the isolated environment
+
+
+def torch_requirement() -> list[str]:
+    return [] if TORCH_FOLDER else ["torch>={}.{}".format(*OLDEST_TORCH), "numpy"]
+
+
+def get_requires_for_build_wheel(config_settings=None) -> list[str]:
+    return torch_requirement()
+
+
+def get_requires_for_build_editable(config_settings=None) -> list[str]:
+    return torch_requirement()
+
+
+def get_requires_for_build_sdist(config_settings=None) -> list[str]:
+    return torch_requirement()

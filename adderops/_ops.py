@@ -1,0 +1,96 @@
+"""Loads the compiled operators and tells PyTorch what it needs to know of them: fake kernels, autograd, autocast.
+
+The only file that says `torch.ops.adderops`.  The schemas are in csrc/ops.cpp.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+try:
+    from adderops import _C  # noqa: F401  (registers the schemas and the CPU kernels)
+except ImportError as error:
+    raise ImportError(
+        f"adderops: the compiled library adderops/_C.abi3.so does not load ({error}); "
+        "build it with `pip install .` in the checkout"
+    ) from error
+
+adder_conv2d = torch.ops.adderops.adder_conv2d.default
+adder_conv2d_grad_x = torch.ops.adderops.adder_conv2d_grad_x.default
+adder_conv2d_grad_w = torch.ops.adderops.adder_conv2d_grad_w.default
+cpu_isa = torch.ops.adderops._cpu_isa.default
+cpu_isas = torch.ops.adderops._cpu_isas.default
+
+
+# --- fake kernels: shape, dtype and memory format without data, for torch.compile and the meta device ---
+
+
+def _empty_in_format_of(like: Tensor, shape: Sequence[int]) -> Tensor:
+    """channels_last when the channels of `like` are its dense dimension, else contiguous: the rule of csrc/checks.cpp."""
+    channels_last = like.size(1) > 1 and like.stride(1) == 1 and not like.is_contiguous()
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=memory_format)
+
+
+@torch.library.register_fake("adderops::adder_conv2d")
+def _(x, w, bias, stride, padding, dilation, groups):
+    height, width = (
+        (x.size(2 + i) + padding[2 * i] + padding[2 * i + 1] - dilation[i] * (w.size(2 + i) - 1) - 1) // stride[i] + 1
+        for i in range(2)
+    )
+    return _empty_in_format_of(x, (x.size(0), w.size(0), height, width))
+
+
+@torch.library.register_fake("adderops::adder_conv2d_grad_x")
+def _(grad_y, x, w, stride, padding, dilation, groups):
+    return _empty_in_format_of(x, x.shape)
+
+
+@torch.library.register_fake("adderops::adder_conv2d_grad_w")
+def _(grad_y, x, w, stride, padding, dilation, groups):
+    return _empty_in_format_of(w, w.shape)
+
+
+# --- autograd: the training gradients of AdderNet, on purpose not the derivative (see adderops.functional) ---
+
+
+def _save_for_backward(ctx, inputs, output):
+    x, w, _, *ctx.geometry = inputs
+    ctx.save_for_backward(x, w)
+
+
+def _backward(ctx, grad_y):
+    x, w = ctx.saved_tensors
+    needs_x, needs_w, needs_bias, *_ = ctx.needs_input_grad
+    return (
+        adder_conv2d_grad_x(grad_y, x, w, *ctx.geometry) if needs_x else None,
+        adder_conv2d_grad_w(grad_y, x, w, *ctx.geometry) if needs_w else None,
+        grad_y.sum((0, 2, 3)) if needs_bias else None,
+        *(None for _ in ctx.geometry),
+    )
+
+
+torch.library.register_autograd("adderops::adder_conv2d", _backward, setup_context=_save_for_backward)
+
+
+def _refuse_second_derivative(operator: str) -> None:
+    def backward(ctx, grad):
+        raise RuntimeError(
+            f"{operator}: expected no differentiation of its result, got a backward pass through it; the training "
+            "gradients of the adder convolution are not a derivative, so a second derivative is not defined"
+        )
+
+    # without this PyTorch would take the result for a constant and return wrong second gradients
+    torch.library.register_autograd(f"adderops::{operator}", backward)
+
+
+_refuse_second_derivative("adder_conv2d_grad_x")
+_refuse_second_derivative("adder_conv2d_grad_w")
+
+
+# --- autocast: float32, unlike F.conv2d.  |y| grows with the number of terms (1e2 to 5e3 in real layers) while layers
+# differ in the last digits of it; the 8 significant bits of bfloat16 would round steps of up to 16 away. ---
+
+for _device in ("cpu", "cuda"):
+    torch.library.register_autocast("adderops::adder_conv2d", _device, torch.float32)
