@@ -1,0 +1,260 @@
+"""Adder layers, and `convert`, which puts them into any model."""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.modules.utils import _pair
+
+from adderops.functional import adder_conv2d
+from adderops.optim import AdaptiveRateLayer
+
+_NAME_OF_CHECKPOINT_KEY = {"adder": "weight", "b": "bias"}  # the names in AdderNet's published checkpoints
+
+
+class _AdderLayer(AdaptiveRateLayer):
+    """What the adder layers share: initialisation, and the keys of AdderNet's checkpoints."""
+
+    bias: nn.Parameter | None
+
+    def reset_parameters(self) -> None:
+        """Weights from N(0, 1), without a fan-in factor as in AdderNet; biases 0."""
+        nn.init.normal_(self.weight)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
+        for old, new in _NAME_OF_CHECKPOINT_KEY.items():
+            if prefix + old in state_dict and prefix + new not in state_dict:
+                state_dict[prefix + new] = state_dict.pop(prefix + old)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, eta={self.eta}"
+
+
+class AdderConv2d(_AdderLayer, _ConvNd):
+    r"""Adder convolution layer with the signature of `torch.nn.Conv2d`.
+
+    .. math:: Y[n,co,p] = -\sum_k |X[n,k,p] - W[co,k]| + b[co]
+
+    All outputs are <= 0 without a bias: put a `BatchNorm2d` behind each, without which AdderNets do not train.
+    Training gradients are AdderNet's, not the derivative; see `adderops.functional.adder_conv2d`.
+
+    Args:
+        in_channels, out_channels, kernel_size, stride, padding, dilation, groups, padding_mode, device, dtype: as in
+            `torch.nn.Conv2d`. A zero-padded pixel takes part in the distance.
+        bias: False unlike `torch.nn.Conv2d`, because a BatchNorm follows.
+        eta: the backward pass hands over a weight gradient of root mean square `eta` (AdderNet's adaptive rate:
+            `adderops.optim.normalize_gradient`, of each call's gradient), so that any optimizer serves; None hands over the
+            raw gradient. Under gradient accumulation or data parallelism use `adderops.optim.AdaptiveRate`.
+
+    Shape:
+        (N, C_in, H, W) or (C_in, H, W) -> (N, C_out, OH, OW) or (C_out, OH, OW).
+
+    `load_state_dict` also takes the keys `adder` and `b` of AdderNet's published checkpoints for `weight` and `bias`.
+
+    Raises:
+        ValueError, TypeError: as `adderops.functional.adder_conv2d`.
+
+    Source: AdderNet, arXiv 1912.13200.
+
+    >>> layer = AdderConv2d(16, 32, kernel_size=3, padding=1)
+    >>> layer
+    AdderConv2d(16, 32, kernel_size=(3, 3), stride=(1, 1), padding=(1, 1), bias=False, eta=0.2)
+    >>> y = layer(torch.randn(8, 16, 28, 28))
+    >>> y.shape
+    torch.Size([8, 32, 28, 28])
+    >>> y.square().sum().backward()
+    >>> print(f"{layer.weight.grad.square().mean().sqrt():.4f}")
+    0.2000
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] = 1,
+        padding: int | tuple[int, int] | str = 0,
+        dilation: int | tuple[int, int] = 1,
+        groups: int = 1,
+        bias: bool = False,
+        padding_mode: str = "zeros",
+        eta: float | None = 0.2,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(
+            in_channels,
+            out_channels,
+            _pair(kernel_size),
+            _pair(stride),
+            padding if isinstance(padding, str) else _pair(padding),
+            _pair(dilation),
+            transposed=False,
+            output_padding=_pair(0),
+            groups=groups,
+            bias=bias,
+            padding_mode=padding_mode,
+            device=device,
+            dtype=dtype,
+        )
+        self.set_eta(eta)
+
+    def forward(self, input: Tensor) -> Tensor:
+        padding = self.padding
+        if self.padding_mode != "zeros":
+            input, padding = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode), 0
+        return adder_conv2d(input, self.rated_weight(), self.bias, self.stride, padding, self.dilation, self.groups)
+
+
+class AdderLinear(_AdderLayer):
+    r"""Adder layer on vectors with the signature of `torch.nn.Linear`: a 1x1 adder convolution.
+
+    .. math:: y[co] = -\sum_{ci} |x[ci] - W[co,ci]| + b[co]
+
+    Args:
+        in_features, out_features, device, dtype: as in `torch.nn.Linear`.
+        bias, eta: as in `AdderConv2d`.
+
+    Shape:
+        (*, in_features) -> (*, out_features), with any number of leading dimensions.
+
+    Raises:
+        ValueError, TypeError: as `adderops.functional.adder_conv2d`; ValueError where the last dimension is not in_features.
+
+    Source: AdderNet, arXiv 1912.13200.
+
+    >>> layer = AdderLinear(2, 1)
+    >>> _ = layer.load_state_dict({"weight": torch.tensor([[3.0, 3.0]])})
+    >>> layer(torch.tensor([1.0, 5.0])).detach()
+    tensor([-4.])
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = False,
+        eta: float | None = 0.2,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.in_features = in_features
+        self.out_features = out_features
+        self.weight = nn.Parameter(torch.empty(out_features, in_features, device=device, dtype=dtype))
+        self.register_parameter(
+            "bias", nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
+        )
+        self.reset_parameters()
+        self.set_eta(eta)
+
+    def forward(self, input: Tensor) -> Tensor:
+        if input.dim() == 0 or input.size(-1) != self.in_features:
+            raise ValueError(
+                f"AdderLinear: input: expected shape (*, {self.in_features}), got {tuple(input.shape)}"
+            )
+        pixels = input.reshape(-1, self.in_features, 1, 1)
+        return adder_conv2d(pixels, self.rated_weight()[..., None, None], self.bias).reshape(
+            *input.shape[:-1], self.out_features
+        )
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"eta={self.eta}"
+        )
+
+
+def convert(
+    model: nn.Module,
+    *,
+    filter: Callable[[str, nn.Conv2d], bool] | None = None,
+    eta: float | None = 0.2,
+    verbose: bool = True,
+) -> nn.Module:
+    """Replaces the `nn.Conv2d` of a model by `AdderConv2d` of the same geometry with new weights, in place.
+
+    The first convolution and a convolution that is the classifier (no convolution or linear layer is registered after it)
+    stay, as in AdderNet.  So do convolutions whose replacement would lose something: a `forward` of their own, hooks,
+    parametrizations, parameters not yet initialised.  Device, dtype, memory format and training mode are kept; a module
+    that occurs in several places is replaced by one.
+
+    Args:
+        model: any module; where it is itself a `Conv2d` that gets replaced, use the return value.
+        filter: called with each candidate's name and module; decides in place of the rule for first and classifier.
+        eta: of the new layers.
+        verbose: prints one line for each convolution: replaced, or kept and why.
+
+    Returns:
+        The model.
+
+    >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.LazyLinear(10))
+    >>> model = convert(model)
+    convert: kept     0: first convolution
+    convert: replaced 2: AdderConv2d(8, 8, kernel_size=(3, 3), stride=(1, 1), eta=0.2)
+    convert: 1 of 2 convolutions replaced
+    """
+    weighted = [m for m in model.modules() if isinstance(m, (_ConvNd, nn.Linear, AdderLinear))]
+    first = next((m for m in weighted if isinstance(m, _ConvNd)), None)
+    report = print if verbose else lambda line: None
+    replacements: dict[nn.Module, nn.Module] = {}
+    seen = 0
+    for name, module in list(model.named_modules()):
+        if not isinstance(module, nn.Conv2d):
+            continue
+        seen += 1
+        kept = _cannot_replace(module)
+        if kept is None and filter is not None:
+            kept = None if filter(name, module) else "filter"
+        elif kept is None and module is first:
+            kept = "first convolution"
+        elif kept is None and module is weighted[-1]:
+            kept = "classifier"
+        if kept is None:
+            replacements[module] = _adder_layer_like(module, eta)
+        report(f"convert: kept     {name}: {kept}" if kept else f"convert: replaced {name}: {replacements[module]}")
+    report(f"convert: {len(replacements)} of {seen} convolutions replaced")
+
+    for name, module in list(model.named_modules(remove_duplicate=False)):
+        if module in replacements and name:
+            model.set_submodule(name, replacements[module])
+    return replacements.get(model, model)
+
+
+def _cannot_replace(conv: nn.Conv2d) -> str | None:
+    """The reason why an AdderConv2d cannot stand in for this convolution, or None."""
+    kind = type(conv)
+    if kind.forward is not nn.Conv2d.forward or kind._conv_forward is not nn.Conv2d._conv_forward:
+        return f"{kind.__name__} has a forward of its own"
+    if nn.utils.parametrize.is_parametrized(conv):
+        return "parametrized"
+    if any(isinstance(p, nn.parameter.UninitializedTensorMixin) for p in conv.parameters()):
+        return "not yet initialised: run the model once first"
+    if conv._forward_hooks or conv._forward_pre_hooks or conv._backward_hooks or conv._backward_pre_hooks:
+        return "has hooks"
+    return None
+
+
+def _adder_layer_like(conv: nn.Conv2d, eta: float | None) -> AdderConv2d:
+    layer = AdderConv2d(
+        conv.in_channels,
+        conv.out_channels,
+        conv.kernel_size,
+        conv.stride,
+        conv.padding,
+        conv.dilation,
+        conv.groups,
+        conv.bias is not None,
+        conv.padding_mode,
+        eta,
+        conv.weight.device,
+        conv.weight.dtype,
+    )
+    if not conv.weight.is_contiguous() and conv.weight.is_contiguous(memory_format=torch.channels_last):
+        layer.to(memory_format=torch.channels_last)
+    return layer.train(conv.training)
