@@ -35,11 +35,43 @@ const Kernels& kernels_for(const char* op, ElementType type) {
 struct Free {
   void operator()(char* p) const { std::free(p); }
 };
-using Block = std::unique_ptr<char, Free>;
 
 constexpr int64_t kAlignment = 4096;
+constexpr int64_t kKept = 32 << 20;
 
 int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
+
+// A call's workspace.  Each calling thread keeps the last one up to kKept bytes: fresh pages from the system would cost
+// a small call more than its arithmetic does.
+class Workspace {
+ public:
+  explicit Workspace(int64_t bytes) {
+    if (bytes <= kept_bytes_) {
+      block_ = std::move(kept_);
+    } else {
+      kept_.reset();
+      block_.reset(static_cast<char*>(std::aligned_alloc(kAlignment, bytes)));
+      if (!block_) throw std::bad_alloc();
+      kept_bytes_ = bytes;
+    }
+  }
+  ~Workspace() {
+    if (kept_bytes_ <= kKept)
+      kept_ = std::move(block_);
+    else
+      kept_bytes_ = 0;
+  }
+  Workspace(const Workspace&) = delete;
+  Workspace& operator=(const Workspace&) = delete;
+  char* get() const { return block_.get(); }
+
+ private:
+  static thread_local std::unique_ptr<char, Free> kept_;
+  static thread_local int64_t kept_bytes_;
+  std::unique_ptr<char, Free> block_;
+};
+thread_local std::unique_ptr<char, Free> Workspace::kept_;
+thread_local int64_t Workspace::kept_bytes_ = 0;
 
 // Threads take tasks from a counter: which thread runs a task never matters (kernels.h).
 void execute(const Pass& pass, const Conv2dArgs& args) {
@@ -50,16 +82,16 @@ void execute(const Pass& pass, const Conv2dArgs& args) {
   // One page between the workers' blocks keeps them from falling on the same cache sets.
   const int64_t shared_bytes = round_up(plan.shared_bytes, kAlignment);
   const int64_t worker_bytes = round_up(plan.worker_bytes, kAlignment) + kAlignment;
-  Block block(static_cast<char*>(std::aligned_alloc(kAlignment, shared_bytes + workers * worker_bytes)));
-  if (!block) throw std::bad_alloc();
-  char* const workspace = block.get() + shared_bytes;
+  const Workspace workspace(shared_bytes + workers * worker_bytes);
+  char* const shared = workspace.get();
+  char* const scratch = shared + shared_bytes;
   for (int stage = 0; stage < plan.stages; ++stage) {
     std::atomic<int64_t> next{0};
     const int64_t tasks = plan.tasks[stage];
     torch::stable::parallel_for(0, std::min(workers, tasks), 1, [&](int64_t begin, int64_t end) {
       for (int64_t worker = begin; worker < end; ++worker)
         for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < tasks;)
-          pass.run(args, stage, task, block.get(), workspace + worker * worker_bytes);
+          pass.run(args, stage, task, shared, scratch + worker * worker_bytes);
     });
   }
 }
