@@ -1,0 +1,327 @@
+"""Times the adder convolution on real layers beside F.conv2d, the eager reference formula and unfold + cdist.
+
+    python benchmarks/bench_adder.py                  a choice of layers, within three minutes on two cores
+    python benchmarks/bench_adder.py --full           every layer, every pass against every peer
+    python benchmarks/bench_adder.py --json r.json --plot r.png
+
+A term is one |x - w|, as a convolution has one multiply-accumulate; a whole step (forward, grad_x, grad_w) has three.
+All contestants of a row are timed in alternating rounds and judged by medians (timing.py); results are checked against
+float64 first (verify.py); peers that need too much memory or time get fewer images, and terms per second are compared.
+
+The JSON file holds `machine`, `limits` (the loops of register_limits.cpp on one thread), `rows` (layer, network, pass,
+contestant, memory_format, batch, terms, seconds, spread, samples, gterm_per_s, and share_of_limit of "adder"), `memory`
+(layer, extra_bytes, allowed_bytes) and `geomean`, whose names say what is divided by what:
+
+    <pass>_over_conv2d                  both contiguous; with _channels_last: both channels_last
+    <pass>_over_conv2d_best_format      each in the memory format that suits it better, layer by layer
+    forward_over_cdist, step_over_eager, forward_over_eager, step_over_cdist       contiguous
+    <pass>_share_of_limit               terms per second over those of the register-only loop
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Callable, Sequence
+from fnmatch import fnmatch
+from pathlib import Path
+
+import peers
+import register_limits
+import report
+import torch
+import torch.nn.functional as F
+import verify
+from layers import DEFAULT_LAYERS, LAYERS, Layer
+from memory import extra_memory
+from register_limits import Together
+from timing import Contestant, take_turns, wall_clock
+
+import adderops.info
+from adderops.functional import adder_conv2d
+
+PASSES = ("forward", "grad_x", "grad_w", "step")
+FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+# Terms of one pass of a peer: the eager temporaries stay below 1 GiB, and nobody waits minutes for one sample.
+EAGER_TERMS, CDIST_TERMS = 2**26, 2**27
+
+
+def _passes(convolution: Callable, layer: Layer, tensors: Sequence[torch.Tensor]) -> dict[str, Callable]:
+    """The four passes of a differentiable convolution as calls without arguments; each returns its results."""
+    x, w, grad_y = tensors
+
+    def apply(x, w):
+        return convolution(x, w, stride=layer.stride, padding=layer.padding)
+
+    def forward():
+        with torch.no_grad():
+            return (apply(x, w),)
+
+    def gradient(*needed: bool):
+        leaves = [t.detach().requires_grad_(need) for t, need in zip((x, w), needed, strict=True)]
+        wanted = [leaf for leaf, need in zip(leaves, needed, strict=True) if need]
+        y = apply(*leaves)
+        return lambda: torch.autograd.grad(y, wanted, grad_y, retain_graph=True)
+
+    leaf_x, leaf_w = x.detach().requires_grad_(), w.detach().requires_grad_()
+
+    def step():
+        y = apply(leaf_x, leaf_w)
+        return y.detach(), *torch.autograd.grad(y, (leaf_x, leaf_w), grad_y)
+
+    return {"forward": forward, "grad_x": gradient(True, False), "grad_w": gradient(False, True), "step": step}
+
+
+def _contestants(layer: Layer, passes: Sequence[str], full: bool) -> dict[str, dict[tuple[str, str, int], Callable]]:
+    """{pass: {(contestant, memory format, batch): call}}; the results of adder and peers are checked here."""
+    calls: dict[str, dict[tuple[str, str, int], Callable]] = {name: {} for name in passes}
+    for format_name, memory_format in FORMATS.items():
+        tensors = layer.tensors(memory_format)
+        adder = _passes(adder_conv2d, layer, tensors)
+        y, grad_x, grad_w = adder["step"]()
+        verify.check_forward(f"adder {format_name}", layer, *tensors[:2], y)
+        verify.check_gradients(f"adder {format_name}", layer, *tensors, grad_x, grad_w)
+        for name, alone in (("forward", y), ("grad_x", grad_x), ("grad_w", grad_w)):
+            if not torch.equal(adder[name]()[0], alone):
+                raise SystemExit(f"{layer.name} adder {format_name} {name}: differs from the same pass within a step")
+        conv2d = _passes(F.conv2d, layer, tensors)
+        for name in passes:
+            calls[name]["adder", format_name, layer.batch] = adder[name]
+            calls[name]["conv2d", format_name, layer.batch] = conv2d[name]
+
+    small = layer.batch_within(CDIST_TERMS)
+    tensors = small.tensors()
+    x, w, _ = tensors
+    if "forward" in passes:
+        verify.check_forward("cdist", small, x, w, peers.cdist_forward(small, x, w))
+        calls["forward"]["cdist", "contiguous", small.batch] = lambda s=small, x=x, w=w: peers.cdist_forward(s, x, w)
+    if "step" in passes and full:
+        calls["step"]["cdist", "contiguous", small.batch] = lambda s=small, t=tensors: peers.cdist_step(s, *t)
+
+    small = layer.batch_within(EAGER_TERMS)
+    tensors = small.tensors()
+    x, w, _ = tensors
+    if "step" in passes:
+        y, grad_x, grad_w = peers.eager_step(small, *tensors)
+        verify.check_forward("eager", small, x, w, y)
+        verify.check_gradients("eager", small, *tensors, grad_x, grad_w)
+        calls["step"]["eager", "contiguous", small.batch] = lambda s=small, t=tensors: peers.eager_step(s, *t)
+    if "forward" in passes and full:
+        calls["forward"]["eager", "contiguous", small.batch] = lambda s=small, x=x, w=w: peers.eager_forward(s, x, w)
+    return calls
+
+
+def _time_row(layer: Layer, name: str, calls: dict, limit: Together | None, budget: float) -> list[dict]:
+    """Times one pass of one layer; a row of the result for each contestant."""
+    passes = 3 if name == "step" else 1
+    players = {
+        (what, form, batch): Contestant(f"{what} {form}", passes * layer.terms * batch / layer.batch, wall_clock(call))
+        for (what, form, batch), call in calls.items()
+    }
+    if limit:
+        players["limit", "registers", 0] = Contestant("limit registers", limit.terms, limit.seconds)
+    timings = take_turns(list(players.values()), budget)
+    rows = []
+    for (what, form, batch), player in players.items():
+        timing = timings[player.name]
+        rows.append(
+            {
+                "layer": layer.name,
+                "network": layer.network,
+                "pass": name,
+                "contestant": what,
+                "memory_format": form,
+                "batch": batch,
+                "terms": player.terms,
+                "seconds": timing.seconds,
+                "spread": timing.spread,
+                "samples": timing.samples,
+                "gterm_per_s": player.terms / timing.seconds / 1e9,
+            }
+        )
+    if limit:
+        for row in rows:
+            if row["contestant"] == "adder":
+                row["share_of_limit"] = row["gterm_per_s"] / rows[-1]["gterm_per_s"]
+    return rows
+
+
+class Results:
+    """Rates of all rows by (layer, pass, contestant, memory format), and the ratios of a run."""
+
+    def __init__(self, rows: Sequence[dict]) -> None:
+        self.rows = list(rows)
+        self._rates = {(r["layer"], r["pass"], r["contestant"], r["memory_format"]): r["gterm_per_s"] for r in rows}
+        self.layers = list(dict.fromkeys(r["layer"] for r in rows))
+
+    def rate(self, layer: str, name: str, contestant: str, form: str = "contiguous") -> float | None:
+        """Gterm/s; "best" is the better memory format; None where the contestant did not take part."""
+        if form == "best":
+            rates = [self._rates.get((layer, name, contestant, f)) for f in FORMATS]
+            return max((rate for rate in rates if rate), default=None)
+        return self._rates.get((layer, name, contestant, form))
+
+    def ratio(self, layer: str, name: str, other: str, form: str = "contiguous") -> float | None:
+        """Terms per second of the adder convolution over those of `other`, the same memory format on both sides."""
+        ours, theirs = self.rate(layer, name, "adder", form), self.rate(layer, name, other, form)
+        return ours / theirs if ours and theirs else None
+
+    def geomean(self) -> dict[str, float]:
+        """Geometric means over the layers, named as the module says."""
+        named = {}
+        for name in PASSES:
+            named[f"{name}_over_conv2d"] = (name, "conv2d", "contiguous")
+            named[f"{name}_over_conv2d_channels_last"] = (name, "conv2d", "channels_last")
+            named[f"{name}_over_conv2d_best_format"] = (name, "conv2d", "best")
+            named[f"{name}_over_cdist"] = (name, "cdist", "contiguous")
+            named[f"{name}_over_eager"] = (name, "eager", "contiguous")
+        means = {}
+        for title, (name, other, form) in named.items():
+            ratios = [self.ratio(layer, name, other, form) for layer in self.layers]
+            if ratios and all(ratios):
+                means[title] = report.geometric_mean(ratios)
+        for name in PASSES:
+            shares = [
+                row["share_of_limit"]
+                for row in self.rows
+                if row["pass"] == name and row["memory_format"] == "contiguous" and "share_of_limit" in row
+            ]
+            if shares:
+                means[f"{name}_share_of_limit"] = report.geometric_mean(shares)
+        return means
+
+
+def _header() -> str:
+    titles = "adder,limit,share,conv2d,ratio,adder cl,conv2d cl,ratio cl,cdist,ratio,eager,ratio"
+    return f"{'layer':32}{'pass':8}" + "".join(f"{title:>10}" for title in titles.split(","))
+
+
+def _line(results: Results, layer: str, name: str) -> str:
+    def cell(value: float | None, digits: int = 1) -> str:
+        return f"{'-' if value is None else f'{value:.{digits}f}':>10}"
+
+    rate, ratio = results.rate, results.ratio
+    ours, limit = rate(layer, name, "adder"), rate(layer, name, "limit", "registers")
+    cells = [cell(ours), cell(limit), cell(ours / limit if limit else None, 2)]
+    cells += [cell(rate(layer, name, "conv2d")), cell(ratio(layer, name, "conv2d"), 2)]
+    cells += [cell(rate(layer, name, who, "channels_last")) for who in ("adder", "conv2d")]
+    cells += [cell(ratio(layer, name, "conv2d", "channels_last"), 2)]
+    for peer in ("cdist", "eager"):
+        cells += [cell(rate(layer, name, peer), 2), cell(ratio(layer, name, peer))]
+    return f"{layer:32}{name:8}" + "".join(cells)
+
+
+def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    title, _, text = __doc__.partition("\n\n")
+    parser = argparse.ArgumentParser(description=title, epilog=text, formatter_class=argparse.RawTextHelpFormatter)
+    add = parser.add_argument
+    add("--device", choices=("cpu",), default="cpu", help="where the operators run")
+    add("--threads", type=int, default=torch.get_num_threads(), help="of every contestant (%(default)s)")
+    add("--full", action="store_true", help="every layer, every pass against every peer (20 minutes)")
+    add("--seconds", type=float, help="for the timing, as far as three samples allow (110; --full: 1000)")
+    add("--layers", metavar="PATTERN,...", help="only these layers, such as 'resnet20/*,*.1x1*'")
+    add("--passes", metavar="PASS,...", default=",".join(PASSES), help="of %(default)s")
+    add("--json", type=Path, metavar="FILE", help="write everything there")
+    add("--plot", type=Path, metavar="FILE.png", help="draw ratios and shares (needs matplotlib)")
+    args = parser.parse_args(argv)
+    args.passes = args.passes.split(",")
+    unknown = [name for name in args.passes if name not in PASSES]
+    if unknown:
+        parser.error(f"--passes: expected some of {', '.join(PASSES)}, got {', '.join(unknown)}")
+    if args.threads < 1:
+        parser.error(f"--threads: expected at least 1, got {args.threads}")
+    return args
+
+
+def main(argv: Sequence[str] | None = None, layers: Sequence[Layer] | None = None) -> dict:
+    """Runs the benchmark and returns what --json writes; `layers` in place of those of the command line."""
+    args = _arguments(argv)
+    if args.plot:
+        report.require_matplotlib()
+    if layers is None:
+        layers = LAYERS if args.full or args.layers else DEFAULT_LAYERS
+    if args.layers:
+        layers = [layer for layer in layers if any(fnmatch(layer.name, p) for p in args.layers.split(","))]
+        if not layers:
+            known = ", ".join(layer.name for layer in LAYERS)
+            raise SystemExit(f"--layers: no layer matches {args.layers}; there are {known}")
+    torch.set_num_threads(args.threads)
+    isa = adderops.info.describe()["instruction set in use"]
+    result = {"machine": report.machine(args.threads, isa), "limits": [], "rows": [], "memory": [], "geomean": {}}
+    for name, value in result["machine"].items():
+        print(f"{name:<16} {value}")
+
+    limits = dict.fromkeys(PASSES)
+    try:
+        loops = register_limits.measure()
+    except register_limits.Unavailable as reason:
+        print(f"\nno register-only limits, so no share of them: {reason}")
+    else:
+        print(f"\nRegister-only limits\n{register_limits.table(loops, args.threads)}")
+        best = {
+            name: register_limits.best_loop(loops, prefix, isa) for name, prefix in register_limits.PASS_LOOPS.items()
+        }
+        limits = {name: Together([best[name]], args.threads) for name in PASSES if name != "step"}
+        limits["step"] = Together([best[name] for name in PASSES if name != "step"], args.threads)
+        result["limits"] = [
+            {"loop": x.name, "variant": x.variant, "tile": x.tile, "gterm_per_s": x.rate / 1e9} for x in loops
+        ]
+        print("used as limit: " + "; ".join(f"{name}: {loop.name} ({loop.variant})" for name, loop in best.items()))
+
+    memory = extra_memory(layers, args.threads)
+
+    print(f"\nGterm/s (cl: channels_last); ratio: adder over the column before\n{_header()}", flush=True)
+    deadline = time.monotonic() + (args.seconds or (1000 if args.full else 110))
+    rows_left = len(layers) * len(args.passes)
+    for layer in layers:
+        calls = _contestants(layer, args.passes, args.full)
+        for name in args.passes:
+            budget = max(0.0, deadline - time.monotonic()) / rows_left
+            rows = _time_row(layer, name, calls[name], limits[name], budget)
+            result["rows"] += rows
+            rows_left -= 1
+            print(_line(Results(rows), layer.name, name), flush=True)
+
+    results = Results(result["rows"])
+    result["geomean"] = results.geomean()
+    print("\nGeometric means over the layers, terms per second")
+    for name, mean in result["geomean"].items():
+        print(f"{name:40}{mean:8.2f}")
+    _print_memory(memory, result)
+    if args.json:
+        args.json.write_text(json.dumps(result, indent=1) + "\n")
+    if args.plot:
+        _plot(args.plot, result, results)
+    return result
+
+
+def _print_memory(memory: dict[str, tuple[int, int]] | str, result: dict) -> None:
+    print("\nExtra memory of forward + backward (gradients included), MiB; allowed: input + output + weights + 64")
+    if isinstance(memory, str):
+        print(f"not measured: {memory}")
+        return
+    for layer, (extra, allowed) in memory.items():
+        result["memory"].append({"layer": layer, "extra_bytes": extra, "allowed_bytes": allowed})
+        print(f"{layer:32}{extra / 2**20:10.1f} of {allowed / 2**20:6.1f}{'' if extra < allowed else '   TOO MUCH'}")
+
+
+def _plot(path: Path, result: dict, results: Results) -> None:
+    bars = {}
+    for name in ("forward", "step"):
+        ratios = [results.ratio(layer, name, "conv2d") for layer in results.layers]
+        if all(ratios):
+            bars[f"{name} / F.conv2d {name}"] = ratios
+        shares = [
+            row["share_of_limit"]
+            for row in results.rows
+            if row["pass"] == name and row["memory_format"] == "contiguous" and "share_of_limit" in row
+        ]
+        if len(shares) == len(results.layers):
+            bars[f"{name} / register-only limit"] = shares
+    about = result["machine"]
+    where = ", ".join(str(about[key]) for key in ("cpu", "instruction_set", "date"))
+    title = f"adder convolution, {about['threads']} threads, {where}"
+    report.plot_ratios(path, title, results.layers, bars, "ratio of terms per second (contiguous)")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,53 @@
+"""What the adder convolution is timed against: F.conv2d, the eager reference formula, and unfold + cdist.
+
+Every peer is a function of (layer, x, w) for the forward pass and of (layer, x, w, grad_y) for a whole step, which
+returns (y, grad_x, grad_w).  The gradients of the eager formula are AdderNet's training gradients, not the derivative.
+"""
+
+import torch
+import torch.nn.functional as F
+from layers import Layer
+from torch import Tensor
+
+
+def conv2d_forward(layer: Layer, x: Tensor, w: Tensor) -> Tensor:
+    return F.conv2d(x, w, stride=layer.stride, padding=layer.padding)
+
+
+def columns(layer: Layer, x: Tensor) -> Tensor:
+    """(N, K, OH*OW): the input under each tap."""
+    return F.unfold(x, layer.kernel, padding=layer.padding, stride=layer.stride)
+
+
+def _image(layer: Layer, y: Tensor) -> Tensor:
+    return y.unflatten(2, (layer.out_size, layer.out_size))
+
+
+def eager_forward(layer: Layer, x: Tensor, w: Tensor) -> Tensor:
+    """Y = -sum_k |x - w| by one broadcast temporary of N*C_out*K*OH*OW numbers, as adder layers are usually written."""
+    return _image(layer, -(columns(layer, x).unsqueeze(1) - w.flatten(1)[:, :, None]).abs().sum(2))
+
+
+def eager_gradients(layer: Layer, x: Tensor, w: Tensor, grad_y: Tensor) -> tuple[Tensor, Tensor]:
+    """dX = sum_co dY*clamp(w - x, -1, 1), folded back; dW = sum_p dY*(x - w)."""
+    difference = columns(layer, x).unsqueeze(1) - w.flatten(1)[:, :, None]  # (N, C_out, K, P)
+    grad_y = grad_y.flatten(2).unsqueeze(2)  # (N, C_out, 1, P)
+    grad_w = (difference * grad_y).sum((0, 3)).view_as(w)
+    grad_columns = -(difference.clamp_(-1, 1) * grad_y).sum(1)
+    return F.fold(grad_columns, x.shape[2:], layer.kernel, padding=layer.padding, stride=layer.stride), grad_w
+
+
+def eager_step(layer: Layer, x: Tensor, w: Tensor, grad_y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return eager_forward(layer, x, w), *eager_gradients(layer, x, w, grad_y)
+
+
+def cdist_forward(layer: Layer, x: Tensor, w: Tensor) -> Tensor:
+    """Y = -cdist(windows, filters, p=1)."""
+    return _image(layer, -torch.cdist(columns(layer, x).mT, w.flatten(1), p=1.0).mT)
+
+
+def cdist_step(layer: Layer, x: Tensor, w: Tensor, grad_y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients are those of autograd: signs, not the training gradients."""
+    x, w = x.detach().requires_grad_(), w.detach().requires_grad_()
+    y = cdist_forward(layer, x, w)
+    return y.detach(), *torch.autograd.grad(y, (x, w), grad_y)

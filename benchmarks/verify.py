@@ -1,0 +1,63 @@
+"""Before anything is timed: every contestant that claims to be the adder convolution is compared with float64.
+
+A slice of each result is checked: the last image and four output channels of the forward, the last image and four input
+channels of grad_x, two filters of two input channels of grad_w.  The tolerance is derived: a sum of n terms in float32
+is off by at most 9*sqrt(n)*u*sum|terms|, u = eps/2, but for a vanishing probability (Higham and Mary, SIAM J. Sci.
+Comput. 41, 2019).  The terms are those of the least favourable form: |x|, |w| and 2*min(x, w) forward, |dY*x| and
+|dY*w| in grad_w.
+"""
+
+import math
+
+import torch
+from layers import Layer
+from peers import columns, eager_forward, eager_gradients
+from torch import Tensor
+
+_UNIT = torch.finfo(torch.float32).eps / 2
+
+
+def _excess(name: str, got: Tensor, want: Tensor, sums: Tensor, n: int) -> float:
+    """max |got - want| / tolerance; above 1 is wrong."""
+    tolerance = 9 * math.sqrt(n) * _UNIT * sums
+    error = (got.double() - want).abs()
+    worst = float((error / tolerance).max())
+    if not worst <= 1:  # NaN is wrong too
+        raise SystemExit(f"{name}: wrong result, error {float(error.max()):.3g} is {worst:.3g} times the tolerance")
+    return worst
+
+
+def check_forward(what: str, layer: Layer, x: Tensor, w: Tensor, y: Tensor) -> float:
+    """Returns the worst error over its tolerance, or ends the program when y is wrong."""
+    x, w = x[-1:].double(), w[:4].double()
+    windows, filters = columns(layer, x).unsqueeze(1), w.flatten(1)[:, :, None]
+    sums = (windows.abs() + filters.abs() + 2 * torch.minimum(windows, filters).abs()).sum(2)
+    y = y[-1:, :4].flatten(2)
+    return _excess(f"{layer.name} {what} forward", y, eager_forward(layer, x, w).flatten(2), sums, 3 * windows.size(2))
+
+
+def check_gradients(
+    what: str, layer: Layer, x: Tensor, w: Tensor, grad_y: Tensor, grad_x: Tensor | None, grad_w: Tensor | None
+) -> float:
+    """The same of the training gradients; None is not looked at."""
+    worst = 0.0
+    x, w, grad_y = x.double(), w.double(), grad_y.double()
+    if grad_x is not None:
+        want, _ = eager_gradients(layer, x[-1:, :4], w[:, :4], grad_y[-1:])
+        # as many terms as there are (filter, tap) pairs, each at most |dY|: count every dY under every tap
+        taps = torch.ones_like(w[:, :1])
+        sums = torch.nn.grad.conv2d_input(
+            want[:, :1].shape, taps, grad_y[-1:].abs(), stride=layer.stride, padding=layer.padding
+        )
+        sums = sums + torch.finfo(torch.float32).tiny  # pixels that no window covers: exactly zero
+        n = layer.c_out * layer.kernel**2
+        worst = max(worst, _excess(f"{layer.name} {what} grad_x", grad_x[-1:, :4], want, sums, n))
+    if grad_w is not None:
+        x, w, grad_y = x[:, :2], w[:2, :2], grad_y[:, :2]
+        _, want = eager_gradients(layer, x, w, grad_y)
+        products = columns(layer, x.abs()).unsqueeze(1) * grad_y.abs().flatten(2).unsqueeze(2)
+        fixes = w.abs() * grad_y.abs().sum((0, 2, 3))[:, None, None, None]
+        sums = products.sum((0, 3)).view_as(w) + fixes
+        n = 2 * layer.batch * layer.out_size**2
+        worst = max(worst, _excess(f"{layer.name} {what} grad_w", grad_w[:2, :2], want, sums, n))
+    return worst
