@@ -1,8 +1,8 @@
 """PEP 517 backend: setuptools, plus the torch to compile against.
 
-`pip install .` builds in an isolated environment that hides an installed torch.  Where the interpreter has a torch that
-is new enough, that one is used: no second download of gigabytes.  Otherwise torch becomes a build requirement; LibTorch's
-stable ABI lets the result run in any torch from 2.13 on, so the two need not be equal.
+`pip install .` builds in an isolated environment that hides an installed torch.  Where the interpreter has a torch
+that is new enough, that one is used: no second download of gigabytes.  Otherwise torch becomes a build requirement;
+LibTorch's stable ABI lets the result run in any torch from 2.13 on, so the two need not be equal.
 """
 
 import re

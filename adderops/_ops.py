@@ -27,7 +27,7 @@ cpu_isas = torch.ops.adderops._cpu_isas.default
 
 
 def _empty_in_format_of(like: Tensor, shape: Sequence[int]) -> Tensor:
-    """channels_last when the channels of `like` are its dense dimension, else contiguous: the rule of csrc/checks.cpp."""
+    """channels_last when the channels of `like` are its dense dimension, else contiguous; as in csrc/checks.cpp."""
     channels_last = like.size(1) > 1 and like.stride(1) == 1 and not like.is_contiguous()
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
     return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=memory_format)

@@ -20,7 +20,7 @@ def adder_conv2d(
     dilation: int | Sequence[int] = 1,
     groups: int = 1,
 ) -> Tensor:
-    r"""Returns the adder convolution of `input` with `weight`: the negative L1 distance of every window to every filter.
+    r"""Returns the adder convolution of `input` with `weight`: minus the L1 distance of every window to every filter.
 
     .. math:: Y[n,co,p] = -\sum_k |X[n,k,p] - W[co,k]| + b[co],  \quad k = (ci, kh, kw)
 
@@ -35,12 +35,13 @@ def adder_conv2d(
         weight: (C_out, C_in/groups, KH, KW), same dtype and device.
         bias: (C_out), or None.
         stride, dilation: positive, in pixels; one number or (height, width).
-        padding: pixels of zeros on both sides, one number or (height, width); 'valid' is none, 'same' keeps the size and
-            puts the odd pixel below and to the right. A padded pixel takes part in the distance: it contributes |W|.
+        padding: pixels of zeros on both sides, one number or (height, width); 'valid' is none, 'same' keeps the size
+            and puts the odd pixel below and to the right. A padded pixel takes part in the distance: it adds |W|.
         groups: divides C_in and C_out.
 
     Returns:
-        (N, C_out, OH, OW), or (C_out, OH, OW) for an input without N; OH = (H + padding - dilation*(KH-1) - 1)//stride + 1.
+        (N, C_out, OH, OW), or (C_out, OH, OW) for an input without N, with
+        OH = (H + 2*padding - dilation*(KH-1) - 1)//stride + 1 and OW likewise.
 
     Raises:
         TypeError: wrong type or dtype of an argument.

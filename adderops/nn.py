@@ -48,8 +48,8 @@ class AdderConv2d(_AdderLayer, _ConvNd):
             `torch.nn.Conv2d`. A zero-padded pixel takes part in the distance.
         bias: False unlike `torch.nn.Conv2d`, because a BatchNorm follows.
         eta: the backward pass hands over a weight gradient of root mean square `eta` (AdderNet's adaptive rate:
-            `adderops.optim.normalize_gradient`, of each call's gradient), so that any optimizer serves; None hands over the
-            raw gradient. Under gradient accumulation or data parallelism use `adderops.optim.AdaptiveRate`.
+            `adderops.optim.normalize_gradient`, of each call's gradient), so that any optimizer serves; None hands over
+            the raw gradient. Under gradient accumulation or data parallelism use `adderops.optim.AdaptiveRate`.
 
     Shape:
         (N, C_in, H, W) or (C_in, H, W) -> (N, C_out, OH, OW) or (C_out, OH, OW).
@@ -124,7 +124,7 @@ class AdderLinear(_AdderLayer):
         (*, in_features) -> (*, out_features), with any number of leading dimensions.
 
     Raises:
-        ValueError, TypeError: as `adderops.functional.adder_conv2d`; ValueError where the last dimension is not in_features.
+        ValueError, TypeError: as `adderops.functional.adder_conv2d`; ValueError for a last dimension not in_features.
 
     Source: AdderNet, arXiv 1912.13200.
 
@@ -155,9 +155,7 @@ class AdderLinear(_AdderLayer):
 
     def forward(self, input: Tensor) -> Tensor:
         if input.dim() == 0 or input.size(-1) != self.in_features:
-            raise ValueError(
-                f"AdderLinear: input: expected shape (*, {self.in_features}), got {tuple(input.shape)}"
-            )
+            raise ValueError(f"AdderLinear: input: expected shape (*, {self.in_features}), got {tuple(input.shape)}")
         pixels = input.reshape(-1, self.in_features, 1, 1)
         return adder_conv2d(pixels, self.rated_weight()[..., None, None], self.bias).reshape(
             *input.shape[:-1], self.out_features
@@ -179,10 +177,10 @@ def convert(
 ) -> nn.Module:
     """Replaces the `nn.Conv2d` of a model by `AdderConv2d` of the same geometry with new weights, in place.
 
-    The first convolution and a convolution that is the classifier (no convolution or linear layer is registered after it)
-    stay, as in AdderNet.  So do convolutions whose replacement would lose something: a `forward` of their own, hooks,
-    parametrizations, parameters not yet initialised.  Device, dtype, memory format and training mode are kept; a module
-    that occurs in several places is replaced by one.
+    The first convolution and a convolution that is the classifier (no convolution or linear layer is registered after
+    it) stay, as in AdderNet.  So do convolutions whose replacement would lose something: a `forward` of their own,
+    hooks, parametrizations, parameters not yet initialised.  Device, dtype, memory format and training mode are kept;
+    a module that occurs in several places is replaced by one.
 
     Args:
         model: any module; where it is itself a `Conv2d` that gets replaced, use the return value.
@@ -193,10 +191,10 @@ def convert(
     Returns:
         The model.
 
-    >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.LazyLinear(10))
+    >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.LazyLinear(10))
     >>> model = convert(model)
     convert: kept     0: first convolution
-    convert: replaced 2: AdderConv2d(8, 8, kernel_size=(3, 3), stride=(1, 1), eta=0.2)
+    convert: replaced 1: AdderConv2d(8, 8, kernel_size=(3, 3), stride=(1, 1), eta=0.2)
     convert: 1 of 2 convolutions replaced
     """
     weighted = [m for m in model.modules() if isinstance(m, (_ConvNd, nn.Linear, AdderLinear))]

@@ -1,8 +1,8 @@
 """The adaptive rate of AdderNet: every adder layer takes weight steps of the same size, whatever its gradient's.
 
-There is one formula, `normalize_gradient`, and two places for it.  By default each layer applies it in its own backward
-pass, so that a model with adder layers trains under any stock optimizer.  `AdaptiveRate` applies it just before
-`optimizer.step()` instead, where the gradient is whole: the exact form under gradient accumulation and data parallelism.
+There is one formula, `normalize_gradient`, and two places for it.  By default each layer applies it in its own
+backward pass, so that a model with adder layers trains under any stock optimizer.  `AdaptiveRate` applies it just
+before `optimizer.step()` instead, where the gradient is whole: exact under gradient accumulation and data parallelism.
 """
 
 import torch
@@ -15,7 +15,7 @@ def normalize_gradient(grad: Tensor, eta: float) -> Tensor:
     .. math:: \eta \sqrt{n} \; g \; / \max(\lVert g \rVert_2, 10^{-12})
 
     Args:
-        grad: gradient of a whole layer's weight, any shape of n elements and floating dtype; the norm is taken over all of it.
+        grad: gradient of a whole layer's weight, of any shape and floating dtype, n elements in all.
         eta: the root mean square wanted, in units of the weight; 0.2 in AdderNet.
 
     Returns:
@@ -72,9 +72,9 @@ class AdaptiveRateLayer(nn.Module):
 class AdaptiveRate:
     """Normalizes the weight gradients of a model's adder layers just before each step of an optimizer.
 
-    From construction to `remove()` the layers hand over raw gradients, which add up over micro-batches and average over
-    replicas as gradients do, and each `optimizer.step()` applies `normalize_gradient(grad, layer.eta)` once to the result.
-    Layers with `eta=None` keep the raw gradient.  A closure given to `step` is served too: each evaluation is normalized.
+    From construction to `remove()` the layers hand over raw gradients, which add up over micro-batches and average
+    over replicas as gradients do, and each `optimizer.step()` applies `normalize_gradient(grad, layer.eta)` once to the
+    result.  Layers with `eta=None` keep the raw gradient.  A closure given to `step` is normalized at each evaluation.
 
     Args:
         model: holds the adder layers; may be wrapped (DistributedDataParallel, torch.compile).
@@ -102,9 +102,13 @@ class AdaptiveRate:
         held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         self._layers = [m for m in model.modules() if isinstance(m, AdaptiveRateLayer) and id(m.weight) in held]
         if not self._layers:
-            raise ValueError("AdaptiveRate: optimizer: expected one with the weight of an adder layer of model, got none")
+            raise ValueError(
+                "AdaptiveRate: optimizer: expected one with the weight of an adder layer of model, got none"
+            )
         if any(layer._rate_taken_over for layer in self._layers):
-            raise ValueError("AdaptiveRate: model: expected layers without one, got layers that another AdaptiveRate has")
+            raise ValueError(
+                "AdaptiveRate: model: expected layers without one, got layers that another AdaptiveRate has"
+            )
         for layer in self._layers:
             layer._rate_taken_over = True
         self._hook = optimizer.register_step_pre_hook(self._before_step)

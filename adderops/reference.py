@@ -15,8 +15,9 @@ from torch import Tensor
 def _taps(x: Tensor, w: Tensor, stride, padding, dilation, groups) -> Iterator[tuple[tuple, tuple, Tensor, Tensor]]:
     """Yields (where in x, where in w, x_k, w_k) for every tap k.
 
-    x_k (N, groups, 1, OH, OW) and w_k (groups, C_out/groups, 1, 1) broadcast to the output (N, groups, C_out/groups, OH, OW);
-    the two `where` index x padded and seen as (N, groups, C_in/groups, H, W) and w seen as (groups, C_out/groups, ...).
+    x_k (N, groups, 1, OH, OW) and w_k (groups, C_out/groups, 1, 1) broadcast to the output, which is
+    (N, groups, C_out/groups, OH, OW); the two `where` index x, padded and seen as (N, groups, C_in/groups, H, W), and
+    w, seen as (groups, C_out/groups, C_in/groups, KH, KW).
     """
     top, bottom, left, right = padding
     x = F.pad(x, (left, right, top, bottom)).unflatten(1, (groups, -1))

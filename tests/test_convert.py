@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from adderops import AdderConv2d, AdderLinear, convert
 from torch import nn
+
+from adderops import AdderConv2d, AdderLinear, convert
 
 
 def kinds(model):
@@ -47,7 +48,16 @@ def test_geometry_is_kept():
     model, converted = small_net(), convert(small_net(), verbose=False)
     for name in ("1.0", "2"):
         conv, adder = model.get_submodule(name), converted.get_submodule(name)
-        for attribute in ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode"):
+        for attribute in (
+            "in_channels",
+            "out_channels",
+            "kernel_size",
+            "stride",
+            "padding",
+            "dilation",
+            "groups",
+            "padding_mode",
+        ):
             assert getattr(adder, attribute) == getattr(conv, attribute), attribute
         assert (adder.bias is None) == (conv.bias is None)
         assert adder.eta == 0.2

@@ -4,8 +4,9 @@ import doctest
 import importlib
 import pkgutil
 
-import adderops
 import pytest
+
+import adderops
 
 MODULES = ["adderops", *(m.name for m in pkgutil.walk_packages(adderops.__path__, "adderops.") if "_C" not in m.name)]
 

@@ -1,10 +1,11 @@
-"""The argument rules of `adderops.functional.adder_conv2d`: it takes what `F.conv2d` takes, and says what is wrong else."""
+"""The argument rules of `adderops.functional.adder_conv2d`: those of `F.conv2d`, and clear errors."""
 
 import re
 
 import pytest
 import torch
 import torch.nn.functional as F
+
 from adderops import reference
 from adderops.functional import adder_conv2d
 
@@ -75,7 +76,14 @@ REFUSED = {
     "padding negative": ((X, W), dict(padding=-1), ValueError, "padding", "at least 0", "-1"),
     "padding empty": ((X, W), dict(padding=()), ValueError, "padding", "pair of integers", "()"),
     "padding word": ((X, W), dict(padding="full"), ValueError, "padding", "'same' or 'valid'", "'full'"),
-    "same with stride": ((X, W), dict(padding="same", stride=2), ValueError, "stride", "1 with padding='same'", "(2, 2)"),
+    "same with stride": (
+        (X, W),
+        dict(padding="same", stride=2),
+        ValueError,
+        "stride",
+        "1 with padding='same'",
+        "(2, 2)",
+    ),
     "groups of input": ((X, W), dict(groups=3), ValueError, "groups", "divisor of C_in = 4 and C_out = 6", "3"),
     "groups of output": ((X, W), dict(groups=4), ValueError, "groups", "divisor of C_in = 4 and C_out = 6", "4"),
     "groups zero": ((X, W), dict(groups=0), ValueError, "groups", "positive divisor", "0"),

@@ -4,9 +4,10 @@ import os
 import subprocess
 import sys
 
-import adderops
 import pytest
 import torch
+
+import adderops
 from adderops.info import describe
 
 

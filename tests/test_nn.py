@@ -5,9 +5,10 @@ import inspect
 import numpy as np
 import pytest
 import torch
+from torch import nn
+
 from adderops import AdderConv2d, AdderLinear, reference
 from adderops.functional import adder_conv2d
-from torch import nn
 
 
 def parameters_of(kind):
@@ -139,7 +140,10 @@ def test_published_checkpoint_keys_load(make, prefix):
 
 
 def test_state_dict_is_that_of_the_twin():
-    for layer, twin in ((AdderConv2d(3, 4, 3, bias=True), nn.Conv2d(3, 4, 3)), (AdderLinear(3, 4, bias=True), nn.Linear(3, 4))):
+    for layer, twin in (
+        (AdderConv2d(3, 4, 3, bias=True), nn.Conv2d(3, 4, 3)),
+        (AdderLinear(3, 4, bias=True), nn.Linear(3, 4)),
+    ):
         layer.load_state_dict(twin.state_dict())
         assert torch.equal(layer.weight, twin.weight)
         assert layer.state_dict().keys() == twin.state_dict().keys()

@@ -8,9 +8,10 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch import nn
+
 from adderops import AdderConv2d, AdderLinear
 from adderops.optim import AdaptiveRate, normalize_gradient
-from torch import nn
 
 
 def rms(t):
@@ -80,7 +81,11 @@ def test_other_gradients_stay_raw(make):
     layer, x = make(eta=0.3, bias=True)
     raw = copy.deepcopy(layer)
     raw.eta = None
-    grads = [torch.autograd.grad(m(i).square().sum(), (i, m.bias)) for m in (layer, raw) for i in [x.clone().requires_grad_()]]
+    grads = [
+        torch.autograd.grad(m(i).square().sum(), (i, m.bias))
+        for m in (layer, raw)
+        for i in [x.clone().requires_grad_()]
+    ]
     assert torch.equal(grads[0][0], grads[1][0])
     assert torch.equal(grads[0][1], grads[1][1])
 
@@ -91,7 +96,9 @@ def test_bad_eta(eta, make):
         make(eta=eta)
 
 
-@pytest.mark.parametrize("copy_of", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"])
+@pytest.mark.parametrize(
+    "copy_of", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"]
+)
 def test_copies_keep_the_rate_but_not_the_takeover(copy_of, make):
     layer, x = make(eta=0.3)
     copied = copy_of(layer)
@@ -145,7 +152,9 @@ def test_remove_gives_the_scaling_back(make):
 
 
 def test_layers_without_eta_and_other_parameters_stay_raw():
-    model = nn.Sequential(AdderLinear(4, 6, bias=True, eta=None), nn.BatchNorm1d(6), nn.ReLU(), AdderLinear(6, 2, bias=True))
+    model = nn.Sequential(
+        AdderLinear(4, 6, bias=True, eta=None), nn.BatchNorm1d(6), nn.ReLU(), AdderLinear(6, 2, bias=True)
+    )
     AdaptiveRate(model, optimizer := torch.optim.SGD(model.parameters(), lr=0.0))
     model(torch.randn(8, 4)).square().sum().backward()
     raw = {name: p.grad.clone() for name, p in model.named_parameters()}
@@ -191,7 +200,9 @@ def test_closures_are_normalized_too(as_keyword, make):
 
 def test_what_cannot_be_taken_over():
     layer, other = AdderLinear(4, 4), nn.Linear(4, 4)
-    with pytest.raises(ValueError, match="optimizer: expected one with the weight of an adder layer of model, got none"):
+    with pytest.raises(
+        ValueError, match="optimizer: expected one with the weight of an adder layer of model, got none"
+    ):
         AdaptiveRate(layer, torch.optim.SGD(other.parameters(), lr=0.1))
     AdaptiveRate(layer, torch.optim.SGD(layer.parameters(), lr=0.1))
     with pytest.raises(ValueError, match="got layers that another AdaptiveRate has"):
@@ -241,7 +252,9 @@ def test_compiled_model_trains_the_same(dynamic, backend):
         return [y, *torch.autograd.grad(y.square().sum(), list(model.parameters()))]
 
     x = torch.randn(4, 3, 8, 7, dtype=torch.float64)
-    inputs = [x, torch.randn(6, 3, 10, 7, dtype=torch.float64)] if dynamic else [x, x.to(memory_format=torch.channels_last)]
+    inputs = (
+        [x, torch.randn(6, 3, 10, 7, dtype=torch.float64)] if dynamic else [x, x.to(memory_format=torch.channels_last)]
+    )
     for x in inputs:
         torch.testing.assert_close(gradients(compiled, x), gradients(model, x), rtol=1e-9, atol=1e-9)
     AdaptiveRate(model, torch.optim.SGD(model.parameters(), lr=0.1))  # the compiled code notices

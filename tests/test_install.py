@@ -1,0 +1,97 @@
+"""The package as it was built and installed.  Whole installations into fresh environments are the work of .ci/run."""
+
+import importlib.util
+import os
+import platform
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+import torch
+
+import adderops
+from adderops import _C
+
+CHECKOUT = Path(__file__).resolve().parents[1]
+INSTALLED = Path(adderops.__file__).resolve().parent
+
+
+def test_installed_version():
+    assert version("adderops") == adderops.__version__
+
+
+def test_every_module_is_installed():
+    if INSTALLED.is_relative_to(CHECKOUT):
+        pytest.skip(f"the tested package is the checkout itself, {INSTALLED}; `pytest` tests the installed one")
+    modules = {p.relative_to(CHECKOUT / "adderops") for p in (CHECKOUT / "adderops").rglob("*.py")}
+    assert {p.relative_to(INSTALLED) for p in INSTALLED.rglob("*.py")} == modules
+    assert (INSTALLED / "py.typed").is_file()
+
+
+def test_one_binary_for_every_python_and_torch():
+    assert Path(_C.__file__).name.endswith((".abi3.so", ".pyd"))
+
+
+def test_every_instruction_set_of_this_processor_was_built():
+    expected = {
+        "AVX512": ["baseline", "avx2", "avx512"],
+        "AVX2": ["baseline", "avx2"],
+        "DEFAULT": ["baseline"],
+    }
+    if platform.machine() == "x86_64":
+        assert torch.ops.adderops._cpu_isas() == expected[torch.backends.cpu.get_cpu_capability()]
+    else:
+        assert torch.ops.adderops._cpu_isas() == ["neon" if platform.machine() == "aarch64" else "baseline"]
+
+
+@pytest.mark.parametrize(
+    "value, message",
+    [
+        ("1", "ADDEROPS_CUDA=1: this version of adderops has CPU kernels only"),
+        ("yes", "ADDEROPS_CUDA: expected auto, 0 or 1, got 'yes'"),
+    ],
+)
+def test_cuda_that_cannot_be_built_is_refused(value, message):
+    run = subprocess.run(
+        [sys.executable, "setup.py", "--version"],
+        cwd=CHECKOUT,
+        env={**os.environ, "ADDEROPS_CUDA": value},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode != 0
+    assert message in run.stderr
+
+
+def build_requirements(monkeypatch, folder):
+    """What the build backend asks for when `folder` is the interpreter's only site-packages."""
+    monkeypatch.setattr("site.getsitepackages", lambda: [str(folder)])
+    monkeypatch.setattr("site.ENABLE_USER_SITE", False)
+    monkeypatch.setattr("sys.path", list(sys.path))
+    spec = importlib.util.spec_from_file_location("adderops_backend", CHECKOUT / "_build" / "adderops_backend.py")
+    backend = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(backend)
+    hooks = (
+        backend.get_requires_for_build_wheel,
+        backend.get_requires_for_build_editable,
+        backend.get_requires_for_build_sdist,
+    )
+    (answer,) = {tuple(hook()) for hook in hooks}
+    return answer, str(folder) in sys.path
+
+
+@pytest.mark.parametrize("installed", ["2.13.0+cpu", "2.100.1", "3.0.0a0+git1234"])
+def test_the_build_uses_an_installed_torch(installed, monkeypatch, tmp_path):
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "version.py").write_text(f"__version__ = '{installed}'\ndebug = False\n")
+    assert build_requirements(monkeypatch, tmp_path) == ((), True)
+
+
+@pytest.mark.parametrize("installed", [None, "2.12.1+cu130", "1.99.0"])
+def test_the_build_asks_for_torch_where_none_is_new_enough(installed, monkeypatch, tmp_path):
+    if installed:
+        (tmp_path / "torch").mkdir()
+        (tmp_path / "torch" / "version.py").write_text(f"__version__ = '{installed}'\ndebug = False\n")
+    assert build_requirements(monkeypatch, tmp_path) == (("torch>=2.13", "numpy"), False)
