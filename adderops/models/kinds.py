@@ -1,0 +1,18 @@
+"""What a network is made of: the one place where 'adder' and 'cnn' become a layer."""
+
+from torch import nn
+
+from adderops.nn import AdderConv2d
+
+_LAYERS = {"adder": AdderConv2d, "cnn": nn.Conv2d}
+
+
+def layer_of_kind(kind: str) -> type[nn.Module]:
+    """Returns AdderConv2d for 'adder' and torch.nn.Conv2d for 'cnn': both have the same constructor.
+
+    Raises:
+        ValueError: any other kind.
+    """
+    if kind not in _LAYERS:
+        raise ValueError(f"kind: expected one of {', '.join(map(repr, _LAYERS))}, got {kind!r}")
+    return _LAYERS[kind]

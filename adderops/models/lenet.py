@@ -1,0 +1,65 @@
+"""LeNet-5 with batch normalisation, the network of the MNIST experiment of AdderNet (arXiv 1912.13200, section 4.1)."""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from adderops.models.kinds import layer_of_kind
+
+
+class LeNet5BN(nn.Module):
+    """LeNet-5-BN for 32x32 images, its fully connected layers written as convolutions.
+
+    conv 5x5 -> 6, layer 5x5 -> 16, layer 5x5 -> 120, layer 1x1 -> 84, linear -> num_classes; BatchNorm and ReLU after
+    each but the last, 2x2 max pooling after the first two.  `layer` is the operation that `kind` names; the first
+    convolution and the classifier are ordinary in both kinds.  None has a bias but the classifier: BatchNorm follows.
+
+    Args:
+        kind: 'adder' or 'cnn'.
+        in_channels: of the images.
+        num_classes: number of logits.
+
+    Raises:
+        ValueError: another kind, or in `forward` images of another size.
+    """
+
+    def __init__(self, kind: str = "adder", in_channels: int = 1, num_classes: int = 10) -> None:
+        super().__init__()
+        layer = layer_of_kind(kind)
+        self.conv1 = nn.Conv2d(in_channels, 6, 5, bias=False)
+        self.bn1 = nn.BatchNorm2d(6)
+        self.conv2 = layer(6, 16, 5, bias=False)
+        self.bn2 = nn.BatchNorm2d(16)
+        self.conv3 = layer(16, 120, 5, bias=False)
+        self.bn3 = nn.BatchNorm2d(120)
+        self.conv4 = layer(120, 84, 1, bias=False)
+        self.bn4 = nn.BatchNorm2d(84)
+        self.fc = nn.Linear(84, num_classes)
+
+    def matched_layers(self) -> list[nn.Module]:
+        """Returns the layers whose raw outputs `forward(x, intermediates=True)` returns, in that order."""
+        return [self.conv2, self.conv3, self.conv4]
+
+    def forward(self, x: Tensor, intermediates: bool = False) -> Tensor | tuple[Tensor, list[Tensor]]:
+        """Returns the logits (N, num_classes) of images (N, in_channels, 32, 32).
+
+        With intermediates=True returns (logits, outputs): the outputs of the matched layers before BatchNorm and ReLU.
+        """
+        if x.shape[-2:] != (32, 32):
+            raise ValueError(f"LeNet5BN: input: expected images of 32x32, got shape {tuple(x.shape)}")
+        x = F.max_pool2d(F.relu(self.bn1(self.conv1(x))), 2)
+        y2 = self.conv2(x)
+        x = F.max_pool2d(F.relu(self.bn2(y2)), 2)
+        y3 = self.conv3(x)
+        y4 = self.conv4(F.relu(self.bn3(y3)))
+        logits = self.fc(F.relu(self.bn4(y4)).flatten(1))
+        return (logits, [y2, y3, y4]) if intermediates else logits
+
+
+def lenet5(kind: str = "adder", in_channels: int = 1, num_classes: int = 10) -> LeNet5BN:
+    """Builds LeNet-5-BN as adder network (kind='adder') or as CNN (kind='cnn').
+
+    >>> import torch
+    >>> lenet5(kind="cnn")(torch.zeros(2, 1, 32, 32)).shape
+    torch.Size([2, 10])
+    """
+    return LeNet5BN(kind, in_channels, num_classes)
