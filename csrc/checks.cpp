@@ -48,8 +48,8 @@ ElementType element_type(const char* op, const Tensor& x) {
 void check_list(const char* op, const char* name, const std::vector<int64_t>& values, size_t count, int64_t least) {
   STD_TORCH_CHECK(values.size() == count, op, ": ", name, ": expected ", count, " integers, got ", list(values));
   for (int64_t v : values)
-    STD_TORCH_CHECK(v >= least && v <= std::numeric_limits<int32_t>::max(), op, ": ", name,
-                    ": expected integers from ", least, " to 2^31 - 1, got ", list(values));
+    STD_TORCH_CHECK(v >= least && v <= std::numeric_limits<int32_t>::max(), op, ": ", name, ": expected integers from ",
+                    least, " to 2^31 - 1, got ", list(values));
 }
 
 int64_t out_size(const char* op, const char* axis, int64_t size, int64_t before, int64_t after, int64_t kernel,

@@ -65,10 +65,8 @@ void run(const Conv2dArgs& args, int, int64_t task, char*, char*) {
 
 }  // namespace
 
-extern const Kernels kDefinitionKernels = {"definition",
-                                           {plan<Forward>, run<Forward>},
-                                           {plan<GradX>, run<GradX>},
-                                           {plan<GradW>, run<GradW>}};
+extern const Kernels kDefinitionKernels = {
+    "definition", {plan<Forward>, run<Forward>}, {plan<GradX>, run<GradX>}, {plan<GradW>, run<GradW>}};
 
 }  // namespace cpu
 }  // namespace adderops
