@@ -305,8 +305,9 @@ def _print_memory(memory: dict[str, tuple[int, int]] | str, result: dict) -> Non
 
 
 def _plot(path: Path, result: dict, results: Results) -> None:
+    timed = {row["pass"] for row in results.rows}
     bars = {}
-    for name in ("forward", "step"):
+    for name in [name for name in ("forward", "step") if name in timed] or sorted(timed):
         ratios = [results.ratio(layer, name, "conv2d") for layer in results.layers]
         if all(ratios):
             bars[f"{name} / F.conv2d {name}"] = ratios

@@ -74,7 +74,7 @@ def _compile(variant: str, flags: Sequence[str]) -> ctypes.CDLL:
     except subprocess.CalledProcessError as error:
         raise Unavailable(f"{compiler} fails for {variant}: {str(error.stderr).strip()[:300]}") from None
     except OSError as error:
-        raise Unavailable(str(error)) from None
+        raise Unavailable(f"C++ compiler {compiler}: {error}") from None
     loaded = ctypes.CDLL(str(library))
     loaded.limit_name.restype = ctypes.c_char_p
     loaded.limit_terms.restype = ctypes.c_double

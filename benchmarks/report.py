@@ -64,6 +64,7 @@ def plot_ratios(path: Path, title: str, layers: Sequence[str], bars: dict[str, S
     axes.invert_yaxis()
     axes.set_xlabel(unit)
     axes.set_title(title, fontsize=9)
-    axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(0, -0.06), ncols=2, frameon=False)
+    axes.margins(y=0.01)
+    figure.legend(fontsize=8, loc="outside lower center", ncols=2, frameon=False)
     figure.savefig(path, dpi=150)
     pyplot.close(figure)

@@ -44,6 +44,8 @@ def test_end_to_end(bench, tiny, tmp_path, capsys):
         assert row["samples"] >= 3 and row["seconds"] > 0
         assert math.isclose(row["gterm_per_s"], row["terms"] / row["seconds"] / 1e9)
         rates[row["layer"], row["pass"], row["contestant"], row["memory_format"]] = row["gterm_per_s"]
+    terms = {(row["layer"], row["pass"]): row["terms"] for row in result["rows"] if row["contestant"] == "adder"}
+    assert all(terms[x.name, name] == (3 if name == "step" else 1) * x.terms for x in tiny for name in bench.PASSES)
     names = [layer.name for layer in tiny]
     for layer in names:
         for name in bench.PASSES:
