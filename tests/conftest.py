@@ -1,0 +1,41 @@
+"""Fixtures of the operator tests: one test body runs on every backend, and threads are put back as they were."""
+
+import platform
+from dataclasses import dataclass
+
+import pytest
+import torch
+from adderops import _ops  # noqa: F401  (loads the operators)
+
+
+@dataclass(frozen=True)
+class Backend:
+    """Where an operator runs: a device and, on the CPU, an instruction set."""
+
+    device: str
+    isa: str
+
+    def __str__(self) -> str:
+        return f"{self.device}-{self.isa}"
+
+
+def _backends():
+    runnable = torch.ops.adderops._cpu_isas()
+    sets = {"x86_64": ["baseline", "avx2", "avx512"], "aarch64": ["neon"]}.get(platform.machine(), ["baseline"])
+    for isa in dict.fromkeys([*sets, *runnable]):
+        reason = f"the instruction set {isa} does not run here: this library and processor have {', '.join(runnable)}"
+        yield pytest.param(Backend("cpu", isa), id=f"cpu-{isa}", marks=pytest.mark.skipif(isa not in runnable, reason=reason))
+
+
+@pytest.fixture(params=_backends())
+def backend(request, monkeypatch):
+    monkeypatch.setenv("ADDEROPS_CPU_ISA", request.param.isa)
+    return request.param
+
+
+@pytest.fixture
+def set_threads():
+    """torch.set_num_threads, undone after the test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
