@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from idx_files import idx_bytes
-from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from adderops import AdderConv2d
 from adderops.distill import Config, Dataset, load_dataset, train, trainer
@@ -125,32 +125,31 @@ def test_resume_after_kill_9_ends_with_the_same_bits(options, tmp_path):
     ]
 
 
-@pytest.mark.parametrize("method", ["pkkd", "plain", "cnn"])
-def test_interrupted_between_checkpoint_and_log(config, dataset, tmp_path, monkeypatch, method):
-    """The log is behind the checkpoint, and the run stops there: the resumed log has every row once."""
+@pytest.mark.parametrize("writer", ["save_checkpoint", "write_csv"])
+@pytest.mark.parametrize("method, epoch", [("pkkd", 1), ("pkkd", 2), ("plain", 2), ("cnn", 2)])
+def test_interrupted_before_either_file_of_an_epoch(config, dataset, tmp_path, monkeypatch, writer, method, epoch):
+    """Before the checkpoint, or between it and the log: the continued run has each row once, and the same bits."""
     config = Config(**{**vars(config), "method": method, "epochs": 3})
     train(config, dataset, tmp_path / "whole")
 
     class Stop(Exception):
         pass
 
-    def stop(path, rows):
-        if len(rows) == 2:
+    def stop(path, content):
+        rows = content if writer == "write_csv" else content["log"]
+        if len(rows) == epoch:
             raise Stop
-        return written(path, rows)
+        return write(path, content)
 
-    written = trainer.write_csv
-    monkeypatch.setattr(trainer, "write_csv", stop)
+    write = getattr(trainer, writer)
+    monkeypatch.setattr(trainer, writer, stop)
     with pytest.raises(Stop):
         train(config, dataset, tmp_path / "stopped")
     monkeypatch.undo()
-    assert len(rows_of(tmp_path / "stopped" / "log.csv")) == 1
-    random.random(), np.random.rand(), torch.rand(3)  # another process has other random states
     train(config, dataset, tmp_path / "stopped")
     assert [row["epoch"] for row in rows_of(tmp_path / "stopped" / "log.csv")] == ["1", "2", "3"]
     ours, theirs = (torch.load(tmp_path / f / "checkpoint.pt", weights_only=True) for f in ("stopped", "whole"))
-    for part in ("task", "optimizer", "log"):
-        assert_same_state(ours[part], theirs[part], part)
+    assert_same_state(ours, theirs)
 
 
 def test_checkpoint_restores_the_random_states(tmp_path):
@@ -229,28 +228,35 @@ def test_students_of_pkkd_and_plain_start_alike(config, dataset):
     assert not torch.equal(student["conv1.weight"], other["conv1.weight"])
 
 
-def test_adder_gradients_have_rms_eta_at_each_step_and_others_are_raw(config, dataset, tmp_path, monkeypatch):
-    seen = []
-    tasks = []
+def test_adder_gradients_are_scaled_to_rms_eta_just_before_each_step(config, dataset, tmp_path, monkeypatch):
+    tasks, before, after = [], [], []
     monkeypatch.setattr(trainer, "build_task", lambda *a: tasks.append(build_task(*a)) or tasks[-1])
 
-    def look(optimizer, args, kwargs):
+    def gradient_rms() -> list[float]:
         layers = [m for m in tasks[0].modules() if isinstance(m, AdderConv2d)]
+        weights = [layer.weight for layer in layers] + [tasks[0].networks["student"].conv1.weight]
+        return [w.grad.square().mean().sqrt().item() for w in weights]
+
+    def record_before(optimizer, *_) -> None:
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
         assert held == {id(p) for p in tasks[0].parameters()}
-        seen.append([layer.weight.grad.square().mean().sqrt().item() for layer in layers])
-        seen[-1].append(tasks[0].networks["student"].conv1.weight.grad.square().mean().sqrt().item())
+        before.append(gradient_rms())  # hooks of all optimizers come before an optimizer's own
 
-    handle = register_optimizer_step_post_hook(look)
+    hooks = [
+        register_optimizer_step_pre_hook(record_before),
+        register_optimizer_step_post_hook(lambda *_: after.append(gradient_rms())),
+    ]
     try:
         train(config, dataset, tmp_path)
     finally:
-        handle.remove()
-    assert len(seen) == 2 * 8
-    for *adder, ordinary in seen:
+        for hook in hooks:
+            hook.remove()
+    assert len(before) == len(after) == 2 * 8
+    for raw, scaled in zip(before, after, strict=True):
         # the norm of some 50,000 squares summed in float32 at worst one by one
-        assert adder == pytest.approx([0.2] * 3, rel=1e-3)
-        assert ordinary != pytest.approx(0.2, rel=1e-2)
+        assert scaled[:-1] == pytest.approx([0.2] * 3, rel=1e-3)
+        assert all(r != pytest.approx(0.2, rel=1e-2) for r in raw[:-1]), "the layers scaled them in their backward pass"
+        assert raw[-1] == scaled[-1] != pytest.approx(0.2, rel=1e-2)
 
 
 def test_recipe_reaches_the_optimizer(config, dataset, tmp_path):
@@ -436,6 +442,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(options, tmp_p
         )
     finally:
         handle.remove()
+    assert len(steps) == 2 * 8 + (1 if where == "step" else 8), "it went on with weights that are lost"
     assert [row["epoch"] for row in rows_of(run / "log.csv")] == ["1", "2"]
     assert main(["--resume", str(run)]) == 0
     ours, theirs = (torch.load(f / "student.pt", weights_only=True) for f in (run, tmp_path / "sound"))
