@@ -15,7 +15,7 @@ SOURCES = [
 
 
 def compile_and_run(compiler: list[str], runner: list[str], program: Path) -> str:
-    command = [*compiler, "-std=c++17", "-O2", "-Icsrc", *SOURCES, "-o", str(program)]
+    command = [*compiler, "-std=c++17", "-O1", "-Icsrc", *SOURCES, "-o", str(program)]
     subprocess.run(command, cwd=ROOT, check=True)
     result = subprocess.run([*runner, str(program), "60"], capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
