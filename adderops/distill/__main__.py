@@ -8,13 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from adderops.distill.checkpoint import write_json
-
-try:
-    from adderops.distill.config import Config
-    from adderops.distill.data import Dataset, load_dataset
-    from adderops.distill.trainer import train
-except ModuleNotFoundError as missing:
-    sys.exit(f"adderops.distill: {missing}; install what it needs with `pip install '.[distill]'`")
+from adderops.distill.config import Config
+from adderops.distill.data import Dataset, load_dataset
+from adderops.distill.trainer import train
 
 DESCRIPTION = """\
 Trains an adder network (student) together with a CNN of the same architecture (teacher) by PKKD, arXiv 2009.13044.
@@ -109,7 +105,7 @@ def main(arguments: list[str] | None = None) -> int:
             summaries = _compare(config, dataset, folder)
         else:
             summaries = [train(config, dataset, folder)]
-    except (ValueError, OSError, FloatingPointError) as error:
+    except (ValueError, OSError, ImportError, FloatingPointError) as error:
         print(f"adderops.distill: error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -92,7 +92,10 @@ def _dataset(name: str, train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor
 
 def _digits() -> Dataset:
     """The 1797 digits of scikit-learn, 8x8 pixels enlarged four times; a fixed random third of 500 is the test set."""
-    from sklearn.datasets import load_digits  # takes a second to import, and only this set needs it
+    try:
+        from sklearn.datasets import load_digits  # takes a second to import, and only this set needs it
+    except ModuleNotFoundError as missing:
+        raise ModuleNotFoundError("digits needs scikit-learn: install the extra `adderops[distill]`") from missing
 
     digits = load_digits()
     images = torch.from_numpy(digits.images * (255 / 16)).round().to(torch.uint8).unsqueeze(1)

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
 import adderops
 from adderops.distill.checkpoint import load_checkpoint, save_checkpoint, save_tensors, write_csv, write_json
@@ -21,6 +20,11 @@ from adderops.distill.data import Dataset, epoch_batches
 from adderops.distill.task import Losses, PKKDTask, SingleTask
 from adderops.models import create_model
 from adderops.optim import AdaptiveRate
+
+try:
+    from tqdm import tqdm
+except ModuleNotFoundError as missing:
+    raise ModuleNotFoundError("adderops.distill needs tqdm: install the extra `adderops[distill]`") from missing
 
 MOMENTUM = 0.9
 TEST_BATCH = 500
