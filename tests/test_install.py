@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import platform
+import shutil
 import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, version
@@ -36,6 +37,13 @@ def test_every_module_is_installed():
 
 def test_one_binary_for_every_python_and_torch():
     assert Path(_C.__file__).name.endswith((".abi3.so", ".pyd"))
+
+
+def test_sources_without_the_library_say_what_to_do(tmp_path):
+    shutil.copytree(INSTALLED, tmp_path / "adderops", ignore=shutil.ignore_patterns("_C*", "__pycache__"))
+    run = subprocess.run([sys.executable, "-c", "import adderops"], cwd=tmp_path, capture_output=True, text=True)
+    assert "the compiled library adderops/_C.abi3.so does not load" in run.stderr
+    assert "build it with `pip install .` in the checkout" in run.stderr
 
 
 def test_every_instruction_set_of_this_processor_was_built():
