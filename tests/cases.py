@@ -5,10 +5,12 @@ Letters as everywhere: Y = -sum over K = C_in/groups*KH*KW of |x - w|, P = N*OH*
 
 import random
 import zlib
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 
 import torch
+
 from adderops import reference
 
 PASSES = ("forward", "grad_x", "grad_w")
@@ -121,8 +123,15 @@ PEER_CASES = [
     *(case(f"batch{n}-s2", (n, 4, 6, 7), 6, 3, stride=2, padding=1) for n in (3, 5, 6, 7)),
     *(case(f"stride{s}-k{k}", (2, 5, 11, 12), 7, k, stride=s, padding=k // 2) for s in (2, 3) for k in (1, 2, 3, 5)),
     *(case(f"groups{g}", (2, 8, 6, 5), 16, 3, padding=1, groups=g) for g in (1, 2, 4, 8)),
-    *(case(f"groups{g}-in{c}-out{o}", (1, c, 5, 6), o, 3, groups=g) for g, c, o in ((2, 34, 66), (3, 51, 9), (4, 4, 68))),
-    *(case(f"depthwise{c}x{m}", (2, c, 7, 6), c * m, 3, padding=1, groups=c) for c in (1, 5, 17, 32) for m in (1, 2, 3)),
+    *(
+        case(f"groups{g}-in{c}-out{o}", (1, c, 5, 6), o, 3, groups=g)
+        for g, c, o in ((2, 34, 66), (3, 51, 9), (4, 4, 68))
+    ),
+    *(
+        case(f"depthwise{c}x{m}", (2, c, 7, 6), c * m, 3, padding=1, groups=c)
+        for c in (1, 5, 17, 32)
+        for m in (1, 2, 3)
+    ),
     case("depthwise-s2", (2, 20, 9, 9), 20, 3, stride=2, padding=1, groups=20),
 ]
 
@@ -183,7 +192,8 @@ CASES = [
 # A few that stand for all of them where a test is about something other than geometry.
 SELECTED_NAMES = (
     "K27 batch5-s2 stride3-k2 groups4 depthwise17x2 k5x2-s2x1 dilation-s2 padding0123 stride-beyond-kernel "
-    "kernel-is-input 1x1-s2 1x1-s3x2 no-padding no-padding-groups row13-k3 out33 in65 both17 bands-images pixel-k3 depth257"
+    "kernel-is-input 1x1-s2 1x1-s3x2 no-padding no-padding-groups row13-k3 out33 in65 both17 bands-images pixel-k3 "
+    "depth257"
 )
 SELECTED = [c for c in CASES if c.name in SELECTED_NAMES.split()]
 assert len(SELECTED) == len(SELECTED_NAMES.split()) and len({c.name for c in CASES}) == len(CASES)
@@ -220,7 +230,7 @@ def generator(case: Case) -> torch.Generator:
     return torch.Generator().manual_seed(zlib.crc32(case.name.encode()))
 
 
-@lru_cache(maxsize=None)
+@cache
 def exact_inputs(case: Case, offset: int = 0) -> Inputs:
     """Small multiples of 1/4: no sum of any pass rounds in float32, and the inputs are numbers of every dtype.
 
@@ -235,13 +245,24 @@ def exact_inputs(case: Case, offset: int = 0) -> Inputs:
     return Inputs(x, w, draw(case.y_shape, 4), draw((case.C_out,), 4))
 
 
-@lru_cache(maxsize=None)
+@cache
 def random_inputs(case: Case, dtype: torch.dtype, x_scale=1.0, w_scale=1.0, offset=0.0) -> Inputs:
     """Normal numbers, rounded to `dtype`: every computation starts from the same bits."""
     g = generator(case)
     shapes = case.x_shape, case.w_shape, case.y_shape, (case.C_out,)
     x, w, grad_y, bias = (torch.randn(shape, generator=g, dtype=torch.float64) for shape in shapes)
     return Inputs(x * x_scale + offset, w * w_scale + offset, grad_y, bias * x_scale).to(dtype)
+
+
+@contextmanager
+def one_thread():
+    """For runs of many small operations, where threads only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def compute(name: str, case: Case, inputs: Inputs, bias: bool = True) -> torch.Tensor:
@@ -253,6 +274,7 @@ def compute(name: str, case: Case, inputs: Inputs, bias: bool = True) -> torch.T
     return op(i.grad_y, i.x, i.w, *case.geometry)
 
 
+@one_thread()
 def define(name: str, case: Case, inputs: Inputs, bias: bool = True) -> torch.Tensor:
     """One pass by the reference definition, in float64."""
     i = inputs.to(torch.float64)
@@ -262,7 +284,7 @@ def define(name: str, case: Case, inputs: Inputs, bias: bool = True) -> torch.Te
     return op(i.grad_y, i.x, i.w, *case.geometry)
 
 
-@lru_cache(maxsize=None)
+@cache
 def exact_result(name: str, case: Case, offset: int = 0) -> torch.Tensor:
     return define(name, case, exact_inputs(case, offset))
 
@@ -276,8 +298,10 @@ def assert_same(got: torch.Tensor, want: torch.Tensor, what: str) -> None:
     wrong = ~((got == want) | (got.isnan() & want.isnan()))
     if wrong.any():
         at = tuple(wrong.nonzero()[0].tolist())
-        raise AssertionError(f"{what}: {int(wrong.sum())} of {got.numel()} differ, first at {at}: "
-                             f"got {got[at].item()}, expected {want[at].item()}")
+        raise AssertionError(
+            f"{what}: {int(wrong.sum())} of {got.numel()} differ, first at {at}: "
+            f"got {got[at].item()}, expected {want[at].item()}"
+        )
 
 
 def sliced(t: torch.Tensor) -> torch.Tensor:

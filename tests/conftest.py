@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+
 from adderops import _ops  # noqa: F401  (loads the operators)
 
 
@@ -24,7 +25,9 @@ def _backends():
     sets = {"x86_64": ["baseline", "avx2", "avx512"], "aarch64": ["neon"]}.get(platform.machine(), ["baseline"])
     for isa in dict.fromkeys([*sets, *runnable]):
         reason = f"the instruction set {isa} does not run here: this library and processor have {', '.join(runnable)}"
-        yield pytest.param(Backend("cpu", isa), id=f"cpu-{isa}", marks=pytest.mark.skipif(isa not in runnable, reason=reason))
+        yield pytest.param(
+            Backend("cpu", isa), id=f"cpu-{isa}", marks=pytest.mark.skipif(isa not in runnable, reason=reason)
+        )
 
 
 @pytest.fixture(params=_backends())

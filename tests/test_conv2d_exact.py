@@ -29,7 +29,9 @@ def operands(name: str, inputs: Inputs) -> list[str]:
 
 
 def rearranged(inputs: Inputs, **how) -> Inputs:
-    return Inputs(**{field: how.get(field, lambda t: t)(getattr(inputs, field)) for field in ("x", "w", "grad_y", "bias")})
+    return Inputs(
+        **{field: how.get(field, lambda t: t)(getattr(inputs, field)) for field in ("x", "w", "grad_y", "bias")}
+    )
 
 
 @pytest.mark.parametrize("name", PASSES)
@@ -50,7 +52,10 @@ def test_random_geometries(name, backend):
         c = random_case(seed)
         pick = list(FORMATS.values())
         arranged = rearranged(
-            exact_inputs(c).to(torch.float32, backend.device), x=pick[seed % 2], w=pick[seed // 2 % 2], grad_y=pick[seed // 4 % 2]
+            exact_inputs(c).to(torch.float32, backend.device),
+            x=pick[seed % 2],
+            w=pick[seed // 2 % 2],
+            grad_y=pick[seed // 4 % 2],
         )
         assert_same(compute(name, c, arranged), exact_result(name, c).float(), f"{name} of {c!r}")
 
@@ -119,4 +124,6 @@ def test_bias_view(backend):
     c = case("bias", (2, 3, 4, 4), 33, 2)
     inputs = exact_inputs(c).to(torch.float32, backend.device)
     bias = torch.full((67,), float("nan"), device=backend.device)[1::2].copy_(inputs.bias)
-    assert_same(compute("forward", c, rearranged(inputs, bias=lambda _: bias)), exact_result("forward", c).float(), "bias")
+    assert_same(
+        compute("forward", c, rearranged(inputs, bias=lambda _: bias)), exact_result("forward", c).float(), "bias"
+    )

@@ -23,7 +23,9 @@ LAYERS = [
 def test_bitwise_equal_for_any_number_of_threads(c, name, backend, set_threads):
     inputs = random_inputs(c, torch.float32)
     for form, how in FORMATS.items():
-        arranged = Inputs(how(inputs.x), how(inputs.w), how(inputs.grad_y), inputs.bias).to(torch.float32, backend.device)
+        arranged = Inputs(how(inputs.x), how(inputs.w), how(inputs.grad_y), inputs.bias).to(
+            torch.float32, backend.device
+        )
         results = []
         # 1 twice: a result that changes from call to call is no better
         for threads in (1, 1, 2, 3, 5):
@@ -31,7 +33,9 @@ def test_bitwise_equal_for_any_number_of_threads(c, name, backend, set_threads):
             results.append(compute(name, c, arranged).cpu())
         for threads, result in zip((1, 2, 3, 5), results[1:], strict=True):
             different = (result.view(torch.int32) != results[0].view(torch.int32)).sum().item()
-            assert not different, f"{name} of {c!r}, {form}: {different} of {result.numel()} differ with {threads} threads"
+            assert not different, (
+                f"{name} of {c!r}, {form}: {different} of {result.numel()} differ with {threads} threads"
+            )
 
 
 @pytest.mark.parametrize("dtype", (torch.float64, torch.bfloat16, torch.float16), ids=str)
@@ -51,7 +55,11 @@ def test_concurrent_callers(backend, set_threads):
     from concurrent.futures import ThreadPoolExecutor
 
     set_threads(2)
-    work = [(name, c, random_inputs(c, torch.float32).to(torch.float32, backend.device)) for name in PASSES for c in SELECTED]
+    work = [
+        (name, c, random_inputs(c, torch.float32).to(torch.float32, backend.device))
+        for name in PASSES
+        for c in SELECTED
+    ]
     want = [compute(*w) for w in work]
     with ThreadPoolExecutor(2) as pool:
         for _ in range(3):

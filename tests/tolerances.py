@@ -1,7 +1,8 @@
 """How far a correct result may be from the float64 reference: derived from the arithmetic, tuned nowhere.
 
-Rounding to nearest gives fl(a op b) = (a op b)(1 + d), |d| <= u, u = eps/2.  A sum of n terms, in any order, is then off
-by at most gamma_n * sum|terms|, gamma_n = n*u/(1 - n*u) (Higham, Accuracy and Stability of Numerical Algorithms, 4.2).
+Rounding to nearest gives fl(a op b) = (a op b)(1 + d), |d| <= u, u = eps/2.  A sum of n terms, in any order, is then
+off by at most gamma_n * sum|terms|, gamma_n = n*u/(1 - n*u) (Higham, Accuracy and Stability of Numerical Algorithms,
+section 4.2).
 When the d are independent with mean zero, as for random data, n may be replaced by lambda*sqrt(n) but for a
 probability of 2n*exp(-lambda^2/2) (Higham and Mary, SIAM J. Sci. Comput. 41, 2019, theorem 2.4).  lambda = 9 makes that
 3e-18*n an element: below 1e-6 for all the elements of the suite together.
@@ -13,15 +14,14 @@ The terms are those of the least favourable form that a backend may choose:
 The halves are summed in float32; the inputs are what they are, and the sum is rounded once more to the output's dtype.
 """
 
-import itertools
 import math
 
 import torch
 import torch.nn.functional as F
-from cases import Case, Inputs
+from cases import Case, Inputs, one_thread
 
 LAMBDA = 9.0
-# Where the forward's three sums cancel it must take the direct form.  The documented bound: they may exceed |Y| 32 times.
+# Where the forward's three sums cancel it takes the direct form: |sum x + sum w| may be this many times |Y|.
 CANCELLATION = 32
 
 
@@ -36,46 +36,42 @@ def gamma(roundings: int, dtype: torch.dtype) -> float:
     return n * u / (1 - n * u)
 
 
-def sums_of_terms(name: str, case: Case, inputs: Inputs) -> torch.Tensor:
-    """sum|terms| of every element of a pass, in float64."""
+def sums_of_terms(name: str, case: Case, inputs: Inputs, want: torch.Tensor) -> torch.Tensor:
+    """A bound of sum|terms| for every element of a pass, itself a convolution, in float64."""
     i = inputs.to(torch.float64)
+    x, w, grad_y = i.x.abs(), i.w.abs(), i.grad_y.abs()
     top, bottom, left, right = case.padding
     pad = (left, right, top, bottom)
-    _, _, oh, ow = case.y_shape
-    x = F.pad(i.x, pad).unflatten(1, (case.groups, 1, -1))  # (N, groups, 1, C_in/groups, H, W)
-    w = i.w.unflatten(0, (case.groups, -1))  # (groups, C_out/groups, C_in/groups, KH, KW)
-    grad_y = i.grad_y.abs().unflatten(1, (case.groups, -1)).unsqueeze(3)  # (N, groups, C_out/groups, 1, OH, OW)
-    shape = {"forward": grad_y.squeeze(3).shape, "grad_x": x.squeeze(2).shape, "grad_w": w.shape}[name]
-    result = torch.zeros(shape, dtype=torch.float64)
-    # some channels at a time, so that temporaries stay in the cache
-    step = max(1, 2**16 // grad_y.numel())
-    taps = itertools.product(range(case.KH), range(case.KW), range(0, w.size(2), step))
-    for kh, kw, ci in taps:
-        begin, channels = (kh * case.dilation[0], kw * case.dilation[1]), slice(ci, ci + step)
-        at = tuple(slice(b, b + (n - 1) * s + 1, s) for b, n, s in zip(begin, (oh, ow), case.stride, strict=True))
-        x_k, w_k = x[:, :, :, channels, at[0], at[1]], w[:, :, channels, kh, kw, None, None]
-        if name == "forward":
-            result += (x_k.abs() + w_k.abs() + 2 * torch.minimum(x_k, w_k).abs()).sum(3)
-        elif name == "grad_w":
-            result[:, :, channels, kh, kw] = (grad_y * (x_k.abs() + w_k.abs())).sum((0, 4, 5))
-        else:
-            result[:, :, channels, at[0], at[1]] += (grad_y * (w_k - x_k).clamp(-1, 1).abs()).sum(2)
-    result = result.flatten(0, 1) if name == "grad_w" else result.flatten(1, 2)
-    return F.pad(result, [-p for p in pad]) if name == "grad_x" else result
+    geometry = case.stride, 0, case.dilation, case.groups
+    padded = F.pad(x, pad)
+    if name == "forward":  # 2|min(x,w)| = |x + w - |x - w|| <= |x| + |w| + |x - w|
+        sums = F.conv2d(padded, torch.ones_like(w), None, *geometry) + w.sum((1, 2, 3))[:, None, None]
+        return 2 * sums + want.abs() + 2 * i.bias.abs()[:, None, None]
+    if name == "grad_w":
+        sums = torch.nn.grad.conv2d_weight(padded, w.shape, grad_y, *geometry)
+        return sums + w * grad_y.sum((0, 2, 3))[:, None, None, None]
+    # |clamp(w - x)| <= 1 and <= |w| + |x|
+    of_w, of_one = (torch.nn.grad.conv2d_input(padded.shape, v, grad_y, *geometry) for v in (w, torch.ones_like(w)))
+    of_w, of_one = (F.pad(v, [-p for p in pad]) for v in (of_w, of_one))
+    return torch.minimum(of_one, of_w + x * of_one)
 
 
-def tolerance(name: str, case: Case, inputs: Inputs) -> torch.Tensor:
+@one_thread()
+def tolerance(name: str, case: Case, inputs: Inputs, want: torch.Tensor) -> torch.Tensor:
     """Bound of |sum - reference| for every element, before the sum is rounded to the dtype of the tensors.
 
     n terms, two more roundings inside each (x - w and the product), two for putting the partial sums together, one for
-    the bias; the reference, itself rounded, gets the same in float64.  A product may underflow, by half the least number.
+    the bias; the reference, itself rounded, gets the same in float64.  A product may underflow, by half the least
+    number.
     """
     dtype = inputs.x.dtype
     n = case.terms[name] + 5
-    sums = sums_of_terms(name, case, inputs)
-    if name == "forward":
-        sums = sums + inputs.bias.double().abs()[:, None, None]
-    least = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).smallest_normal * 2 * unit_roundoff(dtype)
+    sums = sums_of_terms(name, case, inputs, want)
+    least = (
+        torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).smallest_normal
+        * 2
+        * unit_roundoff(dtype)
+    )
     return (gamma(n, dtype) + gamma(n, torch.float64)) * sums + (n * least if name != "forward" else 0)
 
 
