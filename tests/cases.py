@@ -132,7 +132,14 @@ PEER_CASES = [
         for c in (1, 5, 17, 32)
         for m in (1, 2, 3)
     ),
+    *(
+        case(f"depthwise{c}", (2, c, 5, 4), c, (2, 3), padding=(0, 1), groups=c)
+        for c in (4, 15, 16, 31, 48, 64, 65, 130)
+    ),
+    case("depthwise65x2", (1, 65, 4, 5), 130, 3, groups=65),
     case("depthwise-s2", (2, 20, 9, 9), 20, 3, stride=2, padding=1, groups=20),
+    case("depthwise-bands", (1, 64, 40, 33), 64, 3, stride=(2, 1), padding=1, groups=64),
+    case("depthwise-images", (70, 9, 6, 6), 9, 3, padding=1, groups=9),
 ]
 
 GEOMETRY_CASES = [

@@ -30,15 +30,17 @@ def _backends():
         )
 
 
-@pytest.fixture(params=_backends())
-def backend(request, monkeypatch):
-    monkeypatch.setenv("ADDEROPS_CPU_ISA", request.param.isa)
-    return request.param
-
-
 @pytest.fixture
 def set_threads():
     """torch.set_num_threads, undone after the test."""
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
+
+
+@pytest.fixture(params=_backends())
+def backend(request, monkeypatch, set_threads):
+    """On one thread, unless the test sets more: on small shapes threads mostly wait for each other."""
+    monkeypatch.setenv("ADDEROPS_CPU_ISA", request.param.isa)
+    set_threads(1)
+    return request.param

@@ -47,8 +47,9 @@ def test_every_geometry_in_both_formats(case, name, backend):
 
 
 @pytest.mark.parametrize("name", PASSES)
-def test_random_geometries(name, backend):
-    for seed in range(150):
+def test_random_geometries(name, backend, set_threads):
+    for seed in range(200):
+        set_threads(1 + seed % 3)
         c = random_case(seed)
         pick = list(FORMATS.values())
         arranged = rearranged(
