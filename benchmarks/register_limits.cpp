@@ -132,7 +132,8 @@ struct Constants {
 struct Convolution {  // a term of F.conv2d, and of grad_w
   static constexpr const char* name = "convolution: fma";
   static constexpr bool kHolds = false;
-  template <int> static Vec term(Vec acc, const float* row, Vec col, Vec, const Constants&) {
+  template <int>
+  static Vec term(Vec acc, const float* row, Vec col, Vec, const Constants&) {
     return fma_scalar(row, col, acc);
   }
 };
@@ -140,7 +141,8 @@ struct Convolution {  // a term of F.conv2d, and of grad_w
 struct MinAdd {
   static constexpr const char* name = "forward: min add";
   static constexpr bool kHolds = false;
-  template <int> static Vec term(Vec acc, const float* row, Vec col, Vec, const Constants&) {
+  template <int>
+  static Vec term(Vec acc, const float* row, Vec col, Vec, const Constants&) {
     return acc + min_scalar(row, col);
   }
 };
@@ -148,7 +150,8 @@ struct MinAdd {
 struct SubAbsAdd {
   static constexpr const char* name = "forward direct: sub abs add";
   static constexpr bool kHolds = false;
-  template <int> static Vec term(Vec acc, const float* row, Vec col, Vec, const Constants&) {
+  template <int>
+  static Vec term(Vec acc, const float* row, Vec col, Vec, const Constants&) {
     return acc + abs(sub_scalar(row, col));
   }
 };
@@ -156,7 +159,8 @@ struct SubAbsAdd {
 struct ClampFloat {
   static constexpr const char* name = "grad_x: sub max min fma";
   static constexpr bool kHolds = true;
-  template <int> static Vec term(Vec acc, const float* row, Vec col, Vec held, const Constants& c) {
+  template <int>
+  static Vec term(Vec acc, const float* row, Vec col, Vec held, const Constants& c) {
     return fma_scalar(row, min(max(col - held, c.minus_one), c.one), acc);
   }
 };
@@ -165,7 +169,8 @@ struct ClampFloat {
 struct MinFma {
   static constexpr const char* name = "forward: min fma";
   static constexpr bool kHolds = false;
-  template <int> static Vec term(Vec acc, const float* row, Vec col, Vec, const Constants& c) {
+  template <int>
+  static Vec term(Vec acc, const float* row, Vec col, Vec, const Constants& c) {
     return fma(min_scalar(row, col), c.one, acc);
   }
 };
@@ -173,7 +178,8 @@ struct MinFma {
 struct SubAbsFma {
   static constexpr const char* name = "forward direct: sub abs fma";
   static constexpr bool kHolds = false;
-  template <int> static Vec term(Vec acc, const float* row, Vec col, Vec, const Constants& c) {
+  template <int>
+  static Vec term(Vec acc, const float* row, Vec col, Vec, const Constants& c) {
     return fma(abs(sub_scalar(row, col)), c.one, acc);
   }
 };
@@ -181,7 +187,8 @@ struct SubAbsFma {
 struct ClampInteger {  // minima of the raw bits: signed with those of 1.0f, then unsigned with those of -1.0f
   static constexpr const char* name = "grad_x: sub 2 integer min fma";
   static constexpr bool kHolds = true;
-  template <int> static Vec term(Vec acc, const float* row, Vec col, Vec held, const Constants& c) {
+  template <int>
+  static Vec term(Vec acc, const float* row, Vec col, Vec held, const Constants& c) {
     return fma_scalar(row, min_unsigned(min_signed(col - held, c.one), c.minus_one), acc);
   }
 };
@@ -191,18 +198,21 @@ struct ClampInteger {  // minima of the raw bits: signed with those of 1.0f, the
 struct ClampFloatFms {
   static constexpr const char* name = "grad_x: fms max min fma";
   static constexpr bool kHolds = true;
-  template <int> static Vec term(Vec acc, const float* row, Vec col, Vec held, const Constants& c) {
+  template <int>
+  static Vec term(Vec acc, const float* row, Vec col, Vec held, const Constants& c) {
     return fma_scalar(row, min(max(fms(col, c.one, held), c.minus_one), c.one), acc);
   }
 };
 #endif
 
 #if defined(EMBEDDED_BROADCAST)
-// vrangeps(z, 1) is the smaller absolute value with the sign of z: the whole clamp. It shares the adder's pipes on Zen 4,
-// so kFms of every kOf subtractions move to the multiplier.
-template <int kFms, int kOf> struct ClampRange {
+// vrangeps(z, 1) is the smaller absolute value with the sign of z: the whole clamp. It shares the adder's pipes on Zen
+// 4, so kFms of every kOf subtractions move to the multiplier.
+template <int kFms, int kOf>
+struct ClampRange {
   static constexpr bool kHolds = true;
-  template <int kElement> static Vec term(Vec acc, const float* row, Vec col, Vec held, const Constants& c) {
+  template <int kElement>
+  static Vec term(Vec acc, const float* row, Vec col, Vec held, const Constants& c) {
     constexpr bool kOnMultiplier = kElement * kFms % kOf < kFms;
     const Vec z = kOnMultiplier ? fms(col, c.one, held) : col - held;
     return fma_scalar(row, range(z, c.one), acc);
@@ -237,7 +247,8 @@ inline __attribute__((always_inline)) void unrolled(std::integer_sequence<int, k
 }
 
 // Seconds of `sweeps` times kDepth * kRows * kCols * kLanes terms.
-template <class Term, int kRows, int kCols> double seconds(long sweeps) {
+template <class Term, int kRows, int kCols>
+double seconds(long sweeps) {
   constexpr auto kTile = std::make_integer_sequence<int, kRows * kCols>{};
   for (int i = 0; i < kDepth * kCols * kLanes; ++i) t_cols[i] = static_cast<float>(i * 37 % 101) / 32 - 1.5f;
   for (int i = 0; i < kDepth * kRows; ++i) t_rows[i] = static_cast<float>(i * 29 % 103) / 32 - 1.5f;
@@ -286,7 +297,8 @@ struct Loop {
 #define TILES(Term) TILE(Term, 12, 1), TILE(Term, 6, 2), TILE(Term, 12, 2), TILE(Term, 4, 4), TILE(Term, 6, 4)
 #define TILES_HELD(Term) TILE(Term, 8, 1), TILE(Term, 10, 1), TILE(Term, 12, 1), TILE(Term, 4, 2), TILE(Term, 3, 4)
 #else
-#define TILES(Term) TILE(Term, 8, 1), TILE(Term, 12, 1), TILE(Term, 6, 2), TILE(Term, 4, 2), TILE(Term, 2, 4), TILE(Term, 3, 4)
+#define TILES(Term) \
+  TILE(Term, 8, 1), TILE(Term, 12, 1), TILE(Term, 6, 2), TILE(Term, 4, 2), TILE(Term, 2, 4), TILE(Term, 3, 4)
 #define TILES_HELD(Term) TILE(Term, 4, 1), TILE(Term, 5, 1), TILE(Term, 2, 2), TILE(Term, 3, 2)
 #endif
 
