@@ -8,7 +8,19 @@ from functools import cache
 
 import pytest
 import torch
-from cases import FORMATS, PASSES, Case, Inputs, assert_same, case, compute, define, exact_inputs
+from cases import (
+    FORMATS,
+    PASSES,
+    SELECTED,
+    Case,
+    Inputs,
+    assert_same,
+    case,
+    compute,
+    define,
+    exact_inputs,
+    exact_result,
+)
 
 INF, NAN = float("inf"), float("nan")
 
@@ -117,6 +129,18 @@ def test_infinity_times_zero(name, backend):
 def test_everything_poisoned(name, field, value, backend):
     for c in SHAPES:
         check(name, c, torch.float32, backend, (field, None, value))
+
+
+@pytest.mark.parametrize("name", PASSES)
+def test_nothing_is_left_behind(name, backend):
+    """Working memory is kept from call to call: a call full of NaN does not show in the next."""
+    for c in [*SHAPES, *SELECTED]:
+        clean = exact_inputs(c)
+        dirty = poisoned(clean, *((field, None, NAN) for field in ("x", "w", "grad_y", "bias")))
+        compute(name, c, dirty.to(torch.float32, backend.device))
+        assert_same(
+            compute(name, c, clean.to(torch.float32, backend.device)), exact_result(name, c).float(), f"{name} of {c!r}"
+        )
 
 
 @pytest.mark.parametrize("value", (NAN, INF, -INF), ids=str)
