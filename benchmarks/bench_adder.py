@@ -256,7 +256,7 @@ def main(argv: Sequence[str] | None = None, layers: Sequence[Layer] | None = Non
     except register_limits.Unavailable as reason:
         print(f"\nno register-only limits, so no share of them: {reason}")
     else:
-        print(f"\nRegister-only limits\n{register_limits.table(loops, args.threads)}")
+        print(f"\nRegister-only limits\n{register_limits.table(loops)}")
         best = {
             name: register_limits.best_loop(loops, prefix, isa) for name, prefix in register_limits.PASS_LOOPS.items()
         }

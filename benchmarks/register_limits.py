@@ -1,6 +1,6 @@
 """Measures how many terms a second the arithmetic alone allows: the loops of register_limits.cpp on this machine.
 
-    python benchmarks/register_limits.py [--threads N]
+    python benchmarks/register_limits.py
 
 prints a table.  The benchmarks import `measure` and run the best loop of a pass among their contestants: a share of the
 limit then does not depend on the clock of the moment.  Needs a C++ compiler (CXX, or c++ on the path).
@@ -14,7 +14,6 @@ import platform
 import shutil
 import subprocess
 import tempfile
-import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -124,50 +123,40 @@ def best_loop(loops: Sequence[Loop], name: str, isa: str) -> Loop:
 
 
 class Together:
-    """Runs loops one after the other on all threads at once, `terms` in all: the limit of a pass or of a step."""
+    """Loops one after the other on one thread, counted for `threads` of them: the limit of a pass or of a step.
+
+    Every core has registers of its own, so the rates of the threads add up; timing one thread keeps the figure clear of
+    the worker threads that torch leaves spinning on the other cores for a while after each call.
+    """
 
     def __init__(self, loops: Sequence[Loop], threads: int, seconds: float = 0.002) -> None:
-        self._threads = threads
-        self._pool = ThreadPoolExecutor(threads)
         per_thread = seconds / sum(1 / loop.rate for loop in loops)
         self._work = [(loop, max(1, round(per_thread / loop.terms))) for loop in loops]
         self.terms = threads * sum(loop.terms * sweeps for loop, sweeps in self._work)
 
     def seconds(self, repeats: int) -> float:
-        """Seconds of the slowest thread: they start together, after a short run that wakes the cores."""
-        start = threading.Barrier(self._threads)
-
-        def run(_: int) -> float:
-            self._work[0][0].seconds(self._work[0][1])
-            start.wait()
-            return sum(loop.seconds(sweeps * repeats) for loop, sweeps in self._work)
-
-        return max(self._pool.map(run, range(self._threads)))
+        """Seconds of one thread, after a short run that wakes the core."""
+        self._work[0][0].seconds(self._work[0][1])
+        return sum(loop.seconds(sweeps * repeats) for loop, sweeps in self._work)
 
 
-def table(loops: Sequence[Loop], threads: int) -> str:
-    """Gterm/s of every loop, a column per instruction set, and of the best one on `threads` threads."""
+def table(loops: Sequence[Loop]) -> str:
+    """Gterm/s of every loop on one thread, a column per instruction set."""
     variants = list(dict.fromkeys(loop.variant for loop in loops))
-    names = sorted(dict.fromkeys(loop.name for loop in loops))
-    titles = [*variants, f"best, {threads} thr."]
-    lines = [f"{'Gterm/s, one thread (tile)':36}" + "".join(f"{title:>15}" for title in titles)]
-    for name in names:
-        cells, of_name = [], {loop.variant: loop for loop in loops if loop.name == name}
-        for variant in variants:
-            loop = of_name.get(variant)
-            cells.append(f"{loop.rate / 1e9:.1f} ({loop.tile[0]}x{loop.tile[1]})" if loop else "-")
-        together = Together([max(of_name.values(), key=lambda loop: loop.rate)], threads)
-        cells.append(f"{max(together.terms / together.seconds(1) for _ in range(5)) / 1e9:.1f}")
-        lines.append(f"{name:36}" + "".join(f"{cell:>15}" for cell in cells))
+    lines = [f"{'Gterm/s, one thread (tile)':36}" + "".join(f"{variant:>15}" for variant in variants)]
+    for name in sorted(dict.fromkeys(loop.name for loop in loops)):
+        of_name = {loop.variant: loop for loop in loops if loop.name == name}
+        cells = (of_name.get(variant) for variant in variants)
+        row = (f"{loop.rate / 1e9:.1f} ({loop.tile[0]}x{loop.tile[1]})" if loop else "-" for loop in cells)
+        lines.append(f"{name:36}" + "".join(f"{cell:>15}" for cell in row))
     return "\n".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="threads of the last column")
-    args = parser.parse_args()
+    parser.parse_args()
     try:
-        print(table(measure(), args.threads))
+        print(table(measure()))
     except Unavailable as reason:
         raise SystemExit(f"no register-only limits: {reason}") from None
 

@@ -162,6 +162,7 @@ Tensor adder_conv2d_grad_w(const Tensor& grad_y, const Tensor& x, const Tensor& 
   args.grad_y = operand(grad_y);
   Tensor grad_w = empty_in_format_of(w, {p.C_out, p.C_in / p.groups, p.KH, p.KW});
   args.out = operand(grad_w);
+  if (!grad_y.numel()) return torch::stable::zero_(grad_w);  // an empty batch: a sum of nothing
   collapse_full_kernel(&args, true);
   execute(kernels_for(op, args.type).grad_w, args);
   return grad_w;
