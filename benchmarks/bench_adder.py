@@ -319,8 +319,8 @@ def _plot(path: Path, result: dict, results: Results) -> None:
         if len(shares) == len(results.layers):
             bars[f"{name} / register-only limit"] = shares
     about = result["machine"]
-    where = ", ".join(str(about[key]) for key in ("cpu", "instruction_set", "date"))
-    title = f"adder convolution, {about['threads']} threads, {where}"
+    machine = f"{about['cpu']}, {about['instruction_set']}, {about['threads']} threads, {about['date'][:10]}"
+    title = f"adder convolution, {machine}"
     report.plot_ratios(path, title, results.layers, bars, "ratio of terms per second (contiguous)")
 
 

@@ -31,6 +31,7 @@ SHAPES = [
     case("padding-beyond-kernel", (1, 4, 3, 3), 6, 2, padding=3),
     case("stride-beyond-kernel", (2, 5, 9, 8), 17, 2, stride=(3, 4)),
     case("stride2", (1, 17, 7, 8), 9, 3, stride=2, padding=1),
+    case("unreached-border", (2, 16, 8, 10), 9, 3, stride=2),
     case("pointwise", (2, 33, 3, 5), 40, 1),
     case("pointwise-s2", (1, 16, 5, 5), 16, 1, stride=2),
     case("groups", (1, 12, 5, 5), 18, 3, padding=1, groups=3),
