@@ -4,7 +4,15 @@
 //   with ih = oh*stride_h + kh*dilation_h - pad_top and iw likewise; X is zero outside [0,H) x [0,W).
 // As a matrix: M = C_out, P = N*OH*OW, K = C_in/groups*KH*KW.
 #pragma once
+#if defined(__CUDACC_RTC__)  // NVRTC has no C headers
+typedef unsigned short uint16_t;
+typedef int int32_t;
+typedef unsigned int uint32_t;
+typedef long long int64_t;
+typedef unsigned long long uint64_t;
+#else
 #include <stdint.h>
+#endif
 
 namespace adderops {
 

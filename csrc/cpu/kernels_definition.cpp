@@ -1,5 +1,5 @@
 // float64 (and, before SIMD, every type) by the plain loops of definition.h: one task is one plane of the output.
-#include "definition.h"
+#include "../definition.h"
 #include "kernels.h"
 
 namespace adderops {

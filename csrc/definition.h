@@ -1,5 +1,6 @@
 // The three passes, one output element at a time, straight from the formula: what float64 runs, and what the SIMD
-// kernels call for the few elements where their faster arithmetic would treat infinities or NaNs differently.
+// and CUDA kernels call for the few elements where their faster arithmetic would cancel or treat infinities or NaNs
+// differently.
 //
 //   forward   Y[n,co,p]  = -sum_k |X[n,k,p] - W[co,k]|
 //   grad_w    dW[co,k]   = sum_p dY[co,p] * (X[k,p] - W[co,k])                 not the derivative, which is sgn(X - W)
@@ -8,7 +9,7 @@
 //
 // Sums run in float for float32 and the halves, in double for float64.  A sum that is NaN stays so: loops end there.
 #pragma once
-#include "../conv2d_problem.h"
+#include "conv2d_problem.h"
 #include "elements.h"
 
 namespace adderops {
@@ -24,12 +25,12 @@ struct Sum<double> {
 };
 
 template <typename T>
-static inline typename Sum<T>::type element(const Operand& o, int64_t a, int64_t b, int64_t c, int64_t d) {
+ADDEROPS_SHARED_CODE typename Sum<T>::type element(const Operand& o, int64_t a, int64_t b, int64_t c, int64_t d) {
   return to_float(static_cast<const T*>(o.data)[a * o.stride[0] + b * o.stride[1] + c * o.stride[2] + d * o.stride[3]]);
 }
 
 template <typename T>
-static typename Sum<T>::type forward(const Conv2dArgs& args, int64_t n, int64_t co, int64_t oh, int64_t ow) {
+ADDEROPS_SHARED_CODE typename Sum<T>::type forward(const Conv2dArgs& args, int64_t n, int64_t co, int64_t oh, int64_t ow) {
   const Conv2dProblem& p = args.problem;
   const int64_t channels = p.C_in / p.groups, c0 = co / (p.C_out / p.groups) * channels;
   typename Sum<T>::type sum = 0;
@@ -48,7 +49,7 @@ static typename Sum<T>::type forward(const Conv2dArgs& args, int64_t n, int64_t 
 }
 
 template <typename T>
-static typename Sum<T>::type grad_x(const Conv2dArgs& args, int64_t n, int64_t ci, int64_t ih, int64_t iw) {
+ADDEROPS_SHARED_CODE typename Sum<T>::type grad_x(const Conv2dArgs& args, int64_t n, int64_t ci, int64_t ih, int64_t iw) {
   const Conv2dProblem& p = args.problem;
   const int64_t channels = p.C_in / p.groups, filters = p.C_out / p.groups, co0 = ci / channels * filters;
   const typename Sum<T>::type x = element<T>(args.x, n, ci, ih, iw);
@@ -71,7 +72,7 @@ static typename Sum<T>::type grad_x(const Conv2dArgs& args, int64_t n, int64_t c
 }
 
 template <typename T>
-static typename Sum<T>::type grad_w(const Conv2dArgs& args, int64_t co, int64_t ci, int64_t kh, int64_t kw) {
+ADDEROPS_SHARED_CODE typename Sum<T>::type grad_w(const Conv2dArgs& args, int64_t co, int64_t ci, int64_t kh, int64_t kw) {
   const Conv2dProblem& p = args.problem;
   const int64_t channels = p.C_in / p.groups, c = co / (p.C_out / p.groups) * channels + ci;
   const typename Sum<T>::type w = element<T>(args.w, co, ci, kh, kw);
