@@ -1,16 +1,22 @@
-"""Builds the extension `adderops._C`; everything that needs no code is in pyproject.toml.
+"""Builds the extensions `adderops._C` and, with a CUDA toolkit, `adderops._cuda`; the rest is in pyproject.toml.
 
-ADDEROPS_CUDA = auto (default) | 0 | 1 asks for the CUDA kernels; MAX_JOBS bounds the compiler processes.
+ADDEROPS_CUDA = auto (default) | 0 | 1 asks for the CUDA kernels, TORCH_CUDA_ARCH_LIST for their architectures; MAX_JOBS
+bounds the compiler processes.
 """
 
 import os
 import sys
 from glob import glob
+from pathlib import Path
 
-from setuptools import setup
+import torch
+from setuptools import Extension, setup
 from torch.utils import cpp_extension
 
-# The oldest torch in which the binary must load: 2.13.  LibTorch's stable ABI makes one build serve every later one.
+sys.path.insert(0, str(Path(__file__).resolve().parent / "_build"))
+from cuda_toolkit import Toolkit, Unavailable, arch_list, choose_toolkit
+
+# The oldest torch in which the binaries must load: 2.13.  LibTorch's stable ABI makes one build serve every later one.
 TORCH_TARGET_VERSION = "0x020d000000000000"
 
 CXX_FLAGS = [
@@ -20,43 +26,84 @@ CXX_FLAGS = [
     "-ffp-contract=off",
     f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}",
 ]
+# The same for kernels of the GPU; --threads: the architectures of one file side by side.
+NVCC_FLAGS = ["-O3", "--compiler-options=-fvisibility=hidden", "--fmad=false", "--threads=2"]
 
 
-def check_cuda_request() -> None:
-    """Ends the build where CUDA kernels are demanded: a CPU build in their place would be a silent surprise."""
-    value = os.environ.get("ADDEROPS_CUDA", "auto").lower()
-    if value == "1":
-        sys.exit("ADDEROPS_CUDA=1: this version of adderops has CPU kernels only; unset it, or set it to 0 or auto")
-    if value not in ("auto", "0"):
-        sys.exit(f"ADDEROPS_CUDA: expected auto, 0 or 1, got {value!r}")
+def headers() -> list[str]:
+    return sorted(path for kind in ("h", "inc", "cuh") for path in glob(f"csrc/**/*.{kind}", recursive=True))
+
+
+def cpu_extension() -> Extension:
+    return cpp_extension.CppExtension(
+        "adderops._C",
+        sources=sorted(["csrc/ops.cpp", "csrc/checks.cpp", *glob("csrc/cpu/*.cpp")]),
+        depends=headers(),
+        include_dirs=["csrc"],
+        extra_compile_args={"cxx": CXX_FLAGS},
+        extra_link_args=["-s"],
+        py_limited_api=True,
+    )
+
+
+def cuda_extension(toolkit: Toolkit, archs: str) -> Extension:
+    """The runtime is linked statically and its symbols stay inside: the library needs nothing of torch's CUDA."""
+    return cpp_extension.CppExtension(
+        "adderops._cuda",
+        sources=sorted(["csrc/checks.cpp", *glob("csrc/cuda/*.cpp"), *glob("csrc/cuda/*.cu")]),
+        depends=headers(),
+        include_dirs=["csrc", str(toolkit.include)],
+        library_dirs=[str(toolkit.libraries)],
+        libraries=["cudart_static", "dl", "rt", "pthread"],
+        extra_compile_args={"cxx": [*CXX_FLAGS, f'-DADDEROPS_CUDA_ARCHS="{archs}"'], "nvcc": NVCC_FLAGS},
+        extra_link_args=["-s", "-Wl,--exclude-libs,ALL"],
+        py_limited_api=True,
+    )
+
+
+def extensions() -> tuple[list[Extension], str]:
+    """The libraries to build, and a line that says why these."""
+    try:
+        toolkit, reason = choose_toolkit(os.environ, torch.version.cuda)
+        if not toolkit:
+            return [cpu_extension()], f"CPU kernels only ({reason})"
+        archs = arch_list(os.environ, toolkit.architectures())
+    except (Unavailable, ValueError) as error:
+        sys.exit(str(error))
+    # what torch would guess here: a toolkit beside a wrapper script, the architectures of visible GPUs
+    cpp_extension.CUDA_HOME = str(toolkit.home)
+    os.environ["TORCH_CUDA_ARCH_LIST"] = archs
+    return [cpu_extension(), cuda_extension(toolkit, archs)], f"CPU kernels and CUDA kernels for {archs} ({reason})"
 
 
 class BuildExtension(cpp_extension.BuildExtension):
-    """Leaves the library beside the sources too.
+    """Leaves the libraries beside the sources too, and none of an earlier build that this one does not make.
 
     Python started in the checkout finds ./adderops before the installed package (`python -m adderops.info` there, say),
     so `pip install .` has to make that folder importable as well.
     """
 
     def run(self) -> None:
+        print(f"adderops: {DECISION}", flush=True)
+        if not any(extension.name == "adderops._cuda" for extension in self.extensions):
+            for folder in (".", self.build_lib):
+                for left_over in Path(folder, "adderops").glob("_cuda.*so"):
+                    left_over.unlink()
         super().run()
         if not self.inplace:
             self.copy_extensions_to_source()
 
+    def build_extension(self, ext: Extension) -> None:
+        # objects of their own for each library: both have csrc/checks.cpp, compiled with different flags
+        folder = self.build_temp
+        self.build_temp = str(Path(folder, ext.name))
+        super().build_extension(ext)
+        self.build_temp = folder
 
-check_cuda_request()
+
+EXTENSIONS, DECISION = extensions()
 setup(
-    ext_modules=[
-        cpp_extension.CppExtension(
-            "adderops._C",
-            sources=sorted(["csrc/ops.cpp", "csrc/checks.cpp", *glob("csrc/cpu/*.cpp")]),
-            depends=sorted(glob("csrc/**/*.h", recursive=True) + glob("csrc/**/*.inc", recursive=True)),
-            include_dirs=["csrc"],
-            extra_compile_args={"cxx": CXX_FLAGS},
-            extra_link_args=["-s"],
-            py_limited_api=True,
-        )
-    ],
+    ext_modules=EXTENSIONS,
     cmdclass={"build_ext": BuildExtension},
     options={"bdist_wheel": {"py_limited_api": "cp310"}},
 )

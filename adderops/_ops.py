@@ -4,6 +4,7 @@ The only file that says `torch.ops.adderops`.  The schemas are in csrc/ops.cpp.
 """
 
 from collections.abc import Sequence
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
@@ -16,11 +17,31 @@ except ImportError as error:
         "build it with `pip install .` in the checkout"
     ) from error
 
+
+def _load_cuda_kernels() -> str | None:
+    """Registers the CUDA kernels, or returns why there are none and what to do about it."""
+    if not torch.backends.cuda.is_built():
+        return "this torch is built without CUDA: install one that is with it, then adderops again"
+    build = "run `ADDEROPS_CUDA=1 pip install .` in the checkout"
+    if find_spec("adderops._cuda") is None:
+        toolkit = f"the CUDA toolkit {str(torch.version.cuda).split('.')[0]}"
+        return f"adderops was built without them: install {toolkit} (CUDA_HOME says where), then {build}"
+    try:
+        from adderops import _cuda  # noqa: F401  (registers the CUDA kernels)
+    except ImportError as error:  # the CPU kernels are none the worse for it
+        return f"the compiled library adderops/_cuda.abi3.so does not load ({error}): {build}"
+    return None
+
+
+# None where they are registered; a GPU in this machine is another question
+CUDA_KERNELS_MISSING = _load_cuda_kernels()
+
 adder_conv2d = torch.ops.adderops.adder_conv2d.default
 adder_conv2d_grad_x = torch.ops.adderops.adder_conv2d_grad_x.default
 adder_conv2d_grad_w = torch.ops.adderops.adder_conv2d_grad_w.default
 cpu_isa = torch.ops.adderops._cpu_isa.default
 cpu_isas = torch.ops.adderops._cpu_isas.default
+cuda_archs = torch.ops.adderops._cuda_archs.default  # only with CUDA kernels
 
 
 # --- fake kernels: shape, dtype and memory format without data, for torch.compile and the meta device ---

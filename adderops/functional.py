@@ -86,8 +86,10 @@ def _check_tensors(input: Tensor, weight: Tensor, bias: Tensor | None, groups: i
             raise _bad(name, f"the dtype of input, {input.dtype}", tensor.dtype, TypeError)
         if tensor.device != input.device:
             raise _bad(name, f"the device of input, {input.device}", tensor.device)
-    if input.device.type not in ("cpu", "meta"):
-        raise _bad("input", "a tensor on the CPU (this version has CPU kernels only)", input.device)
+    if input.device.type == "cuda" and _ops.CUDA_KERNELS_MISSING:
+        raise _bad("input", f"a tensor on the CPU (no CUDA kernels: {_ops.CUDA_KERNELS_MISSING})", input.device)
+    if input.device.type not in ("cpu", "cuda", "meta"):
+        raise _bad("input", "a tensor on the CPU or a CUDA device", input.device)
 
     if input.dim() not in (3, 4):
         raise _bad("input", "shape (N, C_in, H, W) or (C_in, H, W)", tuple(input.shape))

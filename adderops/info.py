@@ -9,10 +9,17 @@ import adderops
 from adderops import _ops
 
 
+def _cuda_kernels() -> str:
+    if _ops.CUDA_KERNELS_MISSING:
+        return f"none: {_ops.CUDA_KERNELS_MISSING}"
+    return f"for {', '.join(_ops.cuda_archs().split(';'))}"
+
+
 def _devices() -> str:
     if not torch.cuda.is_available():
         return "none"
-    return ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
+    found = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    return ", ".join(f"{device.name} ({device.major}.{device.minor})" for device in found)
 
 
 _LINES: dict[str, Callable[[], str]] = {
@@ -22,7 +29,7 @@ _LINES: dict[str, Callable[[], str]] = {
     "instruction set in use": lambda: _ops.cpu_isa(),
     "instruction sets here": lambda: ", ".join(_ops.cpu_isas()),
     "threads": lambda: str(torch.get_num_threads()),
-    "CUDA kernels": lambda: "not in this version (CPU kernels only)",
+    "CUDA kernels": _cuda_kernels,
     "CUDA devices": _devices,
 }
 
@@ -30,8 +37,8 @@ _LINES: dict[str, Callable[[], str]] = {
 def describe() -> dict[str, str]:
     """Returns the lines of `python -m adderops.info`; a line that cannot be found out holds its error.
 
-    >>> describe()["CUDA kernels"]
-    'not in this version (CPU kernels only)'
+    >>> describe()["CUDA kernels"].startswith(("for ", "none: "))
+    True
     """
     answers = {}
     for name, ask in _LINES.items():

@@ -4,6 +4,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <initializer_list>
 #include <limits>
 
 namespace adderops {
@@ -60,6 +61,15 @@ int64_t out_size(const char* op, const char* axis, int64_t size, int64_t before,
   return (padded - span) / stride + 1;
 }
 
+// How (C, H, W) lie in one piece, if they do.
+enum class Order { kOther, kChannelsFirst, kChannelsLast };
+Order order(const Operand& o, int64_t C, int64_t H, int64_t W) {
+  const int64_t* s = o.stride;
+  if ((W == 1 || s[3] == 1) && (H == 1 || s[2] == W) && s[1] == H * W) return Order::kChannelsFirst;
+  if ((W == 1 || s[3] == C) && (H == 1 || s[2] == W * C) && s[1] == 1) return Order::kChannelsLast;
+  return Order::kOther;
+}
+
 }  // namespace
 
 void check_tensor(const char* op, const char* name, const Tensor& tensor, const Tensor& x,
@@ -105,6 +115,21 @@ Conv2dArgs check_conv2d(const char* op, const Tensor& x, const Tensor& w, const 
 
 Operand operand(const Tensor& tensor) {
   return {tensor.data_ptr(), {tensor.stride(0), tensor.stride(1), tensor.stride(2), tensor.stride(3)}};
+}
+
+void collapse_full_kernel(Conv2dArgs* args, bool writes_gradient) {
+  Conv2dProblem& p = args->problem;
+  if (p.groups != 1 || p.OH != 1 || p.OW != 1 || p.KH != p.H || p.KW != p.W || p.pad_top || p.pad_left ||
+      p.dilation_h != 1 || p.dilation_w != 1 || p.H * p.W == 1)
+    return;
+  const Order first = order(args->x, p.C_in, p.H, p.W);
+  if (first == Order::kOther || order(args->w, p.C_in, p.H, p.W) != first ||
+      (writes_gradient && order(args->out, p.C_in, p.H, p.W) != first))
+    return;
+  for (Operand* o : {&args->x, &args->w, writes_gradient ? &args->out : nullptr})
+    if (o) o->stride[1] = o->stride[2] = o->stride[3] = 1;
+  p.C_in *= p.H * p.W;
+  p.H = p.W = p.KH = p.KW = p.stride_h = p.stride_w = 1;
 }
 
 Tensor empty_in_format_of(const Tensor& like, const std::vector<int64_t>& shape) {

@@ -28,6 +28,10 @@ void check_tensor(const char* op, const char* name, const Tensor& tensor, const 
 
 Operand operand(const Tensor& tensor);
 
+// A kernel as large as its input is a linear layer: (C_in, H, W) become C_in*H*W channels of a single pixel, where x, w
+// and the gradient of either have them in one piece.  To be called when `out` is filled.
+void collapse_full_kernel(Conv2dArgs* args, bool writes_gradient);
+
 // channels_last when the channels of `like` are the dense dimension, contiguous otherwise; `like` gives device, dtype.
 Tensor empty_in_format_of(const Tensor& like, const std::vector<int64_t>& shape);
 

@@ -20,6 +20,8 @@ STABLE_TORCH_LIBRARY(adderops, m) {
   // the CPU instruction set that the next call uses, and all that this machine runs, weakest first
   m.def("_cpu_isa() -> str");
   m.def("_cpu_isas() -> str[]");
+  // the architectures of the CUDA kernels as TORCH_CUDA_ARCH_LIST names them; only where adderops._cuda is loaded
+  m.def("_cuda_archs() -> str");
 }
 
 static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr};

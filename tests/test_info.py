@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import adderops
+from adderops import _ops
 from adderops.info import describe
 
 
@@ -17,6 +18,8 @@ def test_lines_say_what_is_true():
     assert lines["torch"].startswith(torch.__version__)
     assert lines["threads"] == str(torch.get_num_threads())
     assert lines["instruction set in use"] in lines["instruction sets here"].split(", ")
+    assert lines["CUDA kernels"].startswith("none: " if _ops.CUDA_KERNELS_MISSING else "for ")
+    assert (lines["CUDA devices"] == "none") == (not torch.cuda.is_available())
     assert not [line for line in lines.values() if line.startswith("error")]
 
 

@@ -34,11 +34,12 @@ def test_every_module_is_installed():
 
 
 def test_one_binary_for_every_python_and_torch():
-    assert Path(_C.__file__).name.endswith((".abi3.so", ".pyd"))
+    for library in (_C, sys.modules.get("adderops._cuda", _C)):
+        assert Path(library.__file__).name.endswith((".abi3.so", ".pyd"))
 
 
 def test_sources_without_the_library_say_what_to_do(tmp_path):
-    shutil.copytree(INSTALLED, tmp_path / "adderops", ignore=shutil.ignore_patterns("_C*", "__pycache__"))
+    shutil.copytree(INSTALLED, tmp_path / "adderops", ignore=shutil.ignore_patterns("_C*", "_cuda*", "__pycache__"))
     run = subprocess.run([sys.executable, "-c", "import adderops"], cwd=tmp_path, capture_output=True, text=True)
     assert "the compiled library adderops/_C.abi3.so does not load" in run.stderr
     assert "build it with `pip install .` in the checkout" in run.stderr
@@ -47,15 +48,16 @@ def test_sources_without_the_library_say_what_to_do(tmp_path):
 @pytest.mark.parametrize(
     "value, message",
     [
-        ("1", "ADDEROPS_CUDA=1: this version of adderops has CPU kernels only"),
+        ("1", "ADDEROPS_CUDA=1: CUDA_HOME=/nowhere holds no bin/nvcc; set CUDA_HOME to a toolkit of CUDA "),
         ("yes", "ADDEROPS_CUDA: expected auto, 0 or 1, got 'yes'"),
     ],
 )
 def test_cuda_that_cannot_be_built_is_refused(value, message):
+    """A CPU build in its place would be a silent surprise."""
     run = subprocess.run(
         [sys.executable, "setup.py", "--version"],
         cwd=CHECKOUT,
-        env={**os.environ, "ADDEROPS_CUDA": value},
+        env={**os.environ, "ADDEROPS_CUDA": value, "CUDA_HOME": "/nowhere"},
         capture_output=True,
         text=True,
     )

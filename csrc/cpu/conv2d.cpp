@@ -6,7 +6,6 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdlib>
-#include <initializer_list>
 #include <memory>
 #include <new>
 #include <optional>
@@ -73,30 +72,6 @@ class Workspace {
 };
 thread_local std::unique_ptr<char, Free> Workspace::kept_;
 thread_local int64_t Workspace::kept_bytes_ = 0;
-
-// A kernel as large as its input is a linear layer: (C_in, H, W) become C_in*H*W channels of a single pixel, where x, w
-// and the gradient of either have them in one piece.
-enum class Order { kOther, kChannelsFirst, kChannelsLast };
-Order order(const Operand& o, int64_t C, int64_t H, int64_t W) {
-  const int64_t* s = o.stride;
-  if ((W == 1 || s[3] == 1) && (H == 1 || s[2] == W) && s[1] == H * W) return Order::kChannelsFirst;
-  if ((W == 1 || s[3] == C) && (H == 1 || s[2] == W * C) && s[1] == 1) return Order::kChannelsLast;
-  return Order::kOther;
-}
-void collapse_full_kernel(Conv2dArgs* args, bool writes_gradient) {
-  Conv2dProblem& p = args->problem;
-  if (p.groups != 1 || p.OH != 1 || p.OW != 1 || p.KH != p.H || p.KW != p.W || p.pad_top || p.pad_left ||
-      p.dilation_h != 1 || p.dilation_w != 1 || p.H * p.W == 1)
-    return;
-  const Order first = order(args->x, p.C_in, p.H, p.W);
-  if (first == Order::kOther || order(args->w, p.C_in, p.H, p.W) != first ||
-      (writes_gradient && order(args->out, p.C_in, p.H, p.W) != first))
-    return;
-  for (Operand* o : {&args->x, &args->w, writes_gradient ? &args->out : nullptr})
-    if (o) o->stride[1] = o->stride[2] = o->stride[3] = 1;
-  p.C_in *= p.H * p.W;
-  p.H = p.W = p.KH = p.KW = p.stride_h = p.stride_w = 1;
-}
 
 // Threads take tasks from a counter: which thread runs a task never matters (kernels.h).
 void execute(const Pass& pass, const Conv2dArgs& args) {

@@ -1,0 +1,134 @@
+// The CUDA side of the operators: allocates, hands the kernels the current stream, turns their refusals into errors.
+// A library of its own, adderops._cuda: the schemas and the CPU kernels in adderops._C work without it.
+#include <Python.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <mutex>
+#include <optional>
+#include <unordered_map>
+
+#include "../checks.h"
+#include "kernels.h"
+
+#if !defined(ADDEROPS_CUDA_ARCHS)
+#error "ADDEROPS_CUDA_ARCHS: the architectures of the kernels, as TORCH_CUDA_ARCH_LIST names them (setup.py)"
+#endif
+
+namespace adderops {
+namespace cuda {
+namespace {
+
+using Ints = std::vector<int64_t>;
+namespace accelerator = torch::stable::accelerator;
+
+void check(const char* op, cudaError_t status, const Device& device) {
+  // The usual cause is a library built for other devices, which the runtime's own text does not say.
+  const bool not_built = status == cudaErrorNoKernelImageForDevice || status == cudaErrorUnsupportedPtxVersion;
+  const std::string capability = std::to_string(device.capability / 10) + "." + std::to_string(device.capability % 10);
+  STD_TORCH_CHECK(!not_built, op, ": expected a device of an architecture among ", ADDEROPS_CUDA_ARCHS, ", got ",
+                  capability, " (", cudaGetErrorString(status),
+                  "); build adderops with TORCH_CUDA_ARCH_LIST=", capability);
+  STD_TORCH_CHECK(status == cudaSuccess, op, ": CUDA error: ", cudaGetErrorString(status));
+}
+
+// Asked once for each device: a call takes microseconds, and so would the questions.
+Device properties(const char* op, int index) {
+  static std::mutex mutex;
+  static std::unordered_map<int, Device> known;
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto found = known.find(index);
+  if (found != known.end()) return found->second;
+  Device device{};
+  int major = 0, minor = 0;
+  check(op, cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index), device);
+  check(op, cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, index), device);
+  check(op, cudaDeviceGetAttribute(&device.multiprocessors, cudaDevAttrMultiProcessorCount, index), device);
+  device.capability = 10 * major + minor;
+  return known[index] = device;
+}
+
+// Queues a pass on the current stream of x's device.  The workspace comes from torch's allocator, which hands it out
+// again only to work that this stream does later: it may be let go while the kernels still run.
+void execute(const char* op, const Pass& pass, const Conv2dArgs& args, const Tensor& x) {
+  const int index = x.get_device_index();
+  const accelerator::DeviceGuard guard(index);
+  const Device device = properties(op, index);
+  const char* why = "no tile serves these sizes";
+  const int64_t bytes = pass.workspace(args, device, kAutomatic, &why);
+  STD_TORCH_CHECK(bytes >= 0, op, ": ", why);
+  std::optional<Tensor> workspace;
+  if (bytes) workspace = torch::stable::new_empty(x, {bytes}, torch::headeronly::ScalarType::Byte);
+  const accelerator::Stream stream = accelerator::getCurrentStream(index);
+  check(op,
+        pass.run(args, device, kAutomatic, workspace ? workspace->data_ptr() : nullptr,
+                 static_cast<cudaStream_t>(stream.nativeHandle())),
+        device);
+}
+
+Tensor adder_conv2d(const Tensor& x, const Tensor& w, const std::optional<Tensor>& bias, Ints stride, Ints padding,
+                    Ints dilation, int64_t groups) {
+  const char* op = "adder_conv2d";
+  Conv2dArgs args = check_conv2d(op, x, w, {stride, padding, dilation, groups});
+  const Conv2dProblem& p = args.problem;
+  std::optional<Tensor> dense_bias;
+  if (bias) {
+    check_tensor(op, "bias", *bias, x, {p.C_out});
+    dense_bias = torch::stable::contiguous(*bias);
+    args.bias = dense_bias->data_ptr();
+  }
+  Tensor y = empty_in_format_of(x, {p.N, p.C_out, p.OH, p.OW});
+  args.out = operand(y);
+  collapse_full_kernel(&args, false);
+  if (y.numel()) execute(op, kForward, args, x);
+  return y;
+}
+
+Tensor adder_conv2d_grad_x(const Tensor& grad_y, const Tensor& x, const Tensor& w, Ints stride, Ints padding,
+                           Ints dilation, int64_t groups) {
+  const char* op = "adder_conv2d_grad_x";
+  Conv2dArgs args = check_conv2d(op, x, w, {stride, padding, dilation, groups});
+  const Conv2dProblem& p = args.problem;
+  check_tensor(op, "grad_y", grad_y, x, {p.N, p.C_out, p.OH, p.OW});
+  args.grad_y = operand(grad_y);
+  Tensor grad_x = empty_in_format_of(x, {p.N, p.C_in, p.H, p.W});
+  args.out = operand(grad_x);
+  collapse_full_kernel(&args, true);
+  if (grad_x.numel()) execute(op, kGradX, args, x);
+  return grad_x;
+}
+
+Tensor adder_conv2d_grad_w(const Tensor& grad_y, const Tensor& x, const Tensor& w, Ints stride, Ints padding,
+                           Ints dilation, int64_t groups) {
+  const char* op = "adder_conv2d_grad_w";
+  Conv2dArgs args = check_conv2d(op, x, w, {stride, padding, dilation, groups});
+  const Conv2dProblem& p = args.problem;
+  check_tensor(op, "grad_y", grad_y, x, {p.N, p.C_out, p.OH, p.OW});
+  args.grad_y = operand(grad_y);
+  Tensor grad_w = empty_in_format_of(w, {p.C_out, p.C_in / p.groups, p.KH, p.KW});
+  args.out = operand(grad_w);
+  if (!grad_y.numel()) return torch::stable::zero_(grad_w);  // an empty batch: a sum of nothing
+  collapse_full_kernel(&args, true);
+  execute(op, kGradW, args, x);
+  return grad_w;
+}
+
+std::string cuda_archs() { return ADDEROPS_CUDA_ARCHS; }
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(adderops, CUDA, m) {
+  m.impl("adder_conv2d", TORCH_BOX(&adder_conv2d));
+  m.impl("adder_conv2d_grad_x", TORCH_BOX(&adder_conv2d_grad_x));
+  m.impl("adder_conv2d_grad_w", TORCH_BOX(&adder_conv2d_grad_w));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(adderops, CompositeExplicitAutograd, m) { m.impl("_cuda_archs", TORCH_BOX(&cuda_archs)); }
+
+}  // namespace cuda
+}  // namespace adderops
+
+static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_cuda", nullptr, -1, nullptr};
+extern "C" __attribute__((visibility("default"))) PyObject* PyInit__cuda(void) { return PyModule_Create(&module); }
