@@ -20,12 +20,10 @@ struct Device {
   int multiprocessors;
 };
 
-enum class Layout : int { kPlanes, kChannels };  // which dimension of x, grad_y and out is walked by neighbouring threads
-
 // A choice of the tile instead of the table's: for tests, which run them all.  -1: the table's.
 struct Choice {
   int tile;
-  int layout;  // kPlanes serves any strides; kChannels only where supports_channels() says so
+  int layout;  // tile.cuh: kPlanes serves any strides; kChannels only where supports_channels() says so
   int form;    // forward, float32: 0 direct, 1 minimum
 };
 constexpr Choice kAutomatic = {-1, -1, -1};

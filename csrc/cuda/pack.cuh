@@ -1,0 +1,82 @@
+// Weights in the order the tiled kernels read them, float32, padded with zeros so that nobody has to look where they end:
+//
+//   forward        packed[group][kh*KW + kw][ci, to a multiple of kSlab][co, to whole tiles]   = W
+//   grad_x         packed[group][kh*KW + kw][co, to a multiple of kSlab][ci, to whole tiles]   = W/2 + 1/2
+//   forward, mma   packed[group][kh*KW + kw][slab of 32 ci][co, to whole tiles][32], in the element type
+//
+// grid (chunks of rows, blocks of 32 lanes, groups), 32 x 8 threads: a block packs kPackRows rows of 32 lanes.
+//   sums[group][chunk][lane]   the chunk's part of the sum over W of a lane
+//   flags[group][chunk][block of lanes]   are its weights not all finite?
+#pragma once
+#include "tile.cuh"
+
+namespace adderops {
+namespace cuda {
+
+// What the tiled kernels are told of it.
+struct PackedWeights {
+  const void* packed;
+  const float* sums;
+  const int* flags;
+  int pitch, chunks;  // lanes with their padding; chunks of rows
+};
+
+// The sums over W of the lanes [first, first + count) of this block's group.
+__device__ __forceinline__ void gather_lane_sums(const PackedWeights& w, int first, int count, float* sums) {
+  for (int i = threadIdx.x; i < count; i += blockDim.x) {
+    float sum = 0;
+    for (int chunk = 0; chunk < w.chunks; ++chunk)
+      sum += w.sums[((int64_t)blockIdx.z * w.chunks + chunk) * w.pitch + first + i];
+    sums[i] = sum;
+  }
+}
+
+constexpr int kPackRows = 256, kPackLanes = 32, kPackThreads = 256;
+
+enum class Packing { kForward, kGradX, kMma };
+
+struct PackShape {
+  int lanes, lane_pitch;    // real ones, and with the padding
+  int channels, depth;      // real ones summed over, and with the padding
+  int taps, KW, chunks;
+};
+
+template <typename T, Packing P>
+__global__ void __launch_bounds__(kPackThreads) pack_kernel(Operand w, PackShape s, void* packed, float* sums, int* flags) {
+  SHARED(float, s_sum, [kPackThreads]);
+  const int lane = blockIdx.y * kPackLanes + threadIdx.x % 32, group = blockIdx.z;
+  const int64_t rows = (int64_t)s.taps * s.depth, begin = (int64_t)blockIdx.x * kPackRows;
+  const int co_step = P == Packing::kGradX ? s.channels : s.lanes;  // filters of a group
+  float sum = 0;
+  int bad = 0;
+  for (int64_t r = begin + threadIdx.x / 32; r < begin + kPackRows && r < rows; r += 8) {
+    const int tap = (int)(r / s.depth), c = (int)(r % s.depth);
+    const bool real = c < s.channels && lane < s.lanes;
+    const int co = P == Packing::kGradX ? c : lane, ci = P == Packing::kGradX ? lane : c;
+    const T* from = static_cast<const T*>(w.data) + ((int64_t)group * co_step + co) * w.stride[0] + ci * w.stride[1] +
+                    tap / s.KW * w.stride[2] + tap % s.KW * w.stride[3];
+    const T element = real ? *from : T{};
+    const float v = load_float(&element);
+    sum += v;
+    bad |= !is_finite(v);
+    if (lane >= s.lane_pitch) continue;
+    if (P == Packing::kMma) {
+      const int64_t slab = (int64_t)(group * s.taps + tap) * (s.depth / 32) + c / 32;
+      static_cast<T*>(packed)[(slab * s.lane_pitch + lane) * 32 + c % 32] = element;
+    } else {
+      static_cast<float*>(packed)[((int64_t)group * rows + r) * s.lane_pitch + lane] =
+          P == Packing::kGradX ? (real ? fmaf(v, 0.5f, 0.5f) : 0.f) : v;
+    }
+  }
+  s_sum[threadIdx.x] = sum;
+  const int any = __syncthreads_or(bad);
+  if (threadIdx.x < 32 && lane < s.lane_pitch) {
+    float total = 0;
+    for (int i = 0; i < kPackThreads; i += 32) total += s_sum[threadIdx.x + i];
+    sums[((int64_t)group * s.chunks + blockIdx.x) * s.lane_pitch + lane] = total;
+  }
+  if (threadIdx.x == 0) flags[((int64_t)group * s.chunks + blockIdx.x) * gridDim.y + blockIdx.y] = any;
+}
+
+}  // namespace cuda
+}  // namespace adderops

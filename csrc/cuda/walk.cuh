@@ -1,0 +1,223 @@
+// The sum that forward and grad_x have in common: over the taps of a kernel and the channels of the tensor behind it,
+//
+//   acc[lane][pixel] = term(acc, W[tap, channel, lane], S[channel, position of the tap, of the pixel])
+//
+// as an implicit matrix product: no im2col matrix.  Shared memory holds two slabs of kSlab channels of one tap:
+//
+//   lanes    [kSlab][kLanes]         packed weights (pack.cuh), in the order of the walk: copied 16 bytes at a time,
+//            nothing to check
+//   columns  [kSlab][kColumns + 4]   the pixels' channels; zero outside the image and beyond the last channel.
+//              kPlanes (any strides): neighbouring threads copy neighbouring pixels, 4 bytes each, asynchronously;
+//              kChannels: 16 bytes of channels each, through registers, where they are transposed.  The four floats of
+//              padding keep those stores free of bank conflicts.
+//
+// One barrier a slab: behind it slab s is complete and nobody reads slab s-1 any more, whose place slab s+1 then takes.
+// Whether a tap of a pixel lies inside the image is decided once a tap.
+#pragma once
+#include "pack.cuh"
+
+namespace adderops {
+namespace cuda {
+
+// Everything the kernel needs to know of the sum, the same for all of its threads.  The host fills it: what stands in
+// the constants of a launch costs the threads neither an instruction nor a register.
+struct Walk {
+  const void* source;
+  int64_t image, channel, row, column;  // strides of source, in bytes
+  int H, W, channels;
+  int taps_h, taps_w;  // tap (i, j) reads source at (h + i*step_h, w + j*step_w)
+  int step_h, step_w;
+  int slabs;                              // of all taps
+  int64_t next_weights;                   // bytes from a slab of weights to the next one
+  int64_t next_slab, next_tap, next_row;  // and from a slab's first channel to that of the next one
+};
+// `channels` is read up to `depth`, a multiple of kSlab.
+inline void set_steps(Walk* w) {
+  const int64_t slabs = (w->channels + kSlab - 1) / kSlab, last = (slabs - 1) * kSlab;
+  w->slabs = (int)(w->taps_h * w->taps_w * slabs);
+  w->next_slab = kSlab * w->channel;
+  w->next_tap = w->step_w * w->column - last * w->channel;
+  w->next_row = w->step_h * w->row - (w->taps_w - 1) * w->step_w * w->column - last * w->channel;
+}
+
+// Where tap (0, 0) of a pixel lies; `offset` of its image in bytes.
+struct Site {
+  int64_t offset;
+  int h, w;
+  bool valid;
+};
+
+// A thread's part of copying the pixels' channels.
+template <typename Tile, typename T, Layout L>
+struct ColumnCopy {
+  static constexpr int kVector = L == Layout::kChannels ? 16 / (int)sizeof(T) : 1;
+  static constexpr int kParts = kSlab / kVector;                  // of a pixel's slab
+  static constexpr int kPieces = Tile::kColumns * kParts;         // of the block's slab
+  static constexpr int kMine = (kPieces + Tile::kThreads - 1) / Tile::kThreads;
+  static constexpr int kSites = L == Layout::kChannels ? kMine : 1;
+  static constexpr int kPitch = Tile::kColumns + 4;
+  static constexpr bool kAsynchronous = L == Layout::kPlanes && sizeof(T) == 4;
+  static_assert(L == Layout::kChannels || kPieces % Tile::kThreads == 0, "planes: every thread copies as much");
+
+  const char* at[kSites];
+  int h[kSites], w[kSites];
+  bool inside[kSites];
+  T plane[L == Layout::kPlanes && !kAsynchronous ? kMine : 1];
+  Words4 words[L == Layout::kChannels ? kMine : 1];
+
+  // planes: piece = part * kColumns + pixel;  channels: piece = pixel * kParts + part.  A thread's next piece is
+  // kThreads on: the same pixel some parts on, or the same part some pixels on.
+  static constexpr int kNextPart = L == Layout::kPlanes ? Tile::kThreads / Tile::kColumns : 0;
+  static constexpr int kNextPixel = L == Layout::kChannels ? Tile::kThreads / kParts : 0;
+  static __device__ __forceinline__ int first_pixel() {
+    return L == Layout::kPlanes ? threadIdx.x % Tile::kColumns : threadIdx.x / kParts;
+  }
+  static __device__ __forceinline__ int first_part() {
+    return L == Layout::kPlanes ? threadIdx.x / Tile::kColumns : threadIdx.x % kParts;
+  }
+
+  template <typename SiteOf>
+  __device__ __forceinline__ ColumnCopy(const Walk& walk, const char* source, const SiteOf& site_of) {
+#pragma unroll
+    for (int i = 0; i < kSites; ++i) {
+      const int pixel = first_pixel() + i * kNextPixel;
+      const Site site = site_of(pixel < Tile::kColumns ? pixel : 0);
+      h[i] = site.h, w[i] = site.w;
+      at[i] = source + site.offset + site.h * walk.row + site.w * walk.column +
+              first_part() * kVector * walk.channel;
+      // beyond the last pixel: never inside
+      if (!site.valid || pixel >= Tile::kColumns) h[i] = -0x40000000;
+    }
+  }
+  __device__ __forceinline__ void aim(const Walk& walk, int tap_i, int tap_j) {
+#pragma unroll
+    for (int i = 0; i < kSites; ++i)
+      inside[i] = (unsigned)(h[i] + tap_i * walk.step_h) < (unsigned)walk.H &&
+                  (unsigned)(w[i] + tap_j * walk.step_w) < (unsigned)walk.W;
+  }
+  __device__ __forceinline__ void advance(int64_t bytes) {
+#pragma unroll
+    for (int i = 0; i < kSites; ++i) at[i] += bytes;
+  }
+  // Channels [c, c + kSlab) of the tap aimed at; asynchronously, or into registers.
+  __device__ __forceinline__ void fetch(const Walk& walk, int c, float* slab) {
+    const int left = walk.channels - c - first_part() * kVector;
+    if constexpr (L == Layout::kPlanes) {
+      float* const to = slab + first_part() * kPitch + first_pixel();
+#pragma unroll
+      for (int i = 0; i < kMine; ++i) {
+        const bool real = inside[0] && i * kNextPart < left;
+        const char* from = at[0] + i * kNextPart * walk.channel;
+        if constexpr (kAsynchronous)
+          cp_async_4(to + i * kNextPart * kPitch, from, real);
+        else
+          plane[i] = real ? *reinterpret_cast<const T*>(from) : T{};
+      }
+    } else {
+#pragma unroll
+      for (int i = 0; i < kMine; ++i) words[i] = inside[i] && left > 0 ? load_16<Words4>(at[i]) : Words4{};
+    }
+  }
+  // What fetch() left in registers, to shared memory.
+  __device__ __forceinline__ void commit(float* slab) {
+    float* const to = slab + first_part() * kVector * kPitch + first_pixel();
+    if constexpr (L == Layout::kPlanes && !kAsynchronous) {
+#pragma unroll
+      for (int i = 0; i < kMine; ++i) to[i * kNextPart * kPitch] = load_float(&plane[i]);
+    }
+    if constexpr (L == Layout::kChannels) {
+#pragma unroll
+      for (int i = 0; i < kMine; ++i) {
+        if (kPieces % Tile::kThreads && first_pixel() + i * kNextPixel >= Tile::kColumns) break;
+        const T* channel = reinterpret_cast<const T*>(&words[i]);
+#pragma unroll
+        for (int v = 0; v < kVector; ++v) to[v * kPitch + i * kNextPixel] = load_float(channel + v);
+      }
+    }
+  }
+};
+
+// The weights of a slab: rows of kLanes floats.
+template <typename Tile>
+__device__ __forceinline__ void fetch_lanes(const char* weights, int pitch, float* slab) {
+  constexpr int kRow = Tile::kLanes / 4, kPieces = kSlab * kRow;
+#pragma unroll
+  for (int i = 0; i < (kPieces + Tile::kThreads - 1) / Tile::kThreads; ++i) {
+    const int piece = threadIdx.x + i * Tile::kThreads;
+    if (kPieces % Tile::kThreads && piece >= kPieces) break;
+    cp_async_16(slab + piece * 4, weights + (piece / kRow * pitch + piece % kRow * 4) * 4, true);
+  }
+}
+
+// Shared floats: a slab of both sides, the columns behind the lanes; twice that in all.
+template <typename Tile>
+constexpr int kColumnsAt = kSlab * Tile::kLanes;
+template <typename Tile>
+constexpr int kSlabFloats = kSlab * (Tile::kLanes + Tile::kColumns + 4);
+
+// Runs the whole sum.  With Sums, returns in *column_sum this thread's share of the sum of S over a pixel's window:
+// thread t has pixel t % kColumns, and of every slab the rows from t / kColumns * kSlab / (kThreads / kColumns) on.
+template <typename Tile, typename T, Layout L, bool Sums, typename SiteOf, typename Term>
+__device__ __forceinline__ void sum_over_taps(const Walk& walk, const char* source, const SiteOf& site_of,
+                                              const char* weights, int pitch, float* s_slabs,
+                                              float (&acc)[Tile::kThreadLanes][Tile::kThreadColumns],
+                                              float* column_sum, const Term& term) {
+  using Copy = ColumnCopy<Tile, T, L>;
+  const Place<Tile> place;
+  Copy copy(walk, source, site_of);
+  int tap_i = 0, tap_j = 0, c = 0, left = walk.slabs;
+  copy.aim(walk, 0, 0);
+  copy.fetch(walk, 0, s_slabs + kColumnsAt<Tile>);
+  fetch_lanes<Tile>(weights, pitch, s_slabs);
+  cp_async_commit();
+  for (int at = 0;; at = kSlabFloats<Tile> - at) {
+    float *const s_now = s_slabs + at, *const s_next = s_slabs + kSlabFloats<Tile> - at;
+    copy.commit(s_now + kColumnsAt<Tile>);
+    cp_async_wait<0>();
+    __syncthreads();
+    if (--left) {
+      c += kSlab;
+      if (c < walk.channels) {
+        copy.advance(walk.next_slab);
+      } else {
+        c = 0;
+        if (++tap_j < walk.taps_w) {
+          copy.advance(walk.next_tap);
+        } else {
+          tap_j = 0, ++tap_i;
+          copy.advance(walk.next_row);
+        }
+        copy.aim(walk, tap_i, tap_j);
+      }
+      weights += walk.next_weights;
+      copy.fetch(walk, c, s_next + kColumnsAt<Tile>);
+      fetch_lanes<Tile>(weights, pitch, s_next);
+      cp_async_commit();
+    }
+    if (Sums) {
+      constexpr int kRows = kSlab / (Tile::kThreads / Tile::kColumns);
+      const float* from = s_now + kColumnsAt<Tile> + threadIdx.x / Tile::kColumns * kRows * Copy::kPitch +
+                          threadIdx.x % Tile::kColumns;
+#pragma unroll
+      for (int k = 0; k < kRows; ++k) *column_sum += from[k * Copy::kPitch];
+    }
+    sum_slab<Tile, Tile::kLanes, Copy::kPitch>(acc, s_now + place.lane, s_now + kColumnsAt<Tile> + place.column, term);
+    if (!left) break;
+  }
+}
+
+// Adds up the shares of `column_sum` into sums[kColumns], for everybody; `shares` holds kThreads floats.
+template <typename Tile>
+__device__ __forceinline__ void gather_column_sums(float column_sum, float* shares, float* sums) {
+  shares[threadIdx.x] = column_sum;
+  __syncthreads();
+  for (int i = threadIdx.x; i < Tile::kColumns; i += Tile::kThreads) {
+    float sum = shares[i];
+    for (int j = i + Tile::kColumns; j < Tile::kThreads; j += Tile::kColumns) sum += shares[j];
+    sums[i] = sum;
+  }
+  __syncthreads();
+}
+
+}  // namespace cuda
+}  // namespace adderops
