@@ -24,6 +24,17 @@ __device__ __forceinline__ bool trustworthy(float both, float y) {
   return fabsf(both) <= kCancellation * fabsf(y) && is_finite(y);
 }
 
+// Where the window of an output pixel begins, and where the pixel lies in `out` (in elements).
+__device__ __forceinline__ Site forward_site(const Conv2dProblem& p, const Walk& walk, int64_t pixel, int64_t pixels) {
+  const unsigned at = pixel < pixels ? (unsigned)pixel : 0, row = at / (unsigned)p.OW, n = row / (unsigned)p.OH;
+  return {n * walk.image, (int)(row % (unsigned)p.OH * p.stride_h - p.pad_top),
+          (int)(at % (unsigned)p.OW * p.stride_w - p.pad_left), pixel < pixels};
+}
+__device__ __forceinline__ int64_t forward_target(const Conv2dProblem& p, const Operand& out, int64_t pixel) {
+  const unsigned at = (unsigned)pixel, row = at / (unsigned)p.OW, n = row / (unsigned)p.OH;
+  return n * out.stride[0] + row % (unsigned)p.OH * out.stride[2] + at % (unsigned)p.OW * out.stride[3];
+}
+
 template <typename T, typename Tile, Layout L, Form F>
 __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
     forward_kernel(Conv2dArgs args, Walk walk, PackedWeights weights, int* flags, bool flagged_only) {
@@ -45,13 +56,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
     const char* const source = static_cast<const char*>(walk.source) + group * C * walk.channel;
     const int64_t weights_of_group = (int64_t)p.KH * p.KW * ((C + kSlab - 1) / kSlab * kSlab) * weights.pitch;
     const char* const packed = static_cast<const char*>(weights.packed) + (group * weights_of_group + lane0) * 4;
-    const auto site_of = [&](int column) {
-      const int64_t pixel = first + column;
-      const bool valid = pixel < pixels;
-      const unsigned at = valid ? (unsigned)pixel : 0, row = at / (unsigned)p.OW, n = row / (unsigned)p.OH;
-      return Site{n * walk.image, (int)((row % (unsigned)p.OH) * p.stride_h - p.pad_top),
-                  (int)((at % (unsigned)p.OW) * p.stride_w - p.pad_left), valid};
-    };
+    const auto site_of = [&](int column) { return forward_site(p, walk, first + column, pixels); };
     float acc[Tile::kThreadLanes][Tile::kThreadColumns] = {};
     float column_sum = 0;
     sum_over_taps<Tile, T, L, F == Form::kMinimum>(
@@ -73,9 +78,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
     for (int j = 0; j < Tile::kThreadColumns; ++j) {
       const int64_t pixel = first + place.column_of(j);
       if (pixel >= pixels) continue;
-      const unsigned at = (unsigned)pixel, row = at / (unsigned)p.OW, n = row / (unsigned)p.OH;
-      T* const to = out + n * args.out.stride[0] + (row % (unsigned)p.OH) * args.out.stride[2] +
-                    (at % (unsigned)p.OW) * args.out.stride[3];
+      T* const to = out + forward_target(p, args.out, pixel);
 #pragma unroll
       for (int i = 0; i < Tile::kThreadLanes; ++i) {
         const int lane = lane0 + place.lane_of(i), co = group * M + lane;

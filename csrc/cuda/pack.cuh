@@ -18,7 +18,7 @@ struct PackedWeights {
   const void* packed;
   const float* sums;
   const int* flags;
-  int pitch, chunks;  // lanes with their padding; chunks of rows
+  int pitch, chunks, lane_blocks;  // lanes with their padding; chunks of rows, blocks of 32 lanes: pack_kernel's grid
 };
 
 // The sums over W of the lanes [first, first + count) of this block's group.

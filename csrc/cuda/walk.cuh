@@ -28,16 +28,20 @@ struct Walk {
   int taps_h, taps_w;  // tap (i, j) reads source at (h + i*step_h, w + j*step_w)
   int step_h, step_w;
   int slabs;                              // of all taps
-  int64_t next_weights;                   // bytes from a slab of weights to the next one
-  int64_t next_slab, next_tap, next_row;  // and from a slab's first channel to that of the next one
+  // bytes from a slab's first channel to that of the next one: of the same tap, of the next tap, of the next row of taps
+  int64_t next_slab, next_tap, next_row;
+  int64_t next_weights, next_weights_tap, next_weights_row;
 };
-// `channels` is read up to `depth`, a multiple of kSlab.
-inline void set_steps(Walk* w) {
-  const int64_t slabs = (w->channels + kSlab - 1) / kSlab, last = (slabs - 1) * kSlab;
+// The steps, from the rest.  Of the weights: `slab` bytes from slab to slab, `tap_h` and `tap_w` slabs from tap to tap.
+inline void set_steps(Walk* w, int slab_channels, int64_t slab, int64_t tap_h, int64_t tap_w) {
+  const int64_t slabs = (w->channels + slab_channels - 1) / slab_channels, last = slabs - 1;
   w->slabs = (int)(w->taps_h * w->taps_w * slabs);
-  w->next_slab = kSlab * w->channel;
-  w->next_tap = w->step_w * w->column - last * w->channel;
-  w->next_row = w->step_h * w->row - (w->taps_w - 1) * w->step_w * w->column - last * w->channel;
+  w->next_slab = slab_channels * w->channel;
+  w->next_tap = w->step_w * w->column - last * w->next_slab;
+  w->next_row = w->step_h * w->row - (w->taps_w - 1) * w->step_w * w->column - last * w->next_slab;
+  w->next_weights = slab;
+  w->next_weights_tap = (tap_w - last) * slab;
+  w->next_weights_row = (tap_h - (w->taps_w - 1) * tap_w - last) * slab;
 }
 
 // Where tap (0, 0) of a pixel lies; `offset` of its image in bytes.
@@ -178,18 +182,15 @@ __device__ __forceinline__ void sum_over_taps(const Walk& walk, const char* sour
     if (--left) {
       c += kSlab;
       if (c < walk.channels) {
-        copy.advance(walk.next_slab);
+        copy.advance(walk.next_slab), weights += walk.next_weights;
       } else {
         c = 0;
-        if (++tap_j < walk.taps_w) {
-          copy.advance(walk.next_tap);
-        } else {
-          tap_j = 0, ++tap_i;
-          copy.advance(walk.next_row);
-        }
+        if (++tap_j < walk.taps_w)
+          copy.advance(walk.next_tap), weights += walk.next_weights_tap;
+        else
+          tap_j = 0, ++tap_i, copy.advance(walk.next_row), weights += walk.next_weights_row;
         copy.aim(walk, tap_i, tap_j);
       }
-      weights += walk.next_weights;
       copy.fetch(walk, c, s_next + kColumnsAt<Tile>);
       fetch_lanes<Tile>(weights, pitch, s_next);
       cp_async_commit();
