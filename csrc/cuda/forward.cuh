@@ -41,7 +41,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
 #if defined(ADDEROPS_SIMT) || !defined(__CUDA_ARCH__)
   constexpr bool kWanted = true;
 #else  // compiled where forward.cu will launch it
-  constexpr bool kWanted = F == Form::kDirect || __CUDA_ARCH__ <= 800;
+  constexpr bool kWanted = sizeof(T) == 4 ? F == Form::kDirect || __CUDA_ARCH__ <= 800 : __CUDA_ARCH__ < 800;
 #endif
   if constexpr (kWanted) {
     int* const flag = flags + ((int64_t)blockIdx.z * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x;
@@ -58,17 +58,16 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
     const char* const packed = static_cast<const char*>(weights.packed) + (group * weights_of_group + lane0) * 4;
     const auto site_of = [&](int column) { return forward_site(p, walk, first + column, pixels); };
     float acc[Tile::kThreadLanes][Tile::kThreadColumns] = {};
-    float column_sum = 0;
+    ColumnSums<Tile> sums;
     sum_over_taps<Tile, T, L, F == Form::kMinimum>(
-        walk, source, site_of, packed, weights.pitch, s_slabs, acc, &column_sum,
+        walk, source, site_of, packed, weights.pitch, s_slabs, acc, sums,
         [](float sum, float w, float x, int, int) { return sum + (F == Form::kDirect ? fabsf(x - w) : fminf(x, w)); });
 
-    SHARED(float, s_shares, [F == Form::kMinimum ? Tile::kThreads : 1]);
     SHARED(float, s_sum_x, [F == Form::kMinimum ? Tile::kColumns : 1]);
     SHARED(float, s_sum_w, [F == Form::kMinimum ? Tile::kLanes : 1]);
     if constexpr (F == Form::kMinimum) {
       gather_lane_sums(weights, lane0, Tile::kLanes, s_sum_w);
-      gather_column_sums<Tile>(column_sum, s_shares, s_sum_x);
+      sums.gather(s_slabs, s_sum_x);
     }
 
     int doubtful = 0;

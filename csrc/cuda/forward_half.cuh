@@ -12,7 +12,8 @@
 //   s_w  [2][kLanes][32]     conflict (word t of row r at t ^ (r/2 % 4));  packed by pack.cuh, in the same order
 //
 // Block: kLanes filters x kColumns pixels, 4 warps of kWarpLanes x kWarpPixels; slabs of 32 channels.  The window sums of
-// X come from the same instruction, with B all ones.  What cannot be trusted is flagged and done again (forward.cuh).
+// X come from the same instruction, with B all ones.  A tile with an output that cannot be trusted (forward.cuh) is flagged,
+// and forward_repair_kernel, launched behind, does it again by definition.h.
 // grid (tiles of pixels, tiles of filters, groups).
 #pragma once
 #include "forward.cuh"
@@ -216,6 +217,25 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
   doubtful = __syncthreads_or(doubtful);
   if (threadIdx.x == 0) flags[((int64_t)blockIdx.z * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x] = doubtful;
 #endif
+}
+
+constexpr int kRepairThreads = 256;
+
+// The flagged tiles of `lanes` x `columns`, by the definition.  Same grid.
+template <typename T>
+__global__ void __launch_bounds__(kRepairThreads)
+    forward_repair_kernel(Conv2dArgs args, int lanes, int columns, const int* flags) {
+  if (!flags[((int64_t)blockIdx.z * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x]) return;
+  const Conv2dProblem& p = args.problem;
+  const int M = (int)(p.C_out / p.groups);
+  for (int k = threadIdx.x; k < lanes * columns; k += kRepairThreads) {
+    const int64_t pixel = (int64_t)blockIdx.x * columns + k % columns;
+    const int lane = blockIdx.y * lanes + k / columns, co = blockIdx.z * M + lane;
+    if (pixel >= p.N * p.OH * p.OW || lane >= M) continue;
+    const int64_t n = pixel / (p.OH * p.OW), oh = pixel / p.OW % p.OH, ow = pixel % p.OW;
+    store_float(static_cast<T*>(args.out.data) + forward_target(p, args.out, pixel) + co * args.out.stride[1],
+                definition::forward<T>(args, n, co, oh, ow));
+  }
 }
 
 }  // namespace cuda

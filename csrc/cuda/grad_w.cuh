@@ -21,8 +21,9 @@ namespace cuda {
 
 struct PixelInfo {
   int64_t grad_y, x;  // bytes, of the window's first tap in x
-  int h, w;
+  int h, w;           // of the window's first tap; far outside where there is no pixel
 };
+constexpr int kNowhere = -0x40000000;
 
 struct GradWShape {
   int K, C, M;          // weights of a filter; channels and filters of a group
@@ -39,33 +40,40 @@ struct RunCopy {
   static constexpr int kMine = (kPieces + Threads - 1) / Threads, kPitch = Count + 4;
   static constexpr bool kAsynchronous = sizeof(T) == 4;
 
-  int64_t offset[kMine];
-  int h[Bordered ? kMine : 1], w[Bordered ? kMine : 1];
-  bool real[kMine];
+  // dY: the pieces' channels lie `step` bytes apart, `left` of them are real;  X: their taps and channels are anywhere
+  int64_t offset[Bordered ? kMine : 1], step;
+  int left;
+  uint32_t tap[Bordered ? kMine : 1];  // kh*dilation_h << 16 | kw*dilation_w: both below 2^15 (grad_w.cu)
+  bool real[Bordered ? kMine : 1];
   T plane[L == Layout::kPlanes && !kAsynchronous ? kMine : 1];
   Words4 words[L == Layout::kChannels && !kAsynchronous ? kMine : 1];
 
-  // neighbouring threads: planes: neighbouring pixels;  channels: neighbouring words of a pixel
+  // Neighbouring threads: planes: neighbouring pixels;  channels: neighbouring words of a pixel.  kNext: from a thread's
+  // piece to its next one in shared memory.
+  static constexpr int kNext = L == Layout::kPlanes ? Threads / kSlab : Threads / kAcross * kPitch;
+  static constexpr int kNextColumn = L == Layout::kPlanes ? Threads / kSlab : 0;
+  static_assert(L == Layout::kPlanes ? Threads % kSlab == 0 : Threads % kAcross == 0, "pieces at equal distances");
   static __device__ __forceinline__ int pixel(int i) {
-    return L == Layout::kPlanes ? threadIdx.x % kSlab : (threadIdx.x + i * Threads) / kAcross;
+    return L == Layout::kPlanes ? threadIdx.x % kSlab : threadIdx.x / kAcross + i * (Threads / kAcross);
   }
   static __device__ __forceinline__ int column(int i) {
-    return L == Layout::kPlanes ? threadIdx.x / kSlab + i * (Threads / kSlab)
-                                : (threadIdx.x + i * Threads) % kAcross * kVector;
+    return L == Layout::kPlanes ? threadIdx.x / kSlab + i * (Threads / kSlab) : threadIdx.x % kAcross * kVector;
   }
   static __device__ __forceinline__ bool mine(int i) {
     return kPieces % Threads == 0 || threadIdx.x + i * Threads < kPieces;
   }
   __device__ __forceinline__ void fetch(const char* source, const PixelInfo* info, int H, int W, float* slab) {
+    const PixelInfo only = info[pixel(0)];  // planes: a thread's pieces are of one pixel
 #pragma unroll
     for (int i = 0; i < kMine; ++i) {
       if (!mine(i)) break;
-      const PixelInfo& at = info[pixel(i)];
-      bool valid = real[i] && at.h > -0x40000000;
+      const PixelInfo at = L == Layout::kPlanes ? only : info[pixel(i)];
+      bool valid = i * kNextColumn < left && at.h != kNowhere;
       if constexpr (Bordered)
-        valid = real[i] && (unsigned)(at.h + h[i]) < (unsigned)H && (unsigned)(at.w + w[i]) < (unsigned)W;
-      const char* const from = source + (Bordered ? at.x : at.grad_y) + offset[i];
-      float* const to = slab + pixel(i) * kPitch + column(i);
+        valid = real[Bordered ? i : 0] && (unsigned)(at.h + (int)(tap[Bordered ? i : 0] >> 16)) < (unsigned)H &&
+                (unsigned)(at.w + (int)(tap[Bordered ? i : 0] & 0xffff)) < (unsigned)W;
+      const char* const from = source + (Bordered ? at.x + offset[Bordered ? i : 0] : at.grad_y + offset[0] + i * step);
+      float* const to = slab + pixel(0) * kPitch + column(0) + i * kNext;
       if constexpr (kAsynchronous && L == Layout::kPlanes) cp_async_4(to, from, valid);
       if constexpr (kAsynchronous && L == Layout::kChannels) cp_async_16(to, from, valid);
       if constexpr (!kAsynchronous && L == Layout::kPlanes) plane[i] = valid ? *reinterpret_cast<const T*>(from) : T{};
@@ -77,7 +85,7 @@ struct RunCopy {
 #pragma unroll
       for (int i = 0; i < kMine; ++i) {
         if (!mine(i)) break;
-        float* const to = slab + pixel(i) * kPitch + column(i);
+        float* const to = slab + pixel(0) * kPitch + column(0) + i * kNext;
         if constexpr (L == Layout::kPlanes) {
           *to = load_float(&plane[i]);
         } else {
@@ -117,23 +125,21 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
       const int ow = (int)(at % (unsigned)p.OW), oh = (int)(row % (unsigned)p.OH), n = (int)(row / (unsigned)p.OH);
       const int h = (int)(oh * p.stride_h - p.pad_top), w = (int)(ow * p.stride_w - p.pad_left);
       s_info[slab % 2 * kSlab + threadIdx.x] = {n * s.grad_y[0] + oh * s.grad_y[2] + ow * s.grad_y[3],
-                                               n * s.x[0] + h * s.x[2] + w * s.x[3], valid ? h : -0x40000000, w};
+                                               n * s.x[0] + h * s.x[2] + w * s.x[3], valid ? h : kNowhere, w};
     }
   };
   LaneCopy lanes;
-#pragma unroll
-  for (int i = 0; i < LaneCopy::kMine; ++i) {
-    const int lane = lane0 + LaneCopy::column(i);
-    lanes.real[i] = lane < s.M;
-    lanes.offset[i] = lane * s.grad_y[1];
-  }
+  lanes.left = s.M - lane0 - LaneCopy::column(0);
+  lanes.offset[0] = (lane0 + LaneCopy::column(0)) * s.grad_y[1];
+  lanes.step = LaneCopy::kNextColumn * s.grad_y[1];
   ColumnCopy columns;
 #pragma unroll
   for (int i = 0; i < ColumnCopy::kMine; ++i) {
     const int k = column0 + ColumnCopy::column(i), tap = k / s.C, c = k % s.C;
     columns.real[i] = k < s.K;
-    columns.h[i] = tap / (int)p.KW * (int)p.dilation_h, columns.w[i] = tap % (int)p.KW * (int)p.dilation_w;
-    columns.offset[i] = c * s.x[1] + columns.h[i] * s.x[2] + columns.w[i] * s.x[3];
+    const int h = tap / (int)p.KW * (int)p.dilation_h, w = tap % (int)p.KW * (int)p.dilation_w;
+    columns.tap[i] = (uint32_t)h << 16 | (uint32_t)w;
+    columns.offset[i] = c * s.x[1] + h * s.x[2] + w * s.x[3];
   }
 
   float acc[Tile::kThreadLanes][Tile::kThreadColumns] = {};

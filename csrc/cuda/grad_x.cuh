@@ -40,7 +40,6 @@ template <typename T, typename Tile, Layout L>
 __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
     grad_x_kernel(Conv2dArgs args, Phase phase, Walk walk, PackedWeights weights, int* flags) {
   SHARED(float, s_slabs, [2 * kSlabFloats<Tile>]);
-  SHARED(float, s_shares, [Tile::kThreads]);
   SHARED(float, s_sum, [Tile::kColumns]);
   const Conv2dProblem& p = args.problem;
   const int M = (int)(p.C_out / p.groups), C = (int)(p.C_in / p.groups), group = blockIdx.z;
@@ -63,23 +62,23 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
   }
 
   float acc[Tile::kThreadLanes][Tile::kThreadColumns] = {};
-  float column_sum = 0;
+  ColumnSums<Tile> sums;
   if (walk.slabs) {
     const char* const source = static_cast<const char*>(walk.source) + (int64_t)group * M * walk.channel;
     const int64_t depth = (M + kSlab - 1) / kSlab * kSlab;
-    const char* const packed = static_cast<const char*>(weights.packed) +
+    const char* const packed = static_cast<const char*>(weights.packed) + walk.first_weights +
                                (group * p.KH * p.KW * depth * weights.pitch + lane0) * 4;
     const auto site_of = [&](int column) {
       const int64_t pixel = first + column;
       const PhasePixel at(phase, pixel < phase.pixels ? pixel : 0);
       return Site{at.n * walk.image, phase.q_h + (int)at.i, phase.q_w + (int)at.j, pixel < phase.pixels};
     };
-    sum_over_taps<Tile, T, L, true>(walk, source, site_of, packed, weights.pitch, s_slabs, acc, &column_sum,
+    sum_over_taps<Tile, T, L, true>(walk, source, site_of, packed, weights.pitch, s_slabs, acc, sums,
                                     [&](float sum, float w, float grad_y, int i, int j) {
                                       return fmaf(grad_y, saturated_difference(w, x[i][j]), sum);
                                     });
   }
-  gather_column_sums<Tile>(column_sum, s_shares, s_sum);
+  sums.gather(s_slabs, s_sum);
 
   int doubtful = 0;
   for (int i = threadIdx.x; i < weights.chunks * ((Tile::kLanes + 31) / 32); i += Tile::kThreads) {

@@ -20,20 +20,19 @@ struct Device {
   int multiprocessors;
 };
 
-// A choice of the tile instead of the table's: for tests, which run them all.  -1: the table's.
+// What a test may choose in place of the tables; -1: the table's.
 struct Choice {
-  int tile;
-  int layout;  // tile.cuh: kPlanes serves any strides; kChannels only where supports_channels() says so
-  int form;    // forward, float32: 0 direct, 1 minimum
+  int tile;    // below Pass::tiles; one beyond a type's last is its last
+  int layout;  // tile.cuh: 0 kPlanes, which serves any strides
+  int form;    // forward.cuh: 0 kDirect, 1 kMinimum
 };
 constexpr Choice kAutomatic = {-1, -1, -1};
 
 struct Pass {
-  // Bytes that run() needs, or -1: no tile serves the problem on this device, which `why` then says.
-  int64_t (*workspace)(const Conv2dArgs& args, const Device& device, const Choice& choice, const char** why);
+  int64_t (*workspace)(const Conv2dArgs& args, const Device& device, const Choice& choice);  // bytes that run() needs
   cudaError_t (*run)(const Conv2dArgs& args, const Device& device, const Choice& choice, void* workspace,
                      cudaStream_t stream);
-  int tiles;  // how many `Choice::tile` may name
+  int tiles;
 };
 
 extern const Pass kForward, kGradX, kGradW;

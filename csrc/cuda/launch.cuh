@@ -1,6 +1,8 @@
-// What the host sides of the passes share: the launch, the arithmetic of grids, the layout of the workspace.
+// What the host sides of the passes share: launches, grids, the layout of the workspace, the choice of kernels.
 #pragma once
+#include "direct.cuh"
 #include "kernels.h"
+#include "pack.cuh"
 #include "tile.cuh"
 
 #if !defined(ADDEROPS_SIMT)
@@ -13,6 +15,10 @@ namespace cuda {
 
 inline int64_t blocks(int64_t size, int64_t step) { return (size + step - 1) / step; }
 inline int64_t round_up(int64_t size, int64_t step) { return blocks(size, step) * step; }
+inline unsigned direct_grid(int64_t outputs) {
+  const int64_t count = blocks(outputs, kDirectThreads);
+  return (unsigned)(count < 0x7fffffff ? count : 0x7fffffff);
+}
 
 // Hands out parts of the workspace, 256-byte aligned.  With a null base it only counts.
 struct Carver {
@@ -26,23 +32,17 @@ struct Carver {
   }
 };
 
-// Sizes of a group's matrices; the kernels count in 32 bits what is not an offset.
-struct Matrix {
-  int64_t M, C, taps, P;
-};
-inline Matrix matrix_of(const Conv2dProblem& p) {
-  return {p.C_out / p.groups, p.C_in / p.groups, p.KH * p.KW, p.N * p.OH * p.OW};
-}
-constexpr int64_t kMost = 0x7fffff00;  // less than 2^31 by more than any tile
-inline const char* refusal(const Conv2dProblem& p) {
-  if (p.N * p.OH * p.OW > kMost || p.N * p.H * p.W > kMost) return "x: expected fewer than 2^31 pixels (N*H*W, N*OH*OW)";
-  if (p.H + p.pad_top > kMost || p.W + p.pad_left > kMost || (p.KH - 1) * p.dilation_h > kMost ||
-      (p.KW - 1) * p.dilation_w > kMost)
-    return "padding, dilation: expected a padded image and a kernel narrower than 2^31";
-  if (p.KH * p.KW * (p.C_in / p.groups + 128) > kMost || p.KH * p.KW * (p.C_out / p.groups + 128) > kMost)
-    return "w: expected fewer than 2^31 weights in a filter";
-  if (p.groups > 65535 / (p.stride_h * p.stride_w)) return "groups: expected at most 65535 / (stride_h * stride_w)";
-  return nullptr;
+// Does a direct kernel (direct.cuh) serve this?  Float64; groups too narrow for a tile; coordinates beyond a tile's.
+inline bool is_direct(const Conv2dArgs& args) {
+  const Conv2dProblem& p = args.problem;
+  const int64_t C = p.C_in / p.groups, M = p.C_out / p.groups, taps = p.KH * p.KW, most = 0x3fffff00;
+  const bool narrow = C < 2 || (p.groups > 1 && C * M < 64);
+  const bool large = p.N * p.OH * p.OW > most || p.N * p.H * p.W > most || p.H + p.pad_top > most ||
+                     p.W + p.pad_left > most || (p.KH - 1) * p.dilation_h >= 1 << 15 ||
+                     (p.KW - 1) * p.dilation_w >= 1 << 15 || taps * (C + 128) > most || taps * (M + 128) > most ||
+                     p.stride_h * p.stride_w > 4096 || p.groups > 65535 || blocks(M, 16) > 65535 ||
+                     blocks(C, 16) > 65535;
+  return args.type == ElementType::kFloat64 || narrow || large;
 }
 
 // May neighbouring threads read 16 bytes along the channels of every group?
@@ -51,31 +51,66 @@ inline bool supports_channels(const Operand& o, int64_t channels, int64_t elemen
   return o.stride[1] == 1 && channels % vector == 0 && o.stride[0] % vector == 0 && o.stride[2] % vector == 0 &&
          o.stride[3] % vector == 0 && reinterpret_cast<uintptr_t>(o.data) % 16 == 0;
 }
-inline Layout layout_of(const Operand& o, int64_t channels, int64_t element_bytes, int choice) {
-  const bool channels_last = supports_channels(o, channels, element_bytes) && choice != (int)Layout::kPlanes;
-  return channels_last ? Layout::kChannels : Layout::kPlanes;
-}
 inline int64_t element_bytes(ElementType type) {
   return type == ElementType::kFloat64 ? 8 : type == ElementType::kFloat32 ? 4 : 2;
 }
+inline Layout pick_layout(bool channels_last, const Choice& choice) {
+  return channels_last && choice.layout != (int)Layout::kPlanes ? Layout::kChannels : Layout::kPlanes;
+}
 
-// The tile for `lanes` output channels and as many columns: the one that computes the least beyond the matrix, among
-// equals the largest; then smaller ones as long as the device would have idle multiprocessors.
+// Of tiles for `lanes` x `columns` x `batch` results: the one that makes the multiprocessors' busiest finish first, where
+// a tile costs its area and, for its loads, four times its border.
 struct TileSize {
   int lanes, columns;
 };
-inline int pick_tile(const TileSize* tiles, int count, int64_t lanes, int64_t columns, int64_t batch,
-                     int multiprocessors) {
+template <int Count>
+int pick_tile(const TileSize (&tiles)[Count], int64_t lanes, int64_t columns, int64_t batch, const Device& device,
+              const Choice& choice) {
+  if (choice.tile >= 0) return choice.tile < Count ? choice.tile : Count - 1;
   int best = 0;
   double least = 0;
-  for (int i = 0; i < count; ++i) {
-    const int64_t across = blocks(lanes, tiles[i].lanes), down = blocks(columns, tiles[i].columns);
-    const int64_t waves = blocks(across * down * batch, multiprocessors);
-    // time of a wave: the tile's area, and a sixteenth of its border for the loads
-    const double cost = (double)waves * (tiles[i].lanes * tiles[i].columns + 4 * (tiles[i].lanes + tiles[i].columns));
+  for (int i = 0; i < Count; ++i) {
+    const int64_t count = blocks(lanes, tiles[i].lanes) * blocks(columns, tiles[i].columns) * batch;
+    const double cost = (double)blocks(count, device.multiprocessors) *
+                        (tiles[i].lanes * tiles[i].columns + 4 * (tiles[i].lanes + tiles[i].columns));
     if (i == 0 || cost < least) best = i, least = cost;
   }
   return best;
+}
+
+// Calls f(T{}) with the element type; float64 has no tiled kernels.
+template <typename F>
+void with_tiled_type(ElementType type, const F& f) {
+  if (type == ElementType::kFloat32) f(float{});
+  if (type == ElementType::kBFloat16) f(BFloat16{});
+  if (type == ElementType::kFloat16) f(Float16{});
+}
+template <typename F>
+void with_type(ElementType type, const F& f) {
+  if (type == ElementType::kFloat64) f(double{});
+  with_tiled_type(type, f);
+}
+
+// The packed weights of a pass, and the launch that makes them.
+struct Packed {
+  PackShape shape;
+  int64_t groups;
+  PackedWeights weights;
+};
+inline Packed make_packed(const Conv2dProblem& p, int64_t lanes, int64_t channels, int64_t tile_lanes, int slab,
+                          int64_t bytes, Carver* carve) {
+  const int64_t pitch = round_up(lanes, tile_lanes), depth = round_up(channels, slab), taps = p.KH * p.KW;
+  const int64_t chunks = blocks(taps * depth, kPackRows), lane_blocks = blocks(pitch, kPackLanes);
+  Packed f{{(int)lanes, (int)pitch, (int)channels, (int)depth, (int)taps, (int)p.KW, (int)chunks}, p.groups, {}};
+  f.weights = {carve->take<char>(p.groups * taps * depth * pitch * bytes), carve->take<float>(p.groups * chunks * pitch),
+               carve->take<int>(p.groups * chunks * lane_blocks), (int)pitch, (int)chunks, (int)lane_blocks};
+  return f;
+}
+template <typename T, Packing P>
+void pack(const Conv2dArgs& args, const Packed& f, cudaStream_t stream) {
+  const dim3 grid((unsigned)f.shape.chunks, (unsigned)f.weights.lane_blocks, (unsigned)f.groups);
+  LAUNCH((pack_kernel<T, P>), grid, dim3(kPackThreads), stream, args.w, f.shape, const_cast<void*>(f.weights.packed),
+         const_cast<float*>(f.weights.sums), const_cast<int*>(f.weights.flags));
 }
 
 }  // namespace cuda

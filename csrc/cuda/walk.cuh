@@ -31,6 +31,7 @@ struct Walk {
   // bytes from a slab's first channel to that of the next one: of the same tap, of the next tap, of the next row of taps
   int64_t next_slab, next_tap, next_row;
   int64_t next_weights, next_weights_tap, next_weights_row;
+  int64_t first_weights;  // bytes from a group's first slab to that of tap (0, 0)
 };
 // The steps, from the rest.  Of the weights: `slab` bytes from slab to slab, `tap_h` and `tap_w` slabs from tap to tap.
 inline void set_steps(Walk* w, int slab_channels, int64_t slab, int64_t tap_h, int64_t tap_w) {
@@ -159,13 +160,38 @@ constexpr int kColumnsAt = kSlab * Tile::kLanes;
 template <typename Tile>
 constexpr int kSlabFloats = kSlab * (Tile::kLanes + Tile::kColumns + 4);
 
-// Runs the whole sum.  With Sums, returns in *column_sum this thread's share of the sum of S over a pixel's window:
-// thread t has pixel t % kColumns, and of every slab the rows from t / kColumns * kSlab / (kThreads / kColumns) on.
+// The sum of S over each pixel's window: thread t adds up pixel t % kColumns, some rows of every slab.
+template <typename Tile>
+struct ColumnSums {
+  static constexpr int kGroups = Tile::kThreads / Tile::kColumns, kRows = kSlab / kGroups;
+  static_assert(Tile::kThreads % Tile::kColumns == 0 && kSlab % kGroups == 0, "all threads, all rows");
+  float share = 0;
+
+  __device__ __forceinline__ void add(const float* columns, int pitch) {
+    const float* from = columns + threadIdx.x / Tile::kColumns * kRows * pitch + threadIdx.x % Tile::kColumns;
+#pragma unroll
+    for (int k = 0; k < kRows; ++k) share += from[k * pitch];
+  }
+  // sums[kColumns], for everybody; `shares` holds kThreads floats that nobody else uses any more
+  __device__ __forceinline__ void gather(float* shares, float* sums) {
+    __syncthreads();
+    shares[threadIdx.x] = share;
+    __syncthreads();
+    for (int i = threadIdx.x; i < Tile::kColumns; i += Tile::kThreads) {
+      float sum = shares[i];
+      for (int group = 1; group < kGroups; ++group) sum += shares[group * Tile::kColumns + i];
+      sums[i] = sum;
+    }
+    __syncthreads();
+  }
+};
+
+// Runs the whole sum.  With Sums, `sums` gets the sums of S too.
 template <typename Tile, typename T, Layout L, bool Sums, typename SiteOf, typename Term>
 __device__ __forceinline__ void sum_over_taps(const Walk& walk, const char* source, const SiteOf& site_of,
                                               const char* weights, int pitch, float* s_slabs,
                                               float (&acc)[Tile::kThreadLanes][Tile::kThreadColumns],
-                                              float* column_sum, const Term& term) {
+                                              ColumnSums<Tile>& sums, const Term& term) {
   using Copy = ColumnCopy<Tile, T, L>;
   const Place<Tile> place;
   Copy copy(walk, source, site_of);
@@ -195,29 +221,10 @@ __device__ __forceinline__ void sum_over_taps(const Walk& walk, const char* sour
       fetch_lanes<Tile>(weights, pitch, s_next);
       cp_async_commit();
     }
-    if (Sums) {
-      constexpr int kRows = kSlab / (Tile::kThreads / Tile::kColumns);
-      const float* from = s_now + kColumnsAt<Tile> + threadIdx.x / Tile::kColumns * kRows * Copy::kPitch +
-                          threadIdx.x % Tile::kColumns;
-#pragma unroll
-      for (int k = 0; k < kRows; ++k) *column_sum += from[k * Copy::kPitch];
-    }
+    if (Sums) sums.add(s_now + kColumnsAt<Tile>, Copy::kPitch);
     sum_slab<Tile, Tile::kLanes, Copy::kPitch>(acc, s_now + place.lane, s_now + kColumnsAt<Tile> + place.column, term);
     if (!left) break;
   }
-}
-
-// Adds up the shares of `column_sum` into sums[kColumns], for everybody; `shares` holds kThreads floats.
-template <typename Tile>
-__device__ __forceinline__ void gather_column_sums(float column_sum, float* shares, float* sums) {
-  shares[threadIdx.x] = column_sum;
-  __syncthreads();
-  for (int i = threadIdx.x; i < Tile::kColumns; i += Tile::kThreads) {
-    float sum = shares[i];
-    for (int j = i + Tile::kColumns; j < Tile::kThreads; j += Tile::kColumns) sum += shares[j];
-    sums[i] = sum;
-  }
-  __syncthreads();
 }
 
 }  // namespace cuda

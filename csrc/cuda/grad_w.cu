@@ -1,0 +1,107 @@
+// Host side of the gradient of the weights: which tile, into how many runs of pixels the sum is split.
+#include "grad_w.cuh"
+
+#include "launch.cuh"
+
+namespace adderops {
+namespace cuda {
+namespace {
+
+constexpr TileSize kTiles[] = {{128, 128}, {64, 128}, {32, 128}, {16, 128}};
+using Tile0 = Tile<128, 128, 8, 8, 2>;
+using Tile1 = Tile<64, 128, 8, 8, 4>;
+using Tile2 = Tile<32, 128, 4, 8, 4>;
+using Tile3 = Tile<16, 128, 4, 4, 6>;
+
+constexpr int64_t kLongestRun = 16384;          // pixels: bounds the rounding of a float32 sum
+constexpr int64_t kShortestRun = 256;           // pixels: bounds the share of a block's beginning and end
+constexpr int64_t kPartialBytes = 32ll << 20;   // of the partial sums, where the longest run allows it
+
+struct GradWPlan {
+  bool direct;
+  Layout layout;
+  int tile;
+  TileSize size;
+  dim3 grid;
+  GradWShape shape;
+  float *partial, *partial_sum;
+  int64_t bytes;
+};
+
+GradWPlan plan(const Conv2dArgs& args, const Device& device, const Choice& choice, void* workspace) {
+  const Conv2dProblem& p = args.problem;
+  const int64_t M = p.C_out / p.groups, C = p.C_in / p.groups, K = C * p.KH * p.KW, P = p.N * p.OH * p.OW;
+  const int64_t bytes = element_bytes(args.type);
+  GradWPlan f{};
+  f.direct = is_direct(args);
+  if (f.direct) return f;
+  f.layout = pick_layout(supports_channels(args.x, C, bytes) && supports_channels(args.grad_y, M, bytes), choice);
+  f.tile = pick_tile(kTiles, M, K, p.groups * blocks(P, kLongestRun), device, choice);
+  f.size = kTiles[f.tile];
+  // blocks enough for two waves of the device; fewer where the partial sums would take much memory
+  const int64_t tiles = blocks(M, f.size.lanes) * blocks(K, f.size.columns) * p.groups;
+  int64_t splits = blocks(4 * device.multiprocessors, tiles);
+  const int64_t affordable = kPartialBytes / (p.C_out * (K + 1) * 4) + 1;
+  if (splits > affordable) splits = affordable;
+  if (splits > blocks(P, kShortestRun)) splits = blocks(P, kShortestRun);
+  if (splits < blocks(P, kLongestRun)) splits = blocks(P, kLongestRun);
+  if (splits > 65535 / p.groups) splits = 65535 / p.groups;
+  const int64_t slabs = blocks(blocks(P, splits), kSlab);
+  splits = blocks(P, slabs * kSlab);
+  f.shape = {(int)K, (int)C, (int)M, (int)splits, (int)slabs, {}, {}};
+  for (int i = 0; i < 4; ++i)
+    f.shape.grad_y[i] = args.grad_y.stride[i] * bytes, f.shape.x[i] = args.x.stride[i] * bytes;
+  f.grid = dim3((unsigned)blocks(K, f.size.columns), (unsigned)blocks(M, f.size.lanes), (unsigned)(p.groups * splits));
+  Carver carve{static_cast<char*>(workspace), 0};
+  f.partial = carve.take<float>(splits * p.C_out * K);
+  f.partial_sum = carve.take<float>(splits * p.C_out);
+  f.bytes = carve.used;
+  return f;
+}
+
+template <typename T, typename Tile>
+void launch_tile(const Conv2dArgs& args, const GradWPlan& f, cudaStream_t stream) {
+  if (f.layout == Layout::kPlanes)
+    LAUNCH((grad_w_kernel<T, Tile, Layout::kPlanes>), f.grid, dim3(Tile::kThreads), stream, args, f.shape, f.partial,
+           f.partial_sum);
+  else
+    LAUNCH((grad_w_kernel<T, Tile, Layout::kChannels>), f.grid, dim3(Tile::kThreads), stream, args, f.shape, f.partial,
+           f.partial_sum);
+}
+
+template <typename T>
+void launch(const Conv2dArgs& args, const GradWPlan& f, cudaStream_t stream) {
+  if (f.tile == 0) launch_tile<T, Tile0>(args, f, stream);
+  if (f.tile == 1) launch_tile<T, Tile1>(args, f, stream);
+  if (f.tile == 2) launch_tile<T, Tile2>(args, f, stream);
+  if (f.tile == 3) launch_tile<T, Tile3>(args, f, stream);
+  const int64_t filters = args.problem.C_out < 65535 ? args.problem.C_out : 65535;
+  LAUNCH((grad_w_finish_kernel<T>), dim3((unsigned)blocks(f.shape.K, kFinishThreads), (unsigned)filters),
+         dim3(kFinishThreads), stream, args, f.shape, f.partial, f.partial_sum);
+}
+
+int64_t workspace(const Conv2dArgs& args, const Device& device, const Choice& choice) {
+  return plan(args, device, choice, nullptr).bytes;
+}
+
+cudaError_t run(const Conv2dArgs& args, const Device& device, const Choice& choice, void* workspace,
+                cudaStream_t stream) {
+  const Conv2dProblem& p = args.problem;
+  const GradWPlan f = plan(args, device, choice, workspace);
+  if (f.direct)
+    with_type(args.type, [&](auto element) {
+      const int64_t weights = p.C_out * (p.C_in / p.groups) * p.KH * p.KW;
+      LAUNCH((direct_grad_w_kernel<decltype(element)>), dim3((unsigned)(weights < 0x7fffffff ? weights : 0x7fffffff)),
+             dim3(kDirectThreads), stream, args);
+    });
+  else
+    with_tiled_type(args.type, [&](auto element) { launch<decltype(element)>(args, f, stream); });
+  return cudaGetLastError();
+}
+
+}  // namespace
+
+extern const Pass kGradW = {workspace, run, sizeof(kTiles) / sizeof(kTiles[0])};
+
+}  // namespace cuda
+}  // namespace adderops

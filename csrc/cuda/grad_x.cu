@@ -1,0 +1,131 @@
+// Host side of the gradient of the input: phases, which tile, what grid.
+#include "grad_x.cuh"
+
+#include "launch.cuh"
+
+namespace adderops {
+namespace cuda {
+namespace {
+
+constexpr TileSize kTiles[] = {{64, 128}, {32, 128}, {16, 128}};
+using Tile0 = Tile<64, 128, 4, 8, 2>;
+using Tile1 = Tile<32, 128, 4, 8, 4>;
+using Tile2 = Tile<16, 128, 4, 4, 6>;
+
+struct GradXPlan {
+  bool direct;
+  Layout layout;
+  int tile;
+  TileSize size;
+  Packed packed;
+  int* flags;
+  int64_t bytes;
+};
+
+GradXPlan plan(const Conv2dArgs& args, const Device& device, const Choice& choice, void* workspace) {
+  const Conv2dProblem& p = args.problem;
+  const int64_t M = p.C_out / p.groups, C = p.C_in / p.groups;
+  GradXPlan f{};
+  f.direct = is_direct(args);
+  if (f.direct) return f;
+  f.layout = pick_layout(supports_channels(args.grad_y, M, element_bytes(args.type)), choice);
+  const int64_t pixels = p.N * blocks(p.H, p.stride_h) * blocks(p.W, p.stride_w);  // of the largest phase
+  f.tile = pick_tile(kTiles, C, pixels, p.groups, device, choice);
+  f.size = kTiles[f.tile];
+  Carver carve{static_cast<char*>(workspace), 0};
+  f.packed = make_packed(p, C, M, f.size.lanes, kSlab, 4, &carve);
+  f.flags = carve.take<int>(blocks(pixels, f.size.columns) * blocks(C, f.size.lanes) * p.groups);
+  f.bytes = carve.used;
+  return f;
+}
+
+// One axis of a phase: the taps k with k*dilation = remainder (mod stride), and the pixels with i + pad = remainder.
+struct Axis {
+  int taps, first_tap, tap_step;     // taps first_tap, first_tap + tap_step, ...
+  int step;                          // from tap to tap in dY
+  int pixels, first_pixel, quotient;  // of tap 0 of the first pixel in dY
+};
+Axis axis_of(int64_t remainder, int64_t stride, int64_t dilation, int64_t kernel, int64_t pad, int64_t size) {
+  Axis a{};
+  for (int64_t k = 0; k < kernel; ++k)
+    if (k * dilation % stride == remainder) {
+      if (a.taps == 0) a.first_tap = (int)k;
+      if (a.taps == 1) a.tap_step = (int)k - a.first_tap;
+      ++a.taps;
+    }
+  a.step = -(int)(a.tap_step * dilation / stride);
+  a.first_pixel = (int)(((remainder - pad) % stride + stride) % stride);
+  a.pixels = a.first_pixel < size ? (int)((size - 1 - a.first_pixel) / stride + 1) : 0;
+  a.quotient = (int)((a.first_pixel + pad) / stride - a.first_tap * dilation / stride);
+  return a;
+}
+
+template <typename T, typename Tile>
+void launch_phase(const Conv2dArgs& args, const GradXPlan& f, const Phase& phase, const Walk& walk, dim3 grid,
+                  cudaStream_t stream) {
+  if (f.layout == Layout::kPlanes)
+    LAUNCH((grad_x_kernel<T, Tile, Layout::kPlanes>), grid, dim3(Tile::kThreads), stream, args, phase, walk,
+           f.packed.weights, f.flags);
+  else
+    LAUNCH((grad_x_kernel<T, Tile, Layout::kChannels>), grid, dim3(Tile::kThreads), stream, args, phase, walk,
+           f.packed.weights, f.flags);
+}
+
+template <typename T>
+void launch(const Conv2dArgs& args, const GradXPlan& f, cudaStream_t stream) {
+  const Conv2dProblem& p = args.problem;
+  const int64_t bytes = sizeof(T), pitch = f.packed.weights.pitch;
+  const int64_t* stride = args.grad_y.stride;
+  const int channels = (int)(p.C_out / p.groups);
+  const int64_t slabs = blocks(channels, kSlab);
+  pack<T, Packing::kGradX>(args, f.packed, stream);
+  for (int64_t rh = 0; rh < p.stride_h; ++rh)
+    for (int64_t rw = 0; rw < p.stride_w; ++rw) {
+      const Axis h = axis_of(rh, p.stride_h, p.dilation_h, p.KH, p.pad_top, p.H);
+      const Axis w = axis_of(rw, p.stride_w, p.dilation_w, p.KW, p.pad_left, p.W);
+      const int64_t pixels = p.N * h.pixels * w.pixels;
+      if (!pixels) continue;
+      const Phase phase = {h.pixels, w.pixels, h.first_pixel, w.first_pixel, (int)p.stride_h, (int)p.stride_w,
+                           h.quotient, w.quotient, pixels};
+      Walk walk{};
+      walk.source = args.grad_y.data;
+      walk.image = stride[0] * bytes, walk.channel = stride[1] * bytes;
+      walk.row = stride[2] * bytes, walk.column = stride[3] * bytes;
+      walk.H = (int)p.OH, walk.W = (int)p.OW, walk.channels = channels;
+      walk.taps_h = h.taps, walk.taps_w = w.taps, walk.step_h = h.step, walk.step_w = w.step;
+      set_steps(&walk, kSlab, kSlab * pitch * 4, h.tap_step * p.KW * slabs, w.tap_step * slabs);
+      walk.first_weights = (h.first_tap * p.KW + w.first_tap) * slabs * walk.next_weights;
+      const dim3 grid((unsigned)blocks(pixels, f.size.columns), (unsigned)blocks(p.C_in / p.groups, f.size.lanes),
+                      (unsigned)p.groups);
+      if (f.tile == 0) launch_phase<T, Tile0>(args, f, phase, walk, grid, stream);
+      if (f.tile == 1) launch_phase<T, Tile1>(args, f, phase, walk, grid, stream);
+      if (f.tile == 2) launch_phase<T, Tile2>(args, f, phase, walk, grid, stream);
+      LAUNCH((grad_x_repair_kernel<T>), grid, dim3(kRepairThreads), stream, args, phase, f.size.lanes, f.size.columns,
+             f.flags);
+    }
+}
+
+int64_t workspace(const Conv2dArgs& args, const Device& device, const Choice& choice) {
+  return plan(args, device, choice, nullptr).bytes;
+}
+
+cudaError_t run(const Conv2dArgs& args, const Device& device, const Choice& choice, void* workspace,
+                cudaStream_t stream) {
+  const Conv2dProblem& p = args.problem;
+  const GradXPlan f = plan(args, device, choice, workspace);
+  if (f.direct)
+    with_type(args.type, [&](auto element) {
+      LAUNCH((direct_kernel<decltype(element), Gradient::kInput>), dim3(direct_grid(p.N * p.C_in * p.H * p.W)),
+             dim3(kDirectThreads), stream, args, p.N, p.C_in, p.H, p.W);
+    });
+  else
+    with_tiled_type(args.type, [&](auto element) { launch<decltype(element)>(args, f, stream); });
+  return cudaGetLastError();
+}
+
+}  // namespace
+
+extern const Pass kGradX = {workspace, run, sizeof(kTiles) / sizeof(kTiles[0])};
+
+}  // namespace cuda
+}  // namespace adderops
