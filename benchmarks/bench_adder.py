@@ -3,28 +3,34 @@
     python benchmarks/bench_adder.py                  a choice of layers, within three minutes on two cores
     python benchmarks/bench_adder.py --full           every layer, every pass against every peer
     python benchmarks/bench_adder.py --json r.json --plot r.png
+    python benchmarks/bench_adder.py --device cuda --dtype bfloat16
 
 A term is one |x - w|, as a convolution has one multiply-accumulate; a whole step (forward, grad_x, grad_w) has three.
 All contestants of a row are timed in alternating rounds and judged by medians (timing.py); results are checked against
 float64 first (verify.py); peers that need too much memory or time get fewer images, and terms per second are compared.
 
-The JSON file holds `machine`, `limits` (the loops of register_limits.cpp on one thread), `rows` (layer, network, pass,
-contestant, memory_format, batch, terms, seconds, spread, samples, gterm_per_s, and share_of_limit of "adder"), `memory`
-(layer, extra_bytes, allowed_bytes) and `geomean`, whose names say what is divided by what:
+On a GPU the time is the device's, between events around a call, and the L2 cache is flushed before each; F.conv2d is
+cuDNN's, its algorithm searched for, in float32 without TF32.  The limit is a model of the arithmetic (cuda_device.py).
+
+The JSON file holds `machine`, `limits` (the loops of register_limits.cpp on one thread, or the model's), `rows` (layer,
+network, pass, contestant, memory_format, batch, terms, seconds, spread, samples, gterm_per_s, and share_of_limit of
+"adder"), `memory` (layer, extra_bytes, allowed_bytes) and `geomean`, whose names say what is divided by what:
 
     <pass>_over_conv2d                  both contiguous; with _channels_last: both channels_last
     <pass>_over_conv2d_best_format      each in the memory format that suits it better, layer by layer
     forward_over_cdist, step_over_eager, forward_over_eager, step_over_cdist       contiguous
-    <pass>_share_of_limit               terms per second over those of the register-only loop
+    <pass>_share_of_limit               terms per second over those of the register-only loop, or of the model
 """
 
 import argparse
 import json
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from pathlib import Path
 
+import cuda_device
 import peers
 import register_limits
 import report
@@ -43,6 +49,20 @@ PASSES = ("forward", "grad_x", "grad_w", "step")
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 # Terms of one pass of a peer: the eager temporaries stay below 1 GiB, and nobody waits minutes for one sample.
 EAGER_TERMS, CDIST_TERMS = 2**26, 2**27
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Where and in what type all contestants run."""
+
+    device: str = "cpu"
+    dtype: torch.dtype = torch.float32
+
+    def tensors(self, layer: Layer, memory_format: torch.memory_format = torch.contiguous_format) -> list[torch.Tensor]:
+        return [t.to(self.device, self.dtype) for t in layer.tensors(memory_format)]
+
+    def clock(self, call: Callable[[], object]) -> Callable[[int], float]:
+        return cuda_device.device_clock(call) if self.device == "cuda" else wall_clock(call)
 
 
 def _passes(convolution: Callable, layer: Layer, tensors: Sequence[torch.Tensor]) -> dict[str, Callable]:
@@ -71,11 +91,13 @@ def _passes(convolution: Callable, layer: Layer, tensors: Sequence[torch.Tensor]
     return {"forward": forward, "grad_x": gradient(True, False), "grad_w": gradient(False, True), "step": step}
 
 
-def _contestants(layer: Layer, passes: Sequence[str], full: bool) -> dict[str, dict[tuple[str, str, int], Callable]]:
+def _contestants(
+    layer: Layer, passes: Sequence[str], full: bool, setting: Setting
+) -> dict[str, dict[tuple[str, str, int], Callable]]:
     """{pass: {(contestant, memory format, batch): call}}; the results of adder and peers are checked here."""
     calls: dict[str, dict[tuple[str, str, int], Callable]] = {name: {} for name in passes}
     for format_name, memory_format in FORMATS.items():
-        tensors = layer.tensors(memory_format)
+        tensors = setting.tensors(layer, memory_format)
         adder = _passes(adder_conv2d, layer, tensors)
         y, grad_x, grad_w = adder["step"]()
         verify.check_forward(f"adder {format_name}", layer, *tensors[:2], y)
@@ -88,36 +110,47 @@ def _contestants(layer: Layer, passes: Sequence[str], full: bool) -> dict[str, d
             calls[name]["adder", format_name, layer.batch] = adder[name]
             calls[name]["conv2d", format_name, layer.batch] = conv2d[name]
 
-    small = layer.batch_within(CDIST_TERMS)
-    tensors = small.tensors()
-    x, w, _ = tensors
-    if "forward" in passes:
-        verify.check_forward("cdist", small, x, w, peers.cdist_forward(small, x, w))
-        calls["forward"]["cdist", "contiguous", small.batch] = lambda s=small, x=x, w=w: peers.cdist_forward(s, x, w)
-    if "step" in passes and full:
-        calls["step"]["cdist", "contiguous", small.batch] = lambda s=small, t=tensors: peers.cdist_step(s, *t)
+    if peers.has_cdist(setting.dtype):
+        small = layer.batch_within(CDIST_TERMS)
+        tensors = setting.tensors(small)
+        x, w, _ = tensors
+        if "forward" in passes:
+            verify.check_forward("cdist", small, x, w, peers.cdist_forward(small, x, w))
+            calls["forward"]["cdist", "contiguous", small.batch] = lambda s=small, x=x, w=w: peers.cdist_forward(
+                s, x, w
+            )
+        if "step" in passes and full:
+            calls["step"]["cdist", "contiguous", small.batch] = lambda s=small, t=tensors: peers.cdist_step(s, *t)
 
     small = layer.batch_within(EAGER_TERMS)
-    tensors = small.tensors()
+    tensors = setting.tensors(small)
     x, w, _ = tensors
     if "step" in passes:
         y, grad_x, grad_w = peers.eager_step(small, *tensors)
-        verify.check_forward("eager", small, x, w, y)
-        verify.check_gradients("eager", small, *tensors, grad_x, grad_w)
+        verify.check_forward("eager", small, x, w, y, steps_in=setting.dtype)
+        verify.check_gradients("eager", small, *tensors, grad_x, grad_w, steps_in=setting.dtype)
         calls["step"]["eager", "contiguous", small.batch] = lambda s=small, t=tensors: peers.eager_step(s, *t)
     if "forward" in passes and full:
         calls["forward"]["eager", "contiguous", small.batch] = lambda s=small, x=x, w=w: peers.eager_forward(s, x, w)
     return calls
 
 
-def _time_row(layer: Layer, name: str, calls: dict, limit: Together | None, budget: float) -> list[dict]:
-    """Times one pass of one layer; a row of the result for each contestant."""
+def _time_row(
+    layer: Layer, name: str, calls: dict, limit: Together | float | None, budget: float, setting: Setting
+) -> list[dict]:
+    """Times one pass of one layer; a row of the result for each contestant.
+
+    Args:
+        limit: loops to time among the contestants, or terms per second of a model.
+    """
     passes = 3 if name == "step" else 1
     players = {
-        (what, form, batch): Contestant(f"{what} {form}", passes * layer.terms * batch / layer.batch, wall_clock(call))
+        (what, form, batch): Contestant(
+            f"{what} {form}", passes * layer.terms * batch / layer.batch, setting.clock(call)
+        )
         for (what, form, batch), call in calls.items()
     }
-    if limit:
+    if isinstance(limit, Together):
         players["limit", "registers", 0] = Contestant("limit registers", limit.terms, limit.seconds)
     timings = take_turns(list(players.values()), budget)
     rows = []
@@ -139,9 +172,10 @@ def _time_row(layer: Layer, name: str, calls: dict, limit: Together | None, budg
             }
         )
     if limit:
+        highest = rows[-1]["gterm_per_s"] if isinstance(limit, Together) else limit / 1e9
         for row in rows:
             if row["contestant"] == "adder":
-                row["share_of_limit"] = row["gterm_per_s"] / rows[-1]["gterm_per_s"]
+                row["share_of_limit"] = row["gterm_per_s"] / highest
     return rows
 
 
@@ -152,6 +186,11 @@ class Results:
         self.rows = list(rows)
         self._rates = {(r["layer"], r["pass"], r["contestant"], r["memory_format"]): r["gterm_per_s"] for r in rows}
         self.layers = list(dict.fromkeys(r["layer"] for r in rows))
+        self._shares = {
+            (r["layer"], r["pass"]): r["share_of_limit"]
+            for r in rows
+            if r["memory_format"] == "contiguous" and "share_of_limit" in r
+        }
 
     def rate(self, layer: str, name: str, contestant: str, form: str = "contiguous") -> float | None:
         """Gterm/s; "best" is the better memory format; None where the contestant did not take part."""
@@ -159,6 +198,10 @@ class Results:
             rates = [self._rates.get((layer, name, contestant, f)) for f in FORMATS]
             return max((rate for rate in rates if rate), default=None)
         return self._rates.get((layer, name, contestant, form))
+
+    def share(self, layer: str, name: str) -> float | None:
+        """Of the limit, by the adder convolution, contiguous."""
+        return self._shares.get((layer, name))
 
     def ratio(self, layer: str, name: str, other: str, form: str = "contiguous") -> float | None:
         """Terms per second of the adder convolution over those of `other`, the same memory format on both sides."""
@@ -180,11 +223,7 @@ class Results:
             if ratios and all(ratios):
                 means[title] = report.geometric_mean(ratios)
         for name in PASSES:
-            shares = [
-                row["share_of_limit"]
-                for row in self.rows
-                if row["pass"] == name and row["memory_format"] == "contiguous" and "share_of_limit" in row
-            ]
+            shares = [share for (_, passed), share in self._shares.items() if passed == name]
             if shares:
                 means[f"{name}_share_of_limit"] = report.geometric_mean(shares)
         return means
@@ -200,8 +239,8 @@ def _line(results: Results, layer: str, name: str) -> str:
         return f"{'-' if value is None else f'{value:.{digits}f}':>10}"
 
     rate, ratio = results.rate, results.ratio
-    ours, limit = rate(layer, name, "adder"), rate(layer, name, "limit", "registers")
-    cells = [cell(ours), cell(limit), cell(ours / limit if limit else None, 2)]
+    ours, share = rate(layer, name, "adder"), results.share(layer, name)
+    cells = [cell(ours), cell(ours / share if share else None), cell(share, 2)]
     cells += [cell(rate(layer, name, "conv2d")), cell(ratio(layer, name, "conv2d"), 2)]
     cells += [cell(rate(layer, name, who, "channels_last")) for who in ("adder", "conv2d")]
     cells += [cell(ratio(layer, name, "conv2d", "channels_last"), 2)]
@@ -214,7 +253,9 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     title, _, text = __doc__.partition("\n\n")
     parser = argparse.ArgumentParser(description=title, epilog=text, formatter_class=argparse.RawTextHelpFormatter)
     add = parser.add_argument
-    add("--device", choices=("cpu",), default="cpu", help="where the operators run")
+    add("--device", choices=("cpu", "cuda"), default="cpu", help="where the operators run (%(default)s)")
+    add("--dtype", choices=[str(dtype).removeprefix("torch.") for dtype in cuda_device.TERMS], default="float32")
+    add("--batch", type=int, metavar="N", help="images of every layer (on cuda 64, else as in layers.py)")
     add("--threads", type=int, default=torch.get_num_threads(), help="of every contestant (%(default)s)")
     add("--full", action="store_true", help="every layer, every pass against every peer (20 minutes)")
     add("--seconds", type=float, help="for the timing, as far as three samples allow (110; --full: 1000)")
@@ -227,14 +268,52 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     unknown = [name for name in args.passes if name not in PASSES]
     if unknown:
         parser.error(f"--passes: expected some of {', '.join(PASSES)}, got {', '.join(unknown)}")
-    if args.threads < 1:
-        parser.error(f"--threads: expected at least 1, got {args.threads}")
+    for name in ("threads", "batch"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            parser.error(f"--{name}: expected at least 1, got {getattr(args, name)}")
+    if args.device == "cpu" and args.dtype != "float32":
+        parser.error("--dtype: expected float32 on the CPU, whose F.conv2d has no halves worth comparing with")
+    if args.device == "cuda":
+        args.batch = args.batch or 64
     return args
+
+
+def _register_limits(result: dict, setting: Setting, isa: str) -> dict[str, Together | None]:
+    """{pass: loops to time}: those of this processor, which are measured once and printed."""
+    try:
+        loops = register_limits.measure()
+    except register_limits.Unavailable as reason:
+        print(f"\nno register-only limits, so no share of them: {reason}")
+        return dict.fromkeys(PASSES)
+    print(f"\nRegister-only limits\n{register_limits.table(loops)}")
+    best = {name: register_limits.best_loop(loops, prefix, isa) for name, prefix in register_limits.PASS_LOOPS.items()}
+    threads = torch.get_num_threads()
+    limits = {name: Together([best[name]], threads) for name in PASSES if name != "step"}
+    limits["step"] = Together([best[name] for name in PASSES if name != "step"], threads)
+    result["limits"] = [
+        {"loop": x.name, "variant": x.variant, "tile": x.tile, "gterm_per_s": x.rate / 1e9} for x in loops
+    ]
+    print("used as limit: " + "; ".join(f"{name}: {loop.name} ({loop.variant})" for name, loop in best.items()))
+    return limits
+
+
+def _model_limits(result: dict, setting: Setting, isa: str) -> dict[str, float | None]:
+    """{pass: terms per second at most}: the model of the arithmetic of this GPU, printed."""
+    rates = cuda_device.bounds(setting.dtype)
+    print("\nModel bound of the arithmetic, Gterm/s at the highest clock (cuda_device.py)")
+    for name, rate in rates.items():
+        print(f"{name:<20} {rate / 1e9:.0f}")
+        result["limits"].append({"loop": name, "variant": "model", "tile": None, "gterm_per_s": rate / 1e9})
+    if not rates:
+        print("none for this device, so no share of it")
+    return dict.fromkeys(PASSES) | rates
 
 
 def main(argv: Sequence[str] | None = None, layers: Sequence[Layer] | None = None) -> dict:
     """Runs the benchmark and returns what --json writes; `layers` in place of those of the command line."""
     args = _arguments(argv)
+    if args.device == "cuda":
+        cuda_device.require()
     if args.plot:
         report.require_matplotlib()
     if layers is None:
@@ -244,39 +323,34 @@ def main(argv: Sequence[str] | None = None, layers: Sequence[Layer] | None = Non
         if not layers:
             known = ", ".join(layer.name for layer in LAYERS)
             raise SystemExit(f"--layers: no layer matches {args.layers}; there are {known}")
+    if args.batch:
+        layers = [replace(layer, batch=args.batch) for layer in layers]
+    setting = Setting(args.device, getattr(torch, args.dtype))
     torch.set_num_threads(args.threads)
     isa = adderops.info.describe()["instruction set in use"]
     result = {"machine": report.machine(args.threads, isa), "limits": [], "rows": [], "memory": [], "geomean": {}}
+    result["machine"]["dtype"] = args.dtype
+    if args.device == "cuda":
+        result["machine"] |= cuda_device.description()
+        torch.backends.cudnn.benchmark = True
+        torch.backends.cudnn.allow_tf32 = False
     for name, value in result["machine"].items():
-        print(f"{name:<16} {value}")
+        print(f"{name:<20} {value}")
 
-    limits = dict.fromkeys(PASSES)
-    try:
-        loops = register_limits.measure()
-    except register_limits.Unavailable as reason:
-        print(f"\nno register-only limits, so no share of them: {reason}")
+    limits = (_model_limits if args.device == "cuda" else _register_limits)(result, setting, isa)
+    if args.device == "cuda":
+        memory = cuda_device.extra_memory(layers, setting.dtype)
     else:
-        print(f"\nRegister-only limits\n{register_limits.table(loops)}")
-        best = {
-            name: register_limits.best_loop(loops, prefix, isa) for name, prefix in register_limits.PASS_LOOPS.items()
-        }
-        limits = {name: Together([best[name]], args.threads) for name in PASSES if name != "step"}
-        limits["step"] = Together([best[name] for name in PASSES if name != "step"], args.threads)
-        result["limits"] = [
-            {"loop": x.name, "variant": x.variant, "tile": x.tile, "gterm_per_s": x.rate / 1e9} for x in loops
-        ]
-        print("used as limit: " + "; ".join(f"{name}: {loop.name} ({loop.variant})" for name, loop in best.items()))
-
-    memory = extra_memory(layers, args.threads)
+        memory = extra_memory(layers, args.threads)
 
     print(f"\nGterm/s (cl: channels_last); ratio: adder over the column before\n{_header()}", flush=True)
     deadline = time.monotonic() + (args.seconds or (1000 if args.full else 110))
     rows_left = len(layers) * len(args.passes)
     for layer in layers:
-        calls = _contestants(layer, args.passes, args.full)
+        calls = _contestants(layer, args.passes, args.full, setting)
         for name in args.passes:
             budget = max(0.0, deadline - time.monotonic()) / rows_left
-            rows = _time_row(layer, name, calls[name], limits[name], budget)
+            rows = _time_row(layer, name, calls[name], limits[name], budget, setting)
             result["rows"] += rows
             rows_left -= 1
             print(_line(Results(rows), layer.name, name), flush=True)
@@ -311,15 +385,13 @@ def _plot(path: Path, result: dict, results: Results) -> None:
         ratios = [results.ratio(layer, name, "conv2d") for layer in results.layers]
         if all(ratios):
             bars[f"{name} / F.conv2d {name}"] = ratios
-        shares = [
-            row["share_of_limit"]
-            for row in results.rows
-            if row["pass"] == name and row["memory_format"] == "contiguous" and "share_of_limit" in row
-        ]
-        if len(shares) == len(results.layers):
-            bars[f"{name} / register-only limit"] = shares
+        shares = [results.share(layer, name) for layer in results.layers]
+        if all(shares):
+            limit = "model bound" if "device" in result["machine"] else "register-only limit"
+            bars[f"{name} / {limit}"] = shares
     about = result["machine"]
-    machine = f"{about['cpu']}, {about['instruction_set']}, {about['threads']} threads, {about['date'][:10]}"
+    where = about.get("device") or f"{about['cpu']}, {about['instruction_set']}, {about['threads']} threads"
+    machine = f"{where}, {about['dtype']}, {about['date'][:10]}"
     title = f"adder convolution, {machine}"
     report.plot_ratios(path, title, results.layers, bars, "ratio of terms per second (contiguous)")
 

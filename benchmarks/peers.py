@@ -41,6 +41,11 @@ def eager_step(layer: Layer, x: Tensor, w: Tensor, grad_y: Tensor) -> tuple[Tens
     return eager_forward(layer, x, w), *eager_gradients(layer, x, w, grad_y)
 
 
+def has_cdist(dtype: torch.dtype) -> bool:
+    """torch.cdist knows no halves."""
+    return dtype in (torch.float32, torch.float64)
+
+
 def cdist_forward(layer: Layer, x: Tensor, w: Tensor) -> Tensor:
     """Y = -cdist(windows, filters, p=1)."""
     return _image(layer, -torch.cdist(columns(layer, x).mT, w.flatten(1), p=1.0).mT)

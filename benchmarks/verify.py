@@ -4,7 +4,8 @@ A slice of each result is checked: the last image and four output channels of th
 channels of grad_x, two filters of two input channels of grad_w.  The tolerance is derived: a sum of n terms in float32
 is off by at most 9*sqrt(n)*u*sum|terms|, u = eps/2, but for a vanishing probability (Higham and Mary, SIAM J. Sci.
 Comput. 41, 2019).  The terms are those of the least favourable form: |x|, |w| and 2*min(x, w) forward, |dY*x| and
-|dY*w| in grad_w.
+|dY*w| in grad_w.  Halves are what they are when they come in; the operators sum them in float32 and round the sum once,
+by at most u of the half times its size.  The eager formula rounds each of its steps to the half.
 """
 
 import math
@@ -14,12 +15,13 @@ from layers import Layer
 from peers import columns, eager_forward, eager_gradients
 from torch import Tensor
 
-_UNIT = torch.finfo(torch.float32).eps / 2
 
-
-def _excess(name: str, got: Tensor, want: Tensor, sums: Tensor, n: int) -> float:
+def _excess(name: str, got: Tensor, want: Tensor, sums: Tensor, n: int, steps_in: torch.dtype) -> float:
     """max |got - want| / tolerance; above 1 is wrong."""
-    tolerance = 9 * math.sqrt(n) * _UNIT * sums
+    tolerance = 9 * math.sqrt(n) * (torch.finfo(steps_in).eps / 2) * sums
+    if got.dtype != torch.float32:
+        half = torch.finfo(got.dtype)
+        tolerance = tolerance * (1 + half.eps) + half.eps / 2 * want.abs() + half.smallest_normal * half.eps
     error = (got.double() - want).abs()
     worst = float((error / tolerance).max())
     if not worst <= 1:  # NaN is wrong too
@@ -27,17 +29,31 @@ def _excess(name: str, got: Tensor, want: Tensor, sums: Tensor, n: int) -> float
     return worst
 
 
-def check_forward(what: str, layer: Layer, x: Tensor, w: Tensor, y: Tensor) -> float:
-    """Returns the worst error over its tolerance, or ends the program when y is wrong."""
+def check_forward(
+    what: str, layer: Layer, x: Tensor, w: Tensor, y: Tensor, steps_in: torch.dtype = torch.float32
+) -> float:
+    """Returns the worst error over its tolerance, or ends the program when y is wrong.
+
+    Args:
+        steps_in: the type that holds the terms and their sums.
+    """
     x, w = x[-1:].double(), w[:4].double()
     windows, filters = columns(layer, x).unsqueeze(1), w.flatten(1)[:, :, None]
     sums = (windows.abs() + filters.abs() + 2 * torch.minimum(windows, filters).abs()).sum(2)
     y = y[-1:, :4].flatten(2)
-    return _excess(f"{layer.name} {what} forward", y, eager_forward(layer, x, w).flatten(2), sums, 3 * windows.size(2))
+    want = eager_forward(layer, x, w).flatten(2)
+    return _excess(f"{layer.name} {what} forward", y, want, sums, 3 * windows.size(2), steps_in)
 
 
 def check_gradients(
-    what: str, layer: Layer, x: Tensor, w: Tensor, grad_y: Tensor, grad_x: Tensor | None, grad_w: Tensor | None
+    what: str,
+    layer: Layer,
+    x: Tensor,
+    w: Tensor,
+    grad_y: Tensor,
+    grad_x: Tensor | None,
+    grad_w: Tensor | None,
+    steps_in: torch.dtype = torch.float32,
 ) -> float:
     """The same of the training gradients; None is not looked at."""
     worst = 0.0
@@ -51,7 +67,7 @@ def check_gradients(
         )
         sums = sums + torch.finfo(torch.float32).tiny  # pixels that no window covers: exactly zero
         n = layer.c_out * layer.kernel**2
-        worst = max(worst, _excess(f"{layer.name} {what} grad_x", grad_x[-1:, :4], want, sums, n))
+        worst = max(worst, _excess(f"{layer.name} {what} grad_x", grad_x[-1:, :4], want, sums, n, steps_in))
     if grad_w is not None:
         x, w, grad_y = x[:, :2], w[:2, :2], grad_y[:, :2]
         _, want = eager_gradients(layer, x, w, grad_y)
@@ -59,5 +75,5 @@ def check_gradients(
         fixes = w.abs() * grad_y.abs().sum((0, 2, 3))[:, None, None, None]
         sums = products.sum((0, 3)).view_as(w) + fixes
         n = 2 * layer.batch * layer.out_size**2
-        worst = max(worst, _excess(f"{layer.name} {what} grad_w", grad_w[:2, :2], want, sums, n))
+        worst = max(worst, _excess(f"{layer.name} {what} grad_w", grad_w[:2, :2], want, sums, n, steps_in))
     return worst

@@ -4,7 +4,12 @@ The bodies of the CPU tests run here again with a CUDA device for a backend.  Wi
 whole file is one skip.
 """
 
+import json
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from pathlib import Path
 
 import pytest
 import test_conv2d_accuracy
@@ -18,6 +23,7 @@ import test_operator_errors as errors
 import torch
 from cases import FORMATS, PASSES, SELECTED, Inputs, assert_same, case, compute, define, exact_inputs, exact_result
 from conftest import Backend
+from tolerances import gamma, unit_roundoff
 
 from adderops import AdderConv2d, _ops
 from adderops.functional import adder_conv2d
@@ -35,8 +41,37 @@ MEMORY_FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.
 LAYER = case("layer", (3, 40, 20, 21), 136, 3, padding=1)
 
 
+@cache
+def expected_here(name: str, c, *data):
+    """`expected` of the accuracy tests, but with the bound of grad_x that its form has here.
+
+    clamp(w-x, -1, 1) = 2*sat(w' - x') - 1, w' = w/2 + 1/2, x' = x/2 rounds w' and the difference, each by u of its
+    size and the second below 1: the clamp is off by at most u*(|w| + 3) however small w - x, never by more than 2.
+    The sum is 2*sum dY*sat - sum dY, each term of it at most |dY|.
+    """
+    inputs, want, bound = expected_on_the_cpu(name, c, *data)
+    dtype = inputs.x.dtype
+    if name != "grad_x" or dtype == torch.float64:  # float64 is computed by the definition
+        return inputs, want, bound
+    i = inputs.to(torch.float64)
+    top, bottom, left, right = c.padding
+    padded = (*i.x.shape[:2], c.H + top + bottom, c.W + left + right)
+    geometry = c.stride, 0, c.dilation, c.groups
+
+    def scattered(weight):
+        full = torch.nn.grad.conv2d_input(padded, weight, i.grad_y.abs(), *geometry)
+        return torch.nn.functional.pad(full, (-left, -right, -top, -bottom))
+
+    of_clamp = scattered((unit_roundoff(dtype) * (i.w.abs() + 3)).clamp(max=2))
+    return inputs, want, gamma(c.terms[name] + 5, dtype) * 3 * scattered(torch.ones_like(i.w)) + of_clamp
+
+
+expected_on_the_cpu = test_conv2d_accuracy.expected
+
+
 @pytest.fixture
-def backend(set_threads):
+def backend(set_threads, monkeypatch):
+    monkeypatch.setattr(test_conv2d_accuracy, "expected", expected_here)
     set_threads(1)
     return Backend(DEVICE, "sm_{}{}".format(*torch.cuda.get_device_capability()))
 
@@ -424,3 +459,17 @@ def test_more_elements_than_32_bits_count(name, form):
             want += g @ x[image, :, r].double().flatten(1).T - level.double()[:, None] * g.sum(1, keepdim=True)
     assert want.abs().max() < 2**24
     assert_same(grad_w[:, :, 0, 0], want.float().to(dtype).cpu(), "grad_w")
+
+
+@pytest.mark.parametrize("dtype", ("float32", "float16", "bfloat16"))
+def test_benchmark(dtype, tmp_path):
+    """It runs end to end, which includes its own check of every result."""
+    script, file = Path(__file__).resolve().parents[1] / "benchmarks" / "bench_adder.py", tmp_path / "r.json"
+    layers = "resnet20/16-16*,resnet20/16-32.1x1*"
+    options = ["--device", "cuda", "--dtype", dtype, "--layers", layers, "--batch", "8", "--seconds", "2", "--full"]
+    run = subprocess.run([sys.executable, script, *options, "--json", file], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    result = json.loads(file.read_text())
+    assert result["machine"]["device"] == torch.cuda.get_device_name()
+    shares = [row["share_of_limit"] for row in result["rows"] if "share_of_limit" in row]
+    assert len(shares) == (16 if result["limits"] else 0) and all(0 < share < 1 for share in shares)

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -309,3 +310,32 @@ def test_a_package_without_the_library(tmp_path):
     result, registered, kernels = run.stdout.splitlines()
     assert (result, registered) == ("-1.0", "False")
     assert kernels.startswith("none: adderops was built without them: install the CUDA toolkit")
+
+
+# --- the benchmark ---
+
+
+def test_the_benchmark_says_what_is_missing():
+    if torch.cuda.is_available() and not _ops.CUDA_KERNELS_MISSING:
+        pytest.skip("nothing is missing here")
+    command = [sys.executable, CHECKOUT / "benchmarks" / "bench_adder.py", "--device", "cuda"]
+    environ = {**os.environ, "PYTHONPATH": str(INSTALLED.parent)}
+    run = subprocess.run(command, env=environ, capture_output=True, text=True)
+    assert run.returncode == 1 and re.search("^--device cuda: (no GPU|adderops has no CUDA kernels)", run.stderr)
+
+
+def test_the_bound_of_the_model(monkeypatch):
+    """Terms a clock and multiprocessor x multiprocessors x clock; a step is one pass after the other."""
+    monkeypatch.syspath_prepend(str(CHECKOUT / "benchmarks"))
+    import cuda_device
+
+    device = SimpleNamespace(major=9, minor=0, multi_processor_count=132, clock_rate=1_500_000)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda: device)
+    unit = 132 * 1.5e9
+    step = 3 / (1 / 64 + 1 / 64 + 1 / 128)
+    assert cuda_device.bounds(torch.float32) == pytest.approx(
+        {"forward": 64 * unit, "grad_x": 64 * unit, "grad_w": 128 * unit, "step": step * unit}
+    )
+    assert cuda_device.bounds(torch.bfloat16)["forward"] == pytest.approx(128 * unit)
+    device.major = 99
+    assert cuda_device.bounds(torch.float32) == {}
