@@ -1,0 +1,40 @@
+// What the library and the race checker know of the executor.
+#pragma once
+#include <stddef.h>
+#include <stdint.h>
+
+namespace simt {
+
+enum class Order : int { kForward, kReverse, kRandom };
+
+// Of threads between barriers and of blocks in the grid.
+struct Settings {
+  Order order = Order::kForward;
+  uint64_t seed = 1;
+  // What fresh shared memory and the targets of unfinished copies are filled with: 0xff is a NaN in every type, but
+  // kernels with fminf() overlook NaNs; other patterns are large finite numbers.
+  uint8_t poison = 0xff;
+};
+struct Statistics {
+  int64_t launches, blocks, barriers, collectives;
+};
+extern Settings settings;
+extern Statistics statistics;
+
+constexpr size_t kPadding = 4096;  // around shared arrays and global buffers
+
+// Null after launches without an error.  clear_error() allows launches again.
+const char* error();
+void clear_error();
+// From a running CUDA thread: ends the launch with this error and does not return.
+[[noreturn]] void fail(const char* format, ...) __attribute__((format(printf, 1, 2)));
+
+// The running CUDA thread and its surroundings; -1 outside a kernel.
+int running_thread();
+bool on_own_stack(const void* address);
+bool in_launch_parameters(const void* address, size_t bytes);
+
+// In poisoned memory around [data, data + bytes): whether a byte differs from the poison.
+bool written(const char* begin, const char* end, uint8_t poison);
+
+}  // namespace simt
