@@ -93,9 +93,16 @@ def choose_toolkit(environ: Mapping[str, str], torch_cuda: str | None) -> tuple[
 
 
 def arch_list(environ: Mapping[str, str], known: set[str]) -> str:
-    """TORCH_CUDA_ARCH_LIST if it is set, else those of DEFAULT_ARCHS that are `known` and PTX of the last."""
+    """TORCH_CUDA_ARCH_LIST if it is set, else those of DEFAULT_ARCHS that are `known` and PTX of the last.
+
+    Raises:
+        ValueError: a name in place of a number; the library has to know which device runs which of its code.
+    """
     if environ.get("TORCH_CUDA_ARCH_LIST", "").strip():
-        return ";".join(re.split(r"[;\s]+", environ["TORCH_CUDA_ARCH_LIST"].strip("; ")))
+        archs = re.split(r"[;\s]+", environ["TORCH_CUDA_ARCH_LIST"].strip("; "))
+        if not all(re.fullmatch(r"\d+\.\d[a-z]?(\+PTX)?", arch) for arch in archs):
+            raise ValueError(f"TORCH_CUDA_ARCH_LIST: expected numbers as in 8.0;9.0+PTX, got {';'.join(archs)!r}")
+        return ";".join(archs)
     chosen = [arch for arch in DEFAULT_ARCHS if arch in known]
     if not chosen:
         raise Unavailable(f"nvcc compiles for none of {', '.join(DEFAULT_ARCHS)}; set TORCH_CUDA_ARCH_LIST")

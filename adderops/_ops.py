@@ -41,7 +41,8 @@ adder_conv2d_grad_x = torch.ops.adderops.adder_conv2d_grad_x.default
 adder_conv2d_grad_w = torch.ops.adderops.adder_conv2d_grad_w.default
 cpu_isa = torch.ops.adderops._cpu_isa.default
 cpu_isas = torch.ops.adderops._cpu_isas.default
-cuda_archs = torch.ops.adderops._cuda_archs.default  # only with CUDA kernels
+cuda_archs = torch.ops.adderops._cuda_archs.default  # this and the next only with CUDA kernels
+cuda_code_for = torch.ops.adderops._cuda_code_for.default
 
 
 # --- fake kernels: shape, dtype and memory format without data, for torch.compile and the meta device ---

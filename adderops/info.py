@@ -19,7 +19,15 @@ def _devices() -> str:
     if not torch.cuda.is_available():
         return "none"
     found = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
-    return ", ".join(f"{device.name} ({device.major}.{device.minor})" for device in found)
+    return ", ".join(f"{device.name} ({_code_of(device)})" for device in found)
+
+
+def _code_of(device) -> str:
+    capability = f"{device.major}.{device.minor}"
+    if _ops.CUDA_KERNELS_MISSING:
+        return capability
+    code = _ops.cuda_code_for(_ops.cuda_archs(), 10 * device.major + device.minor)
+    return f"{capability}, runs the kernels for {code / 10}" if code else f"{capability}, no kernels for it"
 
 
 _LINES: dict[str, Callable[[], str]] = {

@@ -20,8 +20,10 @@ STABLE_TORCH_LIBRARY(adderops, m) {
   // the CPU instruction set that the next call uses, and all that this machine runs, weakest first
   m.def("_cpu_isa() -> str");
   m.def("_cpu_isas() -> str[]");
-  // the architectures of the CUDA kernels as TORCH_CUDA_ARCH_LIST names them; only where adderops._cuda is loaded
+  // Only where adderops._cuda is loaded: the architectures of the CUDA kernels as TORCH_CUDA_ARCH_LIST names them; the
+  // one of a list that a device of a compute capability (10*major + minor) runs, or 0.
   m.def("_cuda_archs() -> str");
+  m.def("_cuda_code_for(str archs, int capability) -> int");
 }
 
 static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr};

@@ -161,6 +161,12 @@ def test_the_architectures_to_build_for(named, known, chosen):
     assert toolkits.arch_list({} if named is None else {"TORCH_CUDA_ARCH_LIST": named}, known) == chosen
 
 
+@pytest.mark.parametrize("named", ["Ampere", "native", "80", "8.0;sm_90", "8.0,9.0"])
+def test_architectures_are_numbers(named):
+    with pytest.raises(ValueError, match="TORCH_CUDA_ARCH_LIST: expected numbers as in 8.0;9.0[+]PTX, got "):
+        toolkits.arch_list({"TORCH_CUDA_ARCH_LIST": named}, {"8.0"})
+
+
 def test_a_compiler_for_other_architectures():
     with pytest.raises(toolkits.Unavailable, match="none of 7.5, .*; set TORCH_CUDA_ARCH_LIST"):
         toolkits.arch_list({}, {"5.0"})
@@ -213,14 +219,47 @@ def test_the_library_knows_its_architectures():
     archs = _ops.cuda_archs()
     assert archs and info.describe()["CUDA kernels"] == f"for {archs.replace(';', ', ')}"
     cuobjdump = shutil.which("cuobjdump", path=f"{os.environ['PATH']}:/usr/local/cuda/bin")
-    if not cuobjdump or re.search("[A-Za-z]", archs.replace("+PTX", "")):
-        pytest.skip(f"no cuobjdump to read the library with, or architectures by name: {archs}")
+    if not cuobjdump:
+        pytest.skip("no cuobjdump to read the library with")
     library = sys.modules["adderops._cuda"].__file__
     listed = subprocess.run([cuobjdump, "--list-elf", "--list-ptx", library], capture_output=True, text=True).stdout
-    machine_code = set(re.findall(r"\.sm_(\d+)\.cubin", listed))
+    machine_code = set(re.findall(r"\.sm_(\w+)\.cubin", listed))
     assert machine_code == {arch.replace(".", "").removesuffix("+PTX") for arch in archs.split(";")}
     ptx = {arch.replace(".", "").removesuffix("+PTX") for arch in archs.split(";") if arch.endswith("+PTX")}
-    assert set(re.findall(r"\.sm_(\d+)\.ptx", listed)) == ptx
+    assert set(re.findall(r"\.sm_(\w+)\.ptx", listed)) == ptx
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+    "archs, codes",
+    [
+        # machine code serves its own generation from its minor number on, PTX everything later
+        ("8.0", {75: 0, 80: 80, 86: 80, 89: 80, 90: 0}),
+        (
+            "7.5;8.0;8.6;8.9;9.0;10.0;12.0+PTX",
+            {70: 0, 75: 75, 80: 80, 87: 86, 89: 89, 90: 90, 103: 100, 110: 0, 121: 120},
+        ),
+        ("7.5;8.0;8.6;8.9;9.0;10.0;12.0+PTX", {120: 120, 130: 120}),
+        ("7.5+PTX", {70: 0, 75: 75, 80: 75, 120: 75}),
+        ("7.5+PTX;8.6+PTX;12.0", {75: 75, 80: 75, 86: 86, 90: 86, 120: 120, 121: 120}),
+        ("9.0a;10.0a+PTX", {90: 90, 100: 100, 103: 0, 120: 0}),  # one capability only
+    ],
+)
+def test_which_code_a_device_runs(archs, codes):
+    assert {capability: _ops.cuda_code_for(archs, capability) for capability in codes} == codes
+
+
+@needs_kernels
+def test_the_devices_line_says_which_code_runs(monkeypatch):
+    devices = [SimpleNamespace(name="A", major=8, minor=6), SimpleNamespace(name="B", major=7, minor=0)]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda i: devices[i])
+    monkeypatch.setattr(_ops, "cuda_archs", lambda: "8.0")
+    expected = "A (8.6, runs the kernels for 8.0), B (7.0, no kernels for it)"
+    assert info.describe()["CUDA devices"] == expected
+    monkeypatch.setattr(_ops, "CUDA_KERNELS_MISSING", "not built")
+    assert info.describe()["CUDA devices"] == "A (8.6), B (7.0)"
 
 
 @needs_kernels

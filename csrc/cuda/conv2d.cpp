@@ -1,4 +1,4 @@
-// The CUDA side of the operators: allocates, hands the kernels the current stream, turns their refusals into errors.
+// The CUDA side of the operators: allocates, hands the kernels the current stream, turns their status into errors.
 // A library of its own, adderops._cuda: the schemas and the CPU kernels in adderops._C work without it.
 #include <Python.h>
 #include <torch/csrc/stable/accelerator.h>
@@ -6,6 +6,8 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <algorithm>
+#include <cstdlib>
 #include <mutex>
 #include <optional>
 #include <unordered_map>
@@ -24,14 +26,28 @@ namespace {
 using Ints = std::vector<int64_t>;
 namespace accelerator = torch::stable::accelerator;
 
-void check(const char* op, cudaError_t status, const Device& device) {
-  // The usual cause is a library built for other devices, which the runtime's own text does not say.
-  const bool not_built = status == cudaErrorNoKernelImageForDevice || status == cudaErrorUnsupportedPtxVersion;
-  const std::string capability = std::to_string(device.capability / 10) + "." + std::to_string(device.capability % 10);
-  STD_TORCH_CHECK(!not_built, op, ": expected a device of an architecture among ", ADDEROPS_CUDA_ARCHS, ", got ",
-                  capability, " (", cudaGetErrorString(status),
-                  "); build adderops with TORCH_CUDA_ARCH_LIST=", capability);
+void check(const char* op, cudaError_t status) {
   STD_TORCH_CHECK(status == cudaSuccess, op, ": CUDA error: ", cudaGetErrorString(status));
+}
+
+// Which of the architectures in `archs` ("8.0;9.0a;12.0+PTX") a device of this capability runs, as 10 * major + minor,
+// or 0: machine code of its generation, else the PTX nearest below it.  The choice is the driver's; its rule is
+// documented.
+int64_t code_for(const std::string& archs, int64_t capability) {
+  int64_t machine_code = 0, ptx = 0;
+  for (size_t at = 0; at < archs.size();) {
+    const size_t end = std::min(archs.find(';', at), archs.size());
+    const std::string arch = archs.substr(at, end - at);
+    at = end + 1;
+    const size_t dot = arch.find('.');
+    if (dot == std::string::npos) continue;
+    const int64_t major = std::atoll(arch.c_str()), code = 10 * major + (arch[dot + 1] - '0');
+    const bool exact = dot + 2 < arch.size() && arch[dot + 2] != '+';  // 9.0a: of this one capability
+    if (code > capability || (exact && code != capability)) continue;
+    if (major == capability / 10) machine_code = std::max(machine_code, code);
+    if (arch.find("+PTX") != std::string::npos) ptx = std::max(ptx, code);
+  }
+  return machine_code ? machine_code : ptx;
 }
 
 // Asked once for each device: a call takes microseconds, and so would the questions.
@@ -41,13 +57,15 @@ Device properties(const char* op, int index) {
   const std::lock_guard<std::mutex> lock(mutex);
   const auto found = known.find(index);
   if (found != known.end()) return found->second;
-  Device device{};
-  int major = 0, minor = 0;
-  check(op, cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index), device);
-  check(op, cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, index), device);
-  check(op, cudaDeviceGetAttribute(&device.multiprocessors, cudaDevAttrMultiProcessorCount, index), device);
-  device.capability = 10 * major + minor;
-  return known[index] = device;
+  int major = 0, minor = 0, multiprocessors = 0;
+  check(op, cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index));
+  check(op, cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, index));
+  check(op, cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, index));
+  // Some kernels are empty in the code for some architectures: what counts is the code that runs, not the device.
+  const int64_t code = code_for(ADDEROPS_CUDA_ARCHS, 10 * major + minor);
+  STD_TORCH_CHECK(code, op, ": x: expected a device that runs kernels for ", ADDEROPS_CUDA_ARCHS, ", got one of ",
+                  major, ".", minor, "; build adderops with TORCH_CUDA_ARCH_LIST=", major, ".", minor);
+  return known[index] = {static_cast<int>(code), multiprocessors};
 }
 
 // Queues a pass on the current stream of x's device.  The workspace comes from torch's allocator, which hands it out
@@ -56,16 +74,12 @@ void execute(const char* op, const Pass& pass, const Conv2dArgs& args, const Ten
   const int index = x.get_device_index();
   const accelerator::DeviceGuard guard(index);
   const Device device = properties(op, index);
-  const char* why = "no tile serves these sizes";
-  const int64_t bytes = pass.workspace(args, device, kAutomatic, &why);
-  STD_TORCH_CHECK(bytes >= 0, op, ": ", why);
+  const int64_t bytes = pass.workspace(args, device, kAutomatic);
   std::optional<Tensor> workspace;
   if (bytes) workspace = torch::stable::new_empty(x, {bytes}, torch::headeronly::ScalarType::Byte);
   const accelerator::Stream stream = accelerator::getCurrentStream(index);
-  check(op,
-        pass.run(args, device, kAutomatic, workspace ? workspace->data_ptr() : nullptr,
-                 static_cast<cudaStream_t>(stream.nativeHandle())),
-        device);
+  check(op, pass.run(args, device, kAutomatic, workspace ? workspace->data_ptr() : nullptr,
+                     static_cast<cudaStream_t>(stream.nativeHandle())));
 }
 
 Tensor adder_conv2d(const Tensor& x, const Tensor& w, const std::optional<Tensor>& bias, Ints stride, Ints padding,
@@ -125,7 +139,10 @@ STABLE_TORCH_LIBRARY_IMPL(adderops, CUDA, m) {
   m.impl("adder_conv2d_grad_w", TORCH_BOX(&adder_conv2d_grad_w));
 }
 
-STABLE_TORCH_LIBRARY_IMPL(adderops, CompositeExplicitAutograd, m) { m.impl("_cuda_archs", TORCH_BOX(&cuda_archs)); }
+STABLE_TORCH_LIBRARY_IMPL(adderops, CompositeExplicitAutograd, m) {
+  m.impl("_cuda_archs", TORCH_BOX(&cuda_archs));
+  m.impl("_cuda_code_for", TORCH_BOX(&code_for));
+}
 
 }  // namespace cuda
 }  // namespace adderops
