@@ -10,8 +10,8 @@ namespace {
 
 constexpr TileSize kTiles[] = {{128, 128}, {64, 128}, {32, 128}, {16, 128}, {64, 64}};
 using Tile0 = Tile<128, 128, 8, 8, 2>;
-using Tile1 = Tile<64, 128, 8, 8, 4>;
-using Tile2 = Tile<32, 128, 4, 8, 5>;
+using Tile1 = Tile<64, 128, 8, 8, 3>;
+using Tile2 = Tile<32, 128, 4, 8, 4>;
 using Tile3 = Tile<16, 128, 4, 4, 6>;
 using Tile4 = Tile<64, 64, 8, 4, 5>;
 

@@ -8,10 +8,15 @@ namespace cuda {
 namespace {
 
 constexpr TileSize kTiles[] = {{128, 128}, {64, 128}, {32, 128}, {16, 128}};
-using Tile0 = Tile<128, 128, 8, 8, 2>;
-using Tile1 = Tile<64, 128, 8, 8, 4>;
-using Tile2 = Tile<32, 128, 4, 8, 4>;
-using Tile3 = Tile<16, 128, 4, 4, 6>;
+// The halves pass through registers on their way to shared memory: fewer blocks then.
+template <typename T>
+using Tile0 = Tile<128, 128, 8, 8, sizeof(T) == 4 ? 2 : 1>;
+template <typename T>
+using Tile1 = Tile<64, 128, 8, 8, 2>;
+template <typename T>
+using Tile2 = Tile<32, 128, 4, 8, 3>;
+template <typename T>
+using Tile3 = Tile<16, 128, 4, 4, 3>;
 
 constexpr int64_t kLongestRun = 16384;          // pixels: bounds the rounding of a float32 sum
 constexpr int64_t kShortestRun = 256;           // pixels: bounds the share of a block's beginning and end
@@ -71,10 +76,10 @@ void launch_tile(const Conv2dArgs& args, const GradWPlan& f, cudaStream_t stream
 
 template <typename T>
 void launch(const Conv2dArgs& args, const GradWPlan& f, cudaStream_t stream) {
-  if (f.tile == 0) launch_tile<T, Tile0>(args, f, stream);
-  if (f.tile == 1) launch_tile<T, Tile1>(args, f, stream);
-  if (f.tile == 2) launch_tile<T, Tile2>(args, f, stream);
-  if (f.tile == 3) launch_tile<T, Tile3>(args, f, stream);
+  if (f.tile == 0) launch_tile<T, Tile0<T>>(args, f, stream);
+  if (f.tile == 1) launch_tile<T, Tile1<T>>(args, f, stream);
+  if (f.tile == 2) launch_tile<T, Tile2<T>>(args, f, stream);
+  if (f.tile == 3) launch_tile<T, Tile3<T>>(args, f, stream);
   const int64_t filters = args.problem.C_out < 65535 ? args.problem.C_out : 65535;
   LAUNCH((grad_w_finish_kernel<T>), dim3((unsigned)blocks(f.shape.K, kFinishThreads), (unsigned)filters),
          dim3(kFinishThreads), stream, args, f.shape, f.partial, f.partial_sum);
