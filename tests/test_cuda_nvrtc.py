@@ -1,0 +1,64 @@
+"""Every CUDA kernel compiles for every architecture, by NVRTC: no GPU, no nvcc, nothing of the host in the kernels."""
+
+import re
+from pathlib import Path
+
+import nvrtc
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+ARCHITECTURES = (75, 80, 90, 100, 120)
+MOST = 80  # where every kernel is launched: all tiles and layouts; elsewhere what has a budget, and one of each kernel
+
+
+@pytest.fixture
+def budgets(monkeypatch):
+    """The module cuda_budgets, whose INSTANCES are the kernels that the operators launch."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import cuda_budgets
+
+    return cuda_budgets
+
+
+@pytest.fixture
+def has_nvrtc():
+    try:
+        nvrtc.library()
+    except nvrtc.Unavailable as reason:
+        pytest.skip(str(reason))
+
+
+def found_in_sources(pattern: str) -> set[str]:
+    return {found for file in (ROOT / "csrc/cuda").glob("*.cu*") for found in re.findall(pattern, file.read_text())}
+
+
+def test_instances_cover_all_kernels(budgets):
+    defined = found_in_sources(r"__global__\s+void\s+(?:__launch_bounds__\((?:[^()]|\([^()]*\))*\)\s+)?(\w+)\s*\(")
+    assert defined == {re.sub(r"<.*", "", instance.expression).split("::")[-1] for instance in budgets.INSTANCES}
+
+
+def test_instances_cover_all_tiles(budgets):
+    tile = r"\b\w*Tile<\d+(?:,\s*\d+)+>"
+    named = {found for instance in budgets.INSTANCES for found in re.findall(tile, instance.expression)}
+    assert {re.sub(r",\s*", ", ", found) for found in found_in_sources(tile)} == named
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_kernels_compile(budgets, has_nvrtc, arch):
+    if arch not in nvrtc.architectures():
+        pytest.skip(f"NVRTC {'.'.join(map(str, nvrtc.version()))} has no sm_{arch}")
+    wanted = budgets.units(arch, "bfloat16" if arch == MOST else "budgets")
+    for unit, compiled in zip(wanted, budgets.compile_all(arch, wanted), strict=True):  # raises with the log
+        assert set(compiled.names) == {instance.expression for instance in unit}
+        assert compiled.cubin.startswith(b"\x7fELF")
+
+
+def test_error_has_the_log(has_nvrtc):
+    with pytest.raises(nvrtc.CompileError, match=r"broken\.cu\(2\): error: identifier \"nothing\" is undefined"):
+        nvrtc.compile("__global__ void kernel(int* p) {\n  *p = nothing; }", "broken.cu", 90)
+
+
+def test_without_a_library(monkeypatch):
+    monkeypatch.setattr(nvrtc, "_candidates", lambda: ["libnvrtc-absent.so"])
+    with pytest.raises(nvrtc.Unavailable, match="nvidia-cuda-nvrtc"):
+        nvrtc.library.__wrapped__()
