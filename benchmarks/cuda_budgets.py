@@ -123,14 +123,17 @@ _HALVES = list(_ELEMENTS)[1:]
 _MMA_ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 
 
-def _tiles(source: str, kind: type[Tile] | type[MmaTile]) -> list:
-    """What a file of csrc/cuda chooses from ("using Tile0 = Tile<128, 128, 8, 8, 2>;").  The first has the budget."""
-    found = re.findall(rf"using \w+ = {kind.__name__}<([\d, ]+)>;", (ROOT / "csrc/cuda" / source).read_text())
-    return [kind(*map(int, numbers.split(","))) for numbers in found]
+def _tiles(source: str, kind: type[Tile] | type[MmaTile], element: str) -> list:
+    """What a file of csrc/cuda chooses from for an element type; the first has the budget.
 
-
-_FORWARD, _FORWARD_HALF = _tiles("forward.cu", Tile), _tiles("forward.cu", MmaTile)
-_GRAD_X, _GRAD_W = _tiles("grad_x.cu", Tile), _tiles("grad_w.cu", Tile)
+    Spelt "using Tile0 = Tile<128, 128, 8, 8, 2>;", where a number may be "sizeof(T) == 4 ? 2 : 1".
+    """
+    tiles = []
+    for numbers in re.findall(rf"using \w+ = {kind.__name__}<([^;]+)>;", (ROOT / "csrc/cuda" / source).read_text()):
+        choice = r"sizeof\(T\) == 4 \? (\d+) : (\d+)"
+        numbers = re.sub(choice, r"\1" if element == "float" else r"\2", numbers)
+        tiles.append(kind(*map(int, numbers.split(","))))
+    return tiles
 
 
 def _name(kernel: str, *arguments: str) -> str:
@@ -142,38 +145,36 @@ def _enum(kind: str, value: int) -> str:
 
 
 def _forward() -> Iterator[Instance]:
-    for tile, element, (layout, layout_name), (form, form_name) in product(
-        _FORWARD, _ELEMENTS, enumerate(LAYOUTS), enumerate(FORMS)
-    ):
-        yield Instance(
-            "forward.cuh",
-            _name("forward_kernel", element, tile.text, _enum("Layout", layout), _enum("Form", form)),
-            f"forward {_ELEMENTS[element]} {form_name} {layout_name}",
-            str(tile),
-            ("FADD", 2) if form == 0 else ("FMNMX", 1),
-            _SLAB * tile.thread_lanes * tile.thread_columns,
-            "forward float32" if tile == _FORWARD[0] and element == "float" else "",
-            (75,) if element != "float" else (75, 80) if form else (),
-        )
-
-
-def _forward_half() -> Iterator[Instance]:
-    for tile, element, (layout, layout_name) in product(_FORWARD_HALF, _HALVES, enumerate(LAYOUTS)):
-        yield Instance(
-            "forward_half.cuh",
-            _name("forward_half_kernel", element, tile.text, _enum("Layout", layout)),
-            f"forward {_ELEMENTS[element]} mma {layout_name}",
-            str(tile),
-            ("HMMA", 1 / 8),
-            _MMA_SLAB * tile.lanes * tile.columns // tile.threads,
-            f"forward {_ELEMENTS[element]}" if tile == _FORWARD_HALF[0] else "",
-            _MMA_ARCHITECTURES,
-        )
+    for element, (layout, layout_name), (form, form_name) in product(_ELEMENTS, enumerate(LAYOUTS), enumerate(FORMS)):
+        for i, tile in enumerate(_tiles("forward.cu", Tile, element)):
+            yield Instance(
+                "forward.cuh",
+                _name("forward_kernel", element, tile.text, _enum("Layout", layout), _enum("Form", form)),
+                f"forward {_ELEMENTS[element]} {form_name} {layout_name}",
+                str(tile),
+                ("FADD", 2) if form == 0 else ("FMNMX", 1),
+                _SLAB * tile.thread_lanes * tile.thread_columns,
+                "forward float32" if i == 0 and element == "float" else "",
+                (75,) if element != "float" else (75, 80) if form else (),
+            )
+        if element == "float" or form:
+            continue
+        for i, tile in enumerate(_tiles("forward.cu", MmaTile, element)):
+            yield Instance(
+                "forward_half.cuh",
+                _name("forward_half_kernel", element, tile.text, _enum("Layout", layout)),
+                f"forward {_ELEMENTS[element]} mma {layout_name}",
+                str(tile),
+                ("HMMA", 1 / 8),
+                _MMA_SLAB * tile.lanes * tile.columns // tile.threads,
+                f"forward {_ELEMENTS[element]}" if i == 0 else "",
+                _MMA_ARCHITECTURES,
+            )
 
 
 def _gradients() -> Iterator[Instance]:
-    for which, tiles in (("grad_x", _GRAD_X), ("grad_w", _GRAD_W)):
-        for tile, element, (layout, layout_name) in product(tiles, _ELEMENTS, enumerate(LAYOUTS)):
+    for which, element, (layout, layout_name) in product(("grad_x", "grad_w"), _ELEMENTS, enumerate(LAYOUTS)):
+        for i, tile in enumerate(_tiles(f"{which}.cu", Tile, element)):
             yield Instance(
                 f"{which}.cuh",
                 _name(f"{which}_kernel", element, tile.text, _enum("Layout", layout)),
@@ -181,7 +182,7 @@ def _gradients() -> Iterator[Instance]:
                 str(tile),
                 ("FFMA", 1),
                 _SLAB * tile.thread_lanes * tile.thread_columns,
-                f"{which} float32" if tile == tiles[0] and element == "float" else "",
+                f"{which} float32" if i == 0 and element == "float" else "",
             )
 
 
@@ -204,7 +205,7 @@ def _others() -> Iterator[Instance]:
         yield Instance("direct.cuh", _name("direct_grad_w_kernel", element), f"grad_w {name} direct.cuh")
 
 
-INSTANCES = [*_forward(), *_forward_half(), *_gradients(), *_others()]
+INSTANCES = [*_forward(), *_gradients(), *_others()]
 
 
 def units(arch: int, scope: str = "all", kernel: str = "") -> list[tuple[Instance, ...]]:
