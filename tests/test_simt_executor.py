@@ -40,6 +40,7 @@ BUGS = {
     "Wild": (None, None),  # likewise
     "TooMuchShared": ("bytes of shared memory with s_more, more than 49152", None),
     "ReadWhileCopying": (None, "unfinished cp.async on shared s_in"),
+    "CopyFromAnywhere": ("cp_async_4: from outside every array", None),
 }
 # What no value shows in any order: the race checker alone sees these.
 SILENT = {"OtherBlocksRow", "WriteToInput", "Misaligned", "GlobalReadBefore", "GlobalRowTooFar"}

@@ -22,15 +22,15 @@ CSRC = ROOT / "csrc"
 EXECUTOR = ("context", "executor", "collectives", "simt_interface")
 KEPT_DAYS = 7
 
-BASE = ("-std=c++20", "-fPIC", "-fvisibility=hidden", "-DADDEROPS_SIMT", "-Wall", "-Wno-unknown-pragmas")
+BASE = ("-std=c++20", "-fPIC", "-fvisibility=hidden", "-DADDEROPS_SIMT")
 # The kernels cast between types of memory as CUDA allows; contraction to FMA would depend on the machine.
 KERNELS = ("-fno-strict-aliasing", "-ffp-contract=off")
-SANITIZED = ("-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer")
+SANITIZED = ("-O0", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer")
 # variant: flags of everything, of the kernels, of the executor
 VARIANTS = {
-    "plain": ((), ("-O2", "-g1"), ("-O2",)),
+    "plain": ((), ("-O1", "-g1"), ("-O3",)),
     # accesses of 16 bytes stay one, so that their alignment is checked
-    "race": (("-DSIMT_RACE_CHECKER",), ("-O1", "-g1", "-fsanitize=thread", "-fno-tree-sra"), ("-O2",)),
+    "race": (("-DSIMT_RACE_CHECKER",), ("-O1", "-g1", "-fsanitize=thread", "-fno-tree-sra"), ("-O3",)),
     "asan": (SANITIZED, (), ()),
 }
 

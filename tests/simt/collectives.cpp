@@ -41,7 +41,7 @@ struct MmaLane {
 template <typename T>
 void combine_mma(void* const payloads[32], uint32_t mask) {
   if (mask != 0xffffffffu) simt::fail("mma_16x8x16 needs all lanes");
-  float a[16][16], b[16][8];
+  float a[16][16], b[16][8], c[16][8];
   for (int lane = 0; lane < 32; ++lane) {
     const MmaLane& l = *static_cast<const MmaLane*>(payloads[lane]);
     const int g = lane / 4, t = lane % 4;
@@ -50,15 +50,14 @@ void combine_mma(void* const payloads[32], uint32_t mask) {
         a[g + i % 2 * 8][2 * t + i / 2 * 8 + half] = to_float(T{uint16_t(l.a[i] >> 16 * half)});
       for (int i = 0; i < 2; ++i) b[2 * t + i * 8 + half][g] = to_float(T{uint16_t(l.b[i] >> 16 * half)});
     }
+    for (int i = 0; i < 4; ++i) c[g + i / 2 * 8][2 * t + i % 2] = l.c[i];
   }
+  for (int row = 0; row < 16; ++row)
+    for (int k = 0; k < 16; ++k)
+      for (int column = 0; column < 8; ++column) c[row][column] += a[row][k] * b[k][column];
   for (int lane = 0; lane < 32; ++lane) {
     const MmaLane& l = *static_cast<const MmaLane*>(payloads[lane]);
-    for (int i = 0; i < 4; ++i) {
-      const int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
-      float sum = l.c[i];
-      for (int k = 0; k < 16; ++k) sum += a[row][k] * b[k][column];
-      l.c[i] = sum;
-    }
+    for (int i = 0; i < 4; ++i) l.c[i] = c[lane / 4 + i / 2 * 8][lane % 4 * 2 + i % 2];
   }
 }
 

@@ -9,6 +9,7 @@
 
 #include <algorithm>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "context.h"
@@ -94,6 +95,7 @@ struct Launch {
   Context launcher;
   Fiber* self = nullptr;
 
+  std::vector<std::pair<const char*, size_t>> globals;
   std::string error;
 };
 Launch current;
@@ -296,6 +298,8 @@ bool in_launch_parameters(const void* address, size_t bytes) {
   const char* const call = static_cast<const char*>(run().call);
   return a >= call && a + bytes <= call + run().call_bytes;
 }
+void add_global(const void* data, size_t bytes) { run().globals.emplace_back(static_cast<const char*>(data), bytes); }
+void forget_globals() { run().globals.clear(); }
 bool written(const char* begin, const char* end, uint8_t poison) {
   return std::any_of(begin, end, [poison](char c) { return uint8_t(c) != poison; });
 }
@@ -363,6 +367,10 @@ void copy_async(void* shared, const void* global, size_t bytes, bool valid) {
   if (reinterpret_cast<uintptr_t>(to) % bytes) fail("cp_async_%zu: the shared address is not aligned", bytes);
   if (valid && reinterpret_cast<uintptr_t>(global) % bytes)
     fail("cp_async_%zu: the global address is not aligned", bytes);
+  const char* const from = static_cast<const char*>(global);
+  const auto near = [&](const auto& g) { return from >= g.first - kPadding && from < g.first + g.second + kPadding; };
+  if (valid && !l.globals.empty() && std::none_of(l.globals.begin(), l.globals.end(), near))
+    fail("cp_async_%zu: from outside every array", bytes);
   const auto holds = [&](const SharedArray& a) { return to >= a.data && to + bytes <= a.data + a.bytes; };
   if (std::none_of(l.shared.begin(), l.shared.end(), holds)) fail("cp_async_%zu: not to a shared array", bytes);
   const void* const pc = __builtin_return_address(0);

@@ -34,6 +34,10 @@ int running_thread();
 bool on_own_stack(const void* address);
 bool in_launch_parameters(const void* address, size_t bytes);
 
+// The caller's arrays.  Copies from elsewhere are errors once there are any; the padding counts as the array.
+void add_global(const void* data, size_t bytes);
+void forget_globals();
+
 // In poisoned memory around [data, data + bytes): whether a byte differs from the poison.
 bool written(const char* begin, const char* end, uint8_t poison);
 

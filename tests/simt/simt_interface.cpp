@@ -10,7 +10,7 @@
 #include "race_checker.h"
 
 namespace {
-std::vector<std::pair<char*, size_t>> watched;
+std::vector<std::pair<char*, size_t>> watched;  // poisoned around, for AddressSanitizer
 }
 
 void simt_configure(int order, uint64_t seed, int poison) {
@@ -24,11 +24,13 @@ void simt_watch(const char* name, void* data, int64_t bytes, int writable, int i
   __asan_poison_memory_region(p - simt::kPadding, simt::kPadding);
   __asan_poison_memory_region(p + bytes, simt::kPadding);
 #endif
+  simt::add_global(data, size_t(bytes));
   watched.emplace_back(static_cast<char*>(data), size_t(bytes));
 }
 
 void simt_forget() {
   simt::race::forget_global();
+  simt::forget_globals();
 #if SIMT_ASAN
   for (const auto& [p, bytes] : watched) __asan_unpoison_memory_region(p - simt::kPadding, bytes + 2 * simt::kPadding);
 #endif

@@ -31,6 +31,7 @@ enum Bug : int {
   kWild,
   kTooMuchShared,
   kReadWhileCopying,
+  kCopyFromAnywhere,
 };
 
 constexpr int kThreads = 64, kRounds = 4;
@@ -53,7 +54,9 @@ __global__ void __launch_bounds__(kThreads) trial_kernel(const float* __restrict
   if (B == kWild && t == 9) y[int64_t(1) << 40] = 0;
 
   const auto fetch = [&](int round) {
-    if (round < kRounds) cp_async_4(&s_in[round % 2][t], x + first + round * kThreads + t, true);
+    if (round < kRounds)
+      cp_async_4(&s_in[round % 2][t], x + first + round * kThreads + t + (B == kCopyFromAnywhere) * (int64_t(1) << 40),
+                 true);
     cp_async_commit();
   };
   fetch(0);
@@ -93,7 +96,7 @@ template <int B>
 void launch(int bug, int blocks, const float* x, float* y, float* sums) {
   if (bug == B)
     LAUNCH(trial_kernel<B>, blocks, kThreads, nullptr, x, y, sums);
-  else if constexpr (B < kReadWhileCopying)
+  else if constexpr (B < kCopyFromAnywhere)
     launch<B + 1>(bug, blocks, x, y, sums);
 }
 
@@ -145,7 +148,7 @@ const char* result() { return simt::error(); }
 
 extern "C" {
 
-EXPORTED int trial_bugs() { return kReadWhileCopying; }
+EXPORTED int trial_bugs() { return kCopyFromAnywhere; }
 
 EXPORTED const char* trial_run(int bug, int blocks, const float* x, float* y, float* sums) {
   simt::clear_error();
