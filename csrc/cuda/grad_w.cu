@@ -24,23 +24,31 @@ constexpr int64_t kPartialBytes = 32ll << 20;   // of the partial sums, where th
 
 struct GradWPlan {
   bool direct;
-  Layout layout;
   int tile;
   TileSize size;
   dim3 grid;
   GradWShape shape;
+  void *grad_y, *x;  // dense copies, or null where the tensor is dense
   float *partial, *partial_sum;
   int64_t bytes;
 };
 
+// The tensor itself where its channels are dense, else the copy that channels_kernel will make; `padded` channels a group.
+DenseTensor dense(const Operand& o, bool in_place, void* copy, int64_t H, int64_t W, int64_t channels, int64_t padded,
+                  int64_t groups, int64_t bytes) {
+  if (in_place) return {o.data, o.stride[3] * bytes, o.stride[2] * bytes, o.stride[0] * bytes, channels * bytes};
+  const int64_t column = groups * padded * bytes;
+  return {copy, column, W * column, H * W * column, padded * bytes};
+}
+
 GradWPlan plan(const Conv2dArgs& args, const Device& device, const Choice& choice, void* workspace) {
   const Conv2dProblem& p = args.problem;
-  const int64_t M = p.C_out / p.groups, C = p.C_in / p.groups, K = C * p.KH * p.KW, P = p.N * p.OH * p.OW;
-  const int64_t bytes = element_bytes(args.type);
+  const int64_t M = p.C_out / p.groups, P = p.N * p.OH * p.OW;
+  const int64_t bytes = element_bytes(args.type), vector = 16 / bytes;
+  const int64_t C = round_up(p.C_in / p.groups, vector), K = C * p.KH * p.KW;
   GradWPlan f{};
   f.direct = is_direct(args);
   if (f.direct) return f;
-  f.layout = pick_layout(supports_channels(args.x, C, bytes) && supports_channels(args.grad_y, M, bytes), choice);
   f.tile = pick_tile(kTiles, M, K, p.groups * blocks(P, kLongestRun), device, choice);
   f.size = kTiles[f.tile];
   // blocks enough for two waves of the device; fewer where the partial sums would take much memory
@@ -53,11 +61,26 @@ GradWPlan plan(const Conv2dArgs& args, const Device& device, const Choice& choic
   if (splits > 65535 / p.groups) splits = 65535 / p.groups;
   const int64_t slabs = blocks(blocks(P, splits), kSlab);
   splits = blocks(P, slabs * kSlab);
-  f.shape = {(int)K, (int)C, (int)M, (int)splits, (int)slabs, {}, {}};
-  for (int i = 0; i < 4; ++i)
-    f.shape.grad_y[i] = args.grad_y.stride[i] * bytes, f.shape.x[i] = args.x.stride[i] * bytes;
-  f.grid = dim3((unsigned)blocks(K, f.size.columns), (unsigned)blocks(M, f.size.lanes), (unsigned)(p.groups * splits));
   Carver carve{static_cast<char*>(workspace), 0};
+  const bool planes = choice.layout == (int)Layout::kPlanes;
+  const bool grad_y_dense = !planes && supports_channels(args.grad_y, M, bytes);
+  const bool x_dense = !planes && supports_channels(args.x, p.C_in / p.groups, bytes);
+  f.grad_y = grad_y_dense ? nullptr : carve.take<char>(P * p.groups * round_up(M, vector) * bytes);
+  f.x = x_dense ? nullptr : carve.take<char>(p.N * p.H * p.W * p.groups * C * bytes);
+  f.shape = {(int)K, (int)C, (int)M, (int)splits, (int)slabs};
+  GradWShape& g = f.shape;
+  g.grad_y = dense(args.grad_y, grad_y_dense, f.grad_y, p.OH, p.OW, M, round_up(M, vector), p.groups, bytes);
+  g.x = dense(args.x, x_dense, f.x, p.H, p.W, p.C_in / p.groups, C, p.groups, bytes);
+  // two slabs on, as images, rows and columns
+  const int64_t on = 2 * kSlab, dn = on / (p.OH * p.OW), dh = on / p.OW % p.OH, dw = on % p.OW;
+  g.dh = (int)dh, g.dw = (int)dw;
+  g.step_grad_y = dn * g.grad_y.image + dh * g.grad_y.row + dw * g.grad_y.column;
+  g.row_grad_y = g.grad_y.row - p.OW * g.grad_y.column;
+  g.image_grad_y = g.grad_y.image - p.OH * g.grad_y.row;
+  g.step_x = dn * g.x.image + dh * p.stride_h * g.x.row + dw * p.stride_w * g.x.column;
+  g.row_x = p.stride_h * g.x.row - p.OW * p.stride_w * g.x.column;
+  g.image_x = g.x.image - p.OH * p.stride_h * g.x.row;
+  f.grid = dim3((unsigned)blocks(K, f.size.columns), (unsigned)blocks(M, f.size.lanes), (unsigned)(p.groups * splits));
   f.partial = carve.take<float>(splits * p.C_out * K);
   f.partial_sum = carve.take<float>(splits * p.C_out);
   f.bytes = carve.used;
@@ -66,16 +89,23 @@ GradWPlan plan(const Conv2dArgs& args, const Device& device, const Choice& choic
 
 template <typename T, typename Tile>
 void launch_tile(const Conv2dArgs& args, const GradWPlan& f, cudaStream_t stream) {
-  if (f.layout == Layout::kPlanes)
-    LAUNCH((grad_w_kernel<T, Tile, Layout::kPlanes>), f.grid, dim3(Tile::kThreads), stream, args, f.shape, f.partial,
-           f.partial_sum);
-  else
-    LAUNCH((grad_w_kernel<T, Tile, Layout::kChannels>), f.grid, dim3(Tile::kThreads), stream, args, f.shape, f.partial,
-           f.partial_sum);
+  LAUNCH((grad_w_kernel<T, Tile>), f.grid, dim3(Tile::kThreads), stream, args, f.shape, f.partial, f.partial_sum);
+}
+
+template <typename T>
+void copy_channels(const Operand& in, void* out, int64_t N, int64_t H, int64_t W, int64_t channels, int64_t groups,
+                   cudaStream_t stream) {
+  const int64_t padded = round_up(channels, 16 / (int64_t)sizeof(T));
+  const dim3 grid((unsigned)blocks(N * H * W, kChannelsTile), (unsigned)blocks(padded, kChannelsTile), (unsigned)groups);
+  LAUNCH((channels_kernel<T>), grid, dim3(kChannelsThreads), stream, in, static_cast<T*>(out), N * H * W, H, W,
+         (int)channels, (int)padded);
 }
 
 template <typename T>
 void launch(const Conv2dArgs& args, const GradWPlan& f, cudaStream_t stream) {
+  const Conv2dProblem& p = args.problem;
+  if (f.grad_y) copy_channels<T>(args.grad_y, f.grad_y, p.N, p.OH, p.OW, p.C_out / p.groups, p.groups, stream);
+  if (f.x) copy_channels<T>(args.x, f.x, p.N, p.H, p.W, p.C_in / p.groups, p.groups, stream);
   if (f.tile == 0) launch_tile<T, Tile0<T>>(args, f, stream);
   if (f.tile == 1) launch_tile<T, Tile1<T>>(args, f, stream);
   if (f.tile == 2) launch_tile<T, Tile2<T>>(args, f, stream);

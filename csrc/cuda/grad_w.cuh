@@ -4,107 +4,125 @@
 // One FFMA a term, as a convolution's.
 //
 // The sum runs over all pixels and is split over blocks, each a run of pixels; two stages, no atomics:
+//   channels_kernel        a tensor whose channels do not lie densely is copied first: [n][h][w][group][C, to whole vectors]
 //   grad_w_kernel          partial[split][group][co][k], partial_sum[split][group][co] = sum of dY
 //                          grid (tiles of k, tiles of co, groups * splits)
 //   grad_w_finish_kernel   adds the splits up in their order, subtracts W * sum dY; what is not finite then is done again
 //                          by definition.h.  grid (weights of a filter, co): blocks of 256 weights
 //
 // Block: kLanes filters x kColumns weights (tile.cuh), slabs of kSlab pixels; 128 x 128, 256 threads, 8 x 8 each.
-//   lanes    [2][kSlab][kLanes + 4] of dY,  columns [2][kSlab][kColumns + 4] of X: pixel after pixel; the four floats of
-//            padding let eight pixels x four channels be stored without bank conflicts (kPlanes)
-//   info     [2][kSlab]   where a slab's pixels lie, written by kSlab threads one slab ahead of the copies
+//   lanes    [2][kSlab][kLanes + 4] of dY,  columns [2][kSlab][kColumns + 4] of X: pixel after pixel, 16 bytes of channels a
+//            copy; a column's channels are padded to whole vectors (k counts the padding)
+//   info     [2][kSlab]   where a slab's pixels lie: kSlab threads step them on, one slab ahead of the copies
 #pragma once
 #include "tile.cuh"
 
 namespace adderops {
 namespace cuda {
 
+// A dense tensor: bytes from pixel to pixel, row to row, image to image; of a channel's group; its data.
+struct DenseTensor {
+  const void* data;
+  int64_t column, row, image, group;
+};
+
 struct PixelInfo {
   int64_t grad_y, x;  // bytes, of the window's first tap in x
-  int h, w;           // of the window's first tap; far outside where there is no pixel
+  int h, w;           // of the window's first tap; kNowhere behind the last pixel
+  int oh, ow, left;   // the pixel, and how many there are from it on
 };
 constexpr int kNowhere = -0x40000000;
 
 struct GradWShape {
-  int K, C, M;          // weights of a filter; channels and filters of a group
-  int splits, slabs;    // runs of pixels; slabs in each
-  int64_t grad_y[4], x[4];  // strides in bytes
+  int K, C, M;         // weights of a filter and channels, both with the padding; filters of a group
+  int splits, slabs;   // runs of pixels; slabs in each
+  int dh, dw;          // two slabs on: this many rows and columns, not counting whole images
+  DenseTensor grad_y, x;
+  // bytes: two slabs on, where no row ends; more where a row ends, where an image ends
+  int64_t step_grad_y, step_x, row_grad_y, row_x, image_grad_y, image_x;
 };
 
-// A thread's part of copying one side of a slab: elements of `Count` columns at kSlab pixels.
-template <int Count, int Threads, typename T, Layout L, bool Bordered>
+// A thread's part of copying one side of a slab: 16 bytes at a time of `Count` columns at kSlab pixels.
+template <int Count, int Threads, typename T, bool Bordered>
 struct RunCopy {
-  static constexpr int kVector = L == Layout::kChannels ? 16 / (int)sizeof(T) : 1;
-  static constexpr int kAcross = Count / kVector;
-  static constexpr int kPieces = kAcross * kSlab;
+  static constexpr int kVector = 16 / (int)sizeof(T), kAcross = Count / kVector, kPieces = kAcross * kSlab;
   static constexpr int kMine = (kPieces + Threads - 1) / Threads, kPitch = Count + 4;
   static constexpr bool kAsynchronous = sizeof(T) == 4;
+  // a thread's pieces are of one column, kStep pixels apart
+  static constexpr int kStep = Threads / kAcross;
+  static_assert(Threads % kAcross == 0, "pieces at equal distances");
 
-  // dY: the pieces' channels lie `step` bytes apart, `left` of them are real;  X: their taps and channels are anywhere
-  int64_t offset[Bordered ? kMine : 1], step;
-  int left;
-  uint32_t tap[Bordered ? kMine : 1];  // kh*dilation_h << 16 | kw*dilation_w: both below 2^15 (grad_w.cu)
-  bool real[Bordered ? kMine : 1];
-  T plane[L == Layout::kPlanes && !kAsynchronous ? kMine : 1];
-  Words4 words[L == Layout::kChannels && !kAsynchronous ? kMine : 1];
+  int64_t offset;
+  int h, w;
+  bool real;
+  Words4 words[kAsynchronous ? 1 : kMine];
 
-  // Neighbouring threads: planes: neighbouring pixels;  channels: neighbouring words of a pixel.  kNext: from a thread's
-  // piece to its next one in shared memory.
-  static constexpr int kNext = L == Layout::kPlanes ? Threads / kSlab : Threads / kAcross * kPitch;
-  static constexpr int kNextColumn = L == Layout::kPlanes ? Threads / kSlab : 0;
-  static_assert(L == Layout::kPlanes ? Threads % kSlab == 0 : Threads % kAcross == 0, "pieces at equal distances");
-  static __device__ __forceinline__ int pixel(int i) {
-    return L == Layout::kPlanes ? threadIdx.x % kSlab : threadIdx.x / kAcross + i * (Threads / kAcross);
-  }
-  static __device__ __forceinline__ int column(int i) {
-    return L == Layout::kPlanes ? threadIdx.x / kSlab + i * (Threads / kSlab) : threadIdx.x % kAcross * kVector;
-  }
-  static __device__ __forceinline__ bool mine(int i) {
-    return kPieces % Threads == 0 || threadIdx.x + i * Threads < kPieces;
-  }
+  static __device__ __forceinline__ int pixel() { return threadIdx.x / kAcross; }
+  static __device__ __forceinline__ int column() { return threadIdx.x % kAcross * kVector; }
+  static __device__ __forceinline__ bool mine(int i) { return kPieces % Threads == 0 || pixel() + i * kStep < kSlab; }
+
   __device__ __forceinline__ void fetch(const char* source, const PixelInfo* info, int H, int W, float* slab) {
-    const PixelInfo only = info[pixel(0)];  // planes: a thread's pieces are of one pixel
+    float* const to = slab + pixel() * kPitch + column();
 #pragma unroll
     for (int i = 0; i < kMine; ++i) {
       if (!mine(i)) break;
-      const PixelInfo at = L == Layout::kPlanes ? only : info[pixel(i)];
-      bool valid = i * kNextColumn < left && at.h != kNowhere;
-      if constexpr (Bordered)
-        valid = real[Bordered ? i : 0] && (unsigned)(at.h + (int)(tap[Bordered ? i : 0] >> 16)) < (unsigned)H &&
-                (unsigned)(at.w + (int)(tap[Bordered ? i : 0] & 0xffff)) < (unsigned)W;
-      const char* const from = source + (Bordered ? at.x + offset[Bordered ? i : 0] : at.grad_y + offset[0] + i * step);
-      float* const to = slab + pixel(0) * kPitch + column(0) + i * kNext;
-      if constexpr (kAsynchronous && L == Layout::kPlanes) cp_async_4(to, from, valid);
-      if constexpr (kAsynchronous && L == Layout::kChannels) cp_async_16(to, from, valid);
-      if constexpr (!kAsynchronous && L == Layout::kPlanes) plane[i] = valid ? *reinterpret_cast<const T*>(from) : T{};
-      if constexpr (!kAsynchronous && L == Layout::kChannels) words[i] = valid ? load_16<Words4>(from) : Words4{};
+      const PixelInfo& at = info[pixel() + i * kStep];
+      const bool valid = real && (Bordered ? (unsigned)(at.h + h) < (unsigned)H && (unsigned)(at.w + w) < (unsigned)W
+                                           : at.h != kNowhere);
+      const char* const from = source + (Bordered ? at.x : at.grad_y) + offset;
+      if constexpr (kAsynchronous)
+        cp_async_16(to + i * kStep * kPitch, from, valid);
+      else
+        words[i] = valid ? load_16<Words4>(from) : Words4{};
     }
   }
   __device__ __forceinline__ void commit(float* slab) {
     if constexpr (!kAsynchronous) {
+      float* const to = slab + pixel() * kPitch + column();
 #pragma unroll
       for (int i = 0; i < kMine; ++i) {
         if (!mine(i)) break;
-        float* const to = slab + pixel(0) * kPitch + column(0) + i * kNext;
-        if constexpr (L == Layout::kPlanes) {
-          *to = load_float(&plane[i]);
-        } else {
-          const T* const channel = reinterpret_cast<const T*>(&words[i]);
+        const T* const channel = reinterpret_cast<const T*>(&words[i]);
 #pragma unroll
-          for (int v = 0; v < kVector; v += 4)
-            store_16(to + v, Float4{{load_float(channel + v), load_float(channel + v + 1), load_float(channel + v + 2),
-                                     load_float(channel + v + 3)}});
-        }
+        for (int v = 0; v < kVector; v += 4)
+          store_16(to + i * kStep * kPitch + v,
+                   Float4{{load_float(channel + v), load_float(channel + v + 1), load_float(channel + v + 2),
+                           load_float(channel + v + 3)}});
       }
     }
   }
 };
 
-template <typename T, typename Tile, Layout L>
+constexpr int kChannelsTile = 32, kChannelsThreads = 256;
+
+// in (any strides) -> out[n][h][w][group][padded], zeros behind a group's channels.
+// grid (tiles of 32 pixels, tiles of 32 padded channels, groups)
+template <typename T>
+__global__ void __launch_bounds__(kChannelsThreads)
+    channels_kernel(Operand in, T* out, int64_t pixels, int64_t H, int64_t W, int channels, int padded) {
+  SHARED(T, s_tile, [kChannelsTile * (kChannelsTile + 1)]);
+  const int64_t first = (int64_t)blockIdx.x * kChannelsTile;
+  const int c0 = blockIdx.y * kChannelsTile, across = threadIdx.x % 32, down = threadIdx.x / 32;
+  const int64_t pixel = first + across;
+  for (int c = down; c < kChannelsTile; c += kChannelsThreads / 32) {
+    T v{};
+    if (pixel < pixels && c0 + c < channels)
+      v = static_cast<const T*>(in.data)[pixel / (H * W) * in.stride[0] +
+                                         ((int64_t)blockIdx.z * channels + c0 + c) * in.stride[1] +
+                                         pixel / W % H * in.stride[2] + pixel % W * in.stride[3]];
+    s_tile[c * (kChannelsTile + 1) + across] = v;
+  }
+  __syncthreads();
+  for (int i = down; i < kChannelsTile; i += kChannelsThreads / 32)
+    if (first + i < pixels && c0 + across < padded)
+      out[((first + i) * gridDim.z + blockIdx.z) * padded + c0 + across] = s_tile[across * (kChannelsTile + 1) + i];
+}
+
+template <typename T, typename Tile>
 __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
     grad_w_kernel(Conv2dArgs args, GradWShape s, float* partial, float* partial_sum) {
-  using LaneCopy = RunCopy<Tile::kLanes, Tile::kThreads, T, L, false>;
-  using ColumnCopy = RunCopy<Tile::kColumns, Tile::kThreads, T, L, true>;
+  using LaneCopy = RunCopy<Tile::kLanes, Tile::kThreads, T, false>;
+  using ColumnCopy = RunCopy<Tile::kColumns, Tile::kThreads, T, true>;
   constexpr int kLaneSlab = kSlab * LaneCopy::kPitch, kColumnSlab = kSlab * ColumnCopy::kPitch;
   SHARED(float, s_lanes, [2 * kLaneSlab]);
   SHARED(float, s_columns, [2 * kColumnSlab]);
@@ -112,45 +130,57 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
   const Conv2dProblem& p = args.problem;
   const int group = blockIdx.z / s.splits, split = blockIdx.z % s.splits;
   const int column0 = blockIdx.x * Tile::kColumns, lane0 = blockIdx.y * Tile::kLanes;
-  const int64_t pixels = p.N * p.OH * p.OW, first = (int64_t)split * s.slabs * kSlab;
+  const int64_t first = (int64_t)split * s.slabs * kSlab;
   const int H = (int)p.H, W = (int)p.W;
-  const char* const grad_y = static_cast<const char*>(args.grad_y.data) + (int64_t)group * s.M * s.grad_y[1];
-  const char* const x = static_cast<const char*>(args.x.data) + (int64_t)group * s.C * s.x[1];
+  const char* const grad_y = static_cast<const char*>(s.grad_y.data) + group * s.grad_y.group;
+  const char* const x = static_cast<const char*>(s.x.data) + group * s.x.group;
 
-  const auto inform = [&](int slab) {
-    if (threadIdx.x < kSlab) {
-      const int64_t pixel = first + (int64_t)slab * kSlab + threadIdx.x;
-      const bool valid = slab < s.slabs && pixel < pixels;
-      const unsigned at = valid ? (unsigned)pixel : 0, row = at / (unsigned)p.OW;
-      const int ow = (int)(at % (unsigned)p.OW), oh = (int)(row % (unsigned)p.OH), n = (int)(row / (unsigned)p.OH);
-      const int h = (int)(oh * p.stride_h - p.pad_top), w = (int)(ow * p.stride_w - p.pad_left);
-      s_info[slab % 2 * kSlab + threadIdx.x] = {n * s.grad_y[0] + oh * s.grad_y[2] + ow * s.grad_y[3],
-                                               n * s.x[0] + h * s.x[2] + w * s.x[3], valid ? h : kNowhere, w};
-    }
-  };
   LaneCopy lanes;
-  lanes.left = s.M - lane0 - LaneCopy::column(0);
-  lanes.offset[0] = (lane0 + LaneCopy::column(0)) * s.grad_y[1];
-  lanes.step = LaneCopy::kNextColumn * s.grad_y[1];
+  lanes.real = lane0 + LaneCopy::column() < s.M;
+  lanes.offset = (int64_t)(lane0 + LaneCopy::column()) * (int)sizeof(T);
   ColumnCopy columns;
-#pragma unroll
-  for (int i = 0; i < ColumnCopy::kMine; ++i) {
-    const int k = column0 + ColumnCopy::column(i), tap = k / s.C, c = k % s.C;
-    columns.real[i] = k < s.K;
-    const int h = tap / (int)p.KW * (int)p.dilation_h, w = tap % (int)p.KW * (int)p.dilation_w;
-    columns.tap[i] = (uint32_t)h << 16 | (uint32_t)w;
-    columns.offset[i] = c * s.x[1] + h * s.x[2] + w * s.x[3];
+  {
+    const int k = column0 + ColumnCopy::column(), tap = k / s.C, c = k % s.C;
+    columns.real = k < s.K;
+    columns.h = tap / (int)p.KW * (int)p.dilation_h, columns.w = tap % (int)p.KW * (int)p.dilation_w;
+    columns.offset = c * (int)sizeof(T) + columns.h * s.x.row + columns.w * s.x.column;
   }
+  // the pixels of the first two slabs; step() turns those of slab s into those of slab s + 2
+  if (threadIdx.x < 2 * kSlab) {
+    const int64_t pixel = first + threadIdx.x, left = p.N * p.OH * p.OW - pixel;
+    const unsigned at = left > 0 ? (unsigned)pixel : 0, row = at / (unsigned)p.OW;
+    const int ow = (int)(at % (unsigned)p.OW), oh = (int)(row % (unsigned)p.OH), n = (int)(row / (unsigned)p.OH);
+    const int h = (int)(oh * p.stride_h - p.pad_top), w = (int)(ow * p.stride_w - p.pad_left);
+    s_info[threadIdx.x] = {n * s.grad_y.image + oh * s.grad_y.row + ow * s.grad_y.column,
+                           n * s.x.image + h * s.x.row + w * s.x.column,
+                           left > 0 ? h : kNowhere,
+                           w,
+                           oh,
+                           ow,
+                           left < 0 ? 0 : left > 0x3fffffff ? 0x3fffffff : (int)left};
+  }
+  const auto step = [&](PixelInfo* info) {
+    if (threadIdx.x >= kSlab) return;
+    PixelInfo& i = info[threadIdx.x];
+    i.grad_y += s.step_grad_y, i.x += s.step_x;
+    int oh = i.oh + s.dh, ow = i.ow + s.dw;
+    if (ow >= (int)p.OW) ow -= (int)p.OW, ++oh, i.grad_y += s.row_grad_y, i.x += s.row_x;
+    if (oh >= (int)p.OH) oh -= (int)p.OH, i.grad_y += s.image_grad_y, i.x += s.image_x;
+    i.oh = oh, i.ow = ow;
+    i.left -= 2 * kSlab;
+    i.h = i.left > 0 ? oh * (int)p.stride_h - (int)p.pad_top : kNowhere;
+    i.w = ow * (int)p.stride_w - (int)p.pad_left;
+  };
 
   float acc[Tile::kThreadLanes][Tile::kThreadColumns] = {};
-  float lane_sum = 0;
+  constexpr int kAcross = Tile::kLanes / 4, kGroups = Tile::kThreads / kAcross;
+  constexpr int kRows = kGroups < kSlab ? kSlab / kGroups : 1;
+  float lane_sum[4] = {};
   const Place<Tile> place;
-  inform(0);
   __syncthreads();
   lanes.fetch(grad_y, s_info, H, W, s_lanes);
   columns.fetch(x, s_info, H, W, s_columns);
   cp_async_commit();
-  inform(1);
   for (int slab = 0; slab < s.slabs; ++slab) {
     const int now = slab % 2, next = now ^ 1;
     lanes.commit(s_lanes + now * kLaneSlab);
@@ -161,15 +191,18 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
       lanes.fetch(grad_y, s_info + next * kSlab, H, W, s_lanes + next * kLaneSlab);
       columns.fetch(x, s_info + next * kSlab, H, W, s_columns + next * kColumnSlab);
       cp_async_commit();
-      inform(slab + 2);
+      step(s_info + now * kSlab);  // nobody reads these until the next barrier
     }
-    // thread t: filter t % kLanes, some of the pixels
-    constexpr int kRows = kSlab * Tile::kLanes / Tile::kThreads > 0 ? kSlab * Tile::kLanes / Tile::kThreads : 1;
-    if (kSlab * Tile::kLanes >= Tile::kThreads || threadIdx.x < kSlab * Tile::kLanes) {
-      const float* from = s_lanes + now * kLaneSlab + threadIdx.x / Tile::kLanes * kRows * LaneCopy::kPitch +
-                          threadIdx.x % Tile::kLanes;
+    // the sums of dY: a thread has four filters, of some of the pixels
+    if (kGroups * kRows == kSlab || threadIdx.x / kAcross * kRows < kSlab) {
+      const float* from = s_lanes + now * kLaneSlab + threadIdx.x / kAcross * kRows * LaneCopy::kPitch +
+                          threadIdx.x % kAcross * 4;
 #pragma unroll
-      for (int k = 0; k < kRows; ++k) lane_sum += from[k * LaneCopy::kPitch];
+      for (int k = 0; k < kRows; ++k) {
+        const Float4 v = load_16<Float4>(from + k * LaneCopy::kPitch);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) lane_sum[i] += v.v[i];
+      }
     }
     sum_slab<Tile, LaneCopy::kPitch, ColumnCopy::kPitch>(
         acc, s_lanes + now * kLaneSlab + place.lane, s_columns + now * kColumnSlab + place.column,
@@ -189,11 +222,11 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
   }
   if (blockIdx.x) return;  // the sums of dY are the same for every tile of k
   __syncthreads();
-  s_columns[threadIdx.x] = lane_sum;
+  store_16(s_columns + threadIdx.x * 4, Float4{{lane_sum[0], lane_sum[1], lane_sum[2], lane_sum[3]}});
   __syncthreads();
   for (int i = threadIdx.x; i < Tile::kLanes && lane0 + i < s.M; i += Tile::kThreads) {
     float sum = 0;
-    for (int j = i; j < Tile::kThreads && j < kSlab * Tile::kLanes; j += Tile::kLanes) sum += s_columns[j];
+    for (int group = 0; group < kGroups; ++group) sum += s_columns[group * Tile::kLanes + i];
     partial_sum[(int64_t)(split * p.groups + group) * s.M + lane0 + i] = sum;
   }
 }
@@ -204,9 +237,9 @@ template <typename T>
 __global__ void __launch_bounds__(kFinishThreads)
     grad_w_finish_kernel(Conv2dArgs args, GradWShape s, const float* partial, const float* partial_sum) {
   const Conv2dProblem& p = args.problem;
-  const int64_t k = (int64_t)blockIdx.x * kFinishThreads + threadIdx.x;
-  if (k >= s.K) return;
-  const int tap = (int)(k / s.C), ci = (int)(k % s.C), kh = tap / (int)p.KW, kw = tap % (int)p.KW;
+  const int k = blockIdx.x * kFinishThreads + threadIdx.x;
+  const int tap = k / s.C, ci = k % s.C, kh = tap / (int)p.KW, kw = tap % (int)p.KW;
+  if (k >= s.K || ci >= (int)(p.C_in / p.groups)) return;
   for (int64_t co = blockIdx.y; co < p.C_out; co += gridDim.y) {
     float products = 0, sum = 0;
     for (int split = 0; split < s.splits; ++split) {

@@ -8,7 +8,7 @@ namespace cuda {
 namespace {
 
 constexpr TileSize kTiles[] = {{64, 128}, {32, 128}, {16, 128}};
-using Tile0 = Tile<64, 128, 4, 8, 2>;
+using Tile0 = Tile<64, 128, 8, 8, 2>;
 using Tile1 = Tile<32, 128, 4, 8, 3>;
 using Tile2 = Tile<16, 128, 4, 4, 4>;
 

@@ -3,7 +3,7 @@
 #include "direct.cuh"
 #include "kernels.h"
 #include "pack.cuh"
-#include "tile.cuh"
+#include "walk.cuh"
 
 #if !defined(ADDEROPS_SIMT)
 // kernel in parentheses: LAUNCH((forward_kernel<float, Tile>), grid, block, stream, arguments...)
@@ -89,6 +89,19 @@ template <typename F>
 void with_type(ElementType type, const F& f) {
   if (type == ElementType::kFloat64) f(double{});
   with_tiled_type(type, f);
+}
+
+// The steps of a walk, from the rest of it.  Of the weights: `slab` bytes from slab to slab, `tap_h` and `tap_w` slabs
+// from tap to tap.
+inline void set_steps(Walk* w, int slab_channels, int64_t slab, int64_t tap_h, int64_t tap_w) {
+  const int64_t slabs = (w->channels + slab_channels - 1) / slab_channels, last = slabs - 1;
+  w->slabs = (int)(w->taps_h * w->taps_w * slabs);
+  w->next_slab = slab_channels * w->channel;
+  w->next_tap = w->step_w * w->column - last * w->next_slab;
+  w->next_row = w->step_h * w->row - (w->taps_w - 1) * w->step_w * w->column - last * w->next_slab;
+  w->next_weights = slab;
+  w->next_weights_tap = (tap_w - last) * slab;
+  w->next_weights_row = (tap_h - (w->taps_w - 1) * tap_w - last) * slab;
 }
 
 // The packed weights of a pass, and the launch that makes them.

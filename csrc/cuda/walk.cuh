@@ -33,18 +33,6 @@ struct Walk {
   int64_t next_weights, next_weights_tap, next_weights_row;
   int64_t first_weights;  // bytes from a group's first slab to that of tap (0, 0)
 };
-// The steps, from the rest.  Of the weights: `slab` bytes from slab to slab, `tap_h` and `tap_w` slabs from tap to tap.
-inline void set_steps(Walk* w, int slab_channels, int64_t slab, int64_t tap_h, int64_t tap_w) {
-  const int64_t slabs = (w->channels + slab_channels - 1) / slab_channels, last = slabs - 1;
-  w->slabs = (int)(w->taps_h * w->taps_w * slabs);
-  w->next_slab = slab_channels * w->channel;
-  w->next_tap = w->step_w * w->column - last * w->next_slab;
-  w->next_row = w->step_h * w->row - (w->taps_w - 1) * w->step_w * w->column - last * w->next_slab;
-  w->next_weights = slab;
-  w->next_weights_tap = (tap_w - last) * slab;
-  w->next_weights_row = (tap_h - (w->taps_w - 1) * tap_w - last) * slab;
-}
-
 // Where tap (0, 0) of a pixel lies; `offset` of its image in bytes.
 struct Site {
   int64_t offset;
