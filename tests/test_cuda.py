@@ -23,7 +23,7 @@ import test_operator_errors as errors
 import torch
 from cases import FORMATS, PASSES, SELECTED, Inputs, assert_same, case, compute, define, exact_inputs, exact_result
 from conftest import Backend
-from tolerances import gamma, unit_roundoff
+from tolerances import tolerance
 
 from adderops import AdderConv2d, _ops
 from adderops.functional import adder_conv2d
@@ -43,27 +43,11 @@ LAYER = case("layer", (3, 40, 20, 21), 136, 3, padding=1)
 
 @cache
 def expected_here(name: str, c, *data):
-    """`expected` of the accuracy tests, but with the bound of grad_x that its form has here.
-
-    clamp(w-x, -1, 1) = 2*sat(w' - x') - 1, w' = w/2 + 1/2, x' = x/2 rounds w' and the difference, each by u of its
-    size and the second below 1: the clamp is off by at most u*(|w| + 3) however small w - x, never by more than 2.
-    The sum is 2*sum dY*sat - sum dY, each term of it at most |dY|.
-    """
+    """`expected` of the accuracy tests, with the bound of the form that grad_x has here; float64 has the CPU's."""
     inputs, want, bound = expected_on_the_cpu(name, c, *data)
-    dtype = inputs.x.dtype
-    if name != "grad_x" or dtype == torch.float64:  # float64 is computed by the definition
+    if name != "grad_x" or inputs.x.dtype == torch.float64:
         return inputs, want, bound
-    i = inputs.to(torch.float64)
-    top, bottom, left, right = c.padding
-    padded = (*i.x.shape[:2], c.H + top + bottom, c.W + left + right)
-    geometry = c.stride, 0, c.dilation, c.groups
-
-    def scattered(weight):
-        full = torch.nn.grad.conv2d_input(padded, weight, i.grad_y.abs(), *geometry)
-        return torch.nn.functional.pad(full, (-left, -right, -top, -bottom))
-
-    of_clamp = scattered((unit_roundoff(dtype) * (i.w.abs() + 3)).clamp(max=2))
-    return inputs, want, gamma(c.terms[name] + 5, dtype) * 3 * scattered(torch.ones_like(i.w)) + of_clamp
+    return inputs, want, tolerance(name, c, inputs, want, gpu=True)
 
 
 expected_on_the_cpu = test_conv2d_accuracy.expected
