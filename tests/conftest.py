@@ -44,3 +44,19 @@ def backend(request, monkeypatch, set_threads):
     monkeypatch.setenv("ADDEROPS_CPU_ISA", request.param.isa)
     set_threads(1)
     return request.param
+
+
+_mutants: list[tuple[str, str | None]] = []
+
+
+@pytest.fixture
+def record_mutant():
+    """record_mutant(what, detector): a row of the table at the end of the run."""
+    return lambda what, detector: _mutants.append((what, detector))
+
+
+def pytest_terminal_summary(terminalreporter):
+    if _mutants:
+        terminalreporter.section("deliberate errors in the CUDA kernels, and who caught them")
+        for what, detector in _mutants:
+            terminalreporter.write_line(f"{detector or 'NOBODY':10}{what}")

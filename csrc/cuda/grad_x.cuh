@@ -9,7 +9,7 @@
 //   clamp(W - X, -1, 1) = 2*sat(W' - X') - 1   with W' = W/2 + 1/2 (pack.cuh), X' = X/2
 //   dX = 2 * sum dY*sat(W' - X') - sum dY      FADD.SAT, FFMA: two instructions a term
 //
-// Its rounding is 2^-24 of sum |dY|, however small W - X.  X' of a thread's pixels and lanes stays in registers, hence 8 x 4
+// Its rounding is 2^-24 of sum |dY|*(2 + |W| + |X|), however small W - X; weights of kLargestWeight and more are flagged.  X' of a thread's pixels and lanes stays in registers, hence 8 x 4
 // a thread: 64 lanes x 128 pixels, 256 threads.  sat() makes 0 of a NaN, and 0 * inf is none of the formula's: a tile that
 // has met one is flagged, and grad_x_repair_kernel, launched behind, does it again by definition.h.
 // grid (tiles of the phase's pixels, tiles of ci, groups).

@@ -16,7 +16,7 @@ namespace adderops {
 namespace cuda {
 
 struct Device {
-  int capability;       // 10 * major + minor
+  int capability;       // 10 * major + minor of the architecture whose code the device runs
   int multiprocessors;
 };
 

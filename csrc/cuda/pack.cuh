@@ -6,7 +6,7 @@
 //
 // grid (chunks of rows, blocks of 32 lanes, groups), 32 x 8 threads: a block packs kPackRows rows of 32 lanes.
 //   sums[group][chunk][lane]   the chunk's part of the sum over W of a lane
-//   flags[group][chunk][block of lanes]   are its weights not all finite?
+//   flags[group][chunk][block of lanes]   grad_x: are not all of its weights below kLargestWeight?
 #pragma once
 #include "tile.cuh"
 
@@ -30,6 +30,9 @@ __device__ __forceinline__ void gather_lane_sums(const PackedWeights& w, int fir
     sums[i] = sum;
   }
 }
+
+// grad_x: W/2 + 1/2 of larger ones would keep too little of the half.
+constexpr float kLargestWeight = 4096.f;
 
 constexpr int kPackRows = 256, kPackLanes = 32, kPackThreads = 256;
 
@@ -58,7 +61,7 @@ __global__ void __launch_bounds__(kPackThreads) pack_kernel(Operand w, PackShape
     const T element = real ? *from : T{};
     const float v = load_float(&element);
     sum += v;
-    bad |= !is_finite(v);
+    bad |= !(fabsf(v) < kLargestWeight);
     if (lane >= s.lane_pitch) continue;
     if (P == Packing::kMma) {
       const int64_t slab = (int64_t)(group * s.taps + tap) * (s.depth / 32) + c / 32;
