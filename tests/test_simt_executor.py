@@ -53,6 +53,8 @@ def library(variant: str) -> builder.Library:
     for name, arguments in {
         "trial_run": (number, number, pointer, pointer, pointer),
         "trial_barriers": (number, number, number, pointer),
+        "trial_order": (number, number, pointer, pointer, pointer),
+        "trial_readers": (pointer,),
         "trial_mma": (number, number, pointer, pointer, pointer),
         "trial_minimum": (number, number, pointer, pointer, pointer),
         "trial_collectives": (number, pointer),
@@ -144,6 +146,36 @@ def test_poison_is_what_was_asked_for():
     numbers = trial("plain", "NoBarrierBeforeRead", "forward", poison=0x4B)[3]
     assert np.isnan(nans).any() and not np.isnan(numbers).any()
     assert np.array(0x4B4B4B4B, np.uint32).view(np.float32) in numbers
+
+
+def test_orders_and_fresh_shared_memory():
+    """Threads and blocks run as asked; every block finds poison where the one before left a number."""
+    lib, runs = library("plain"), {}
+    for order, seed in (("forward", 1), ("reverse", 1), ("random", 1), ("random", 2)):
+        lib.configure(order, seed, poison=0x5A)
+        counter, ran, fresh = np.zeros(1, np.int32), np.full(96, -1, np.int32), np.zeros(3, np.uint32)
+        assert lib.c.trial_order(3, 32, counter.ctypes.data, ran.ctypes.data, fresh.ctypes.data) is None
+        assert fresh.tolist() == [0x5A5A5A5A] * 3
+        runs[order, seed] = ran.tolist()
+    everyone = list(range(96))
+    assert runs["forward", 1] == everyone and runs["reverse", 1] == everyone[::-1]
+    assert runs["random", 1] != runs["random", 2]
+    for seed in (1, 2):
+        run = runs["random", seed]
+        assert sorted(run) == everyone and run not in (everyone, everyone[::-1])
+        assert len({n // 32 for n in run[:32]}) == 1, "a block at a time"
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_the_race_checker_remembers_readers_of_other_warps(order):
+    """Two later readers of the writer's own warp do not hide one of another warp."""
+    lib, out = library("race"), np.zeros(64, np.float32)
+    lib.configure(order)
+    lib.c.simt_watch(b"out", out.ctypes.data, out.nbytes, 1, 0, None)
+    assert lib.c.trial_readers(out.ctypes.data) is None
+    lib.c.simt_forget()
+    findings = lib.findings()
+    assert any(re.match("race on shared s_value.* thread 32 ", f) for f in findings), findings
 
 
 def test_limits_of_a_launch():

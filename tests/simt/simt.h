@@ -170,10 +170,9 @@ template <typename T>
 inline uint16_t minimum(uint16_t a, uint16_t b) {
   const float x = to_float(T{a}), y = to_float(T{b});
   if (x != x && y != y) return 0x7fff;
-  if (x != x) return b;
   if (y != y) return a;
   if (x == y) return a | b;  // equal bits, or two zeros: the negative one
-  return x < y ? a : b;
+  return x < y ? a : b;      // b where x is a NaN
 }
 template <typename T>
 inline uint32_t minimum2(uint32_t a, uint32_t b) {

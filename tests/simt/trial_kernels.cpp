@@ -63,7 +63,7 @@ __global__ void __launch_bounds__(kThreads) trial_kernel(const float* __restrict
   float sum = 0;
   for (int round = 0; round < kRounds; ++round) {
     fetch(round + 1);
-    if (B == kReadWhileCopying && round + 1 < kRounds) sum += 0 * s_in[(round + 1) % 2][t];
+    if (B == kReadWhileCopying && round > 0 && round + 1 < kRounds) sum += 0 * s_in[(round + 1) % 2][t];
     if (B != kNoWait) cp_async_wait<B == kWaitForTooFew ? 2 : 1>();
     s_turned[kThreads - 1 - t] = s_in[round % 2][t] + (B == kUninitialised && t < 2 ? 0 * s_share[t] : 0);
     if (B == kDifferentBarriers && t < 32) {
@@ -105,6 +105,27 @@ __global__ void barrier_kernel(int barriers, int* votes) {
   int vote = 0;
   for (int i = 0; i < barriers; ++i) vote += __syncthreads_or(threadIdx.x + i == 7);
   if (votes && threadIdx.x == 0) votes[blockIdx.x] = vote;
+}
+
+// Writes the numbers of the threads in the order in which they pass the barrier, and what its shared memory held
+// before.
+__global__ void order_kernel(int* next, int* order, uint32_t* fresh) {
+  SHARED(uint32_t, s_word, [1]);
+  if (threadIdx.x == 0) fresh[blockIdx.x] = s_word[0];
+  __syncthreads();
+  if (threadIdx.x == 0) s_word[0] = 1;
+  order[(*next)++] = (int)(blockIdx.x * blockDim.x + threadIdx.x);
+}
+
+// A write behind a barrier of its own warp, which a thread of the other warp's read does not wait for.
+__global__ void readers_kernel(float* out) {
+  SHARED(float, s_value, [1]);
+  const int t = threadIdx.x;
+  if (t == 0) s_value[0] = 1;
+  __syncthreads();
+  out[t] = t == 0 || t == 1 || t == 32 ? s_value[0] : 0;
+  __syncwarp();
+  if (t == 0) s_value[0] = 2;
 }
 
 // A warp for each group of inputs: the fragments as device.cuh numbers them, from row-major matrices.
@@ -159,6 +180,18 @@ EXPORTED const char* trial_run(int bug, int blocks, const float* x, float* y, fl
 EXPORTED const char* trial_barriers(int blocks, int threads, int barriers, int* votes) {
   simt::clear_error();
   LAUNCH(barrier_kernel, blocks, threads, nullptr, barriers, votes);
+  return result();
+}
+
+EXPORTED const char* trial_order(int blocks, int threads, int* next, int* order, uint32_t* fresh) {
+  simt::clear_error();
+  LAUNCH(order_kernel, blocks, threads, nullptr, next, order, fresh);
+  return result();
+}
+
+EXPORTED const char* trial_readers(float* out) {
+  simt::clear_error();
+  LAUNCH(readers_kernel, 1, 64, nullptr, out);
   return result();
 }
 
