@@ -173,11 +173,13 @@ def _forward() -> Iterator[Instance]:
 
 
 def _gradients() -> Iterator[Instance]:
-    for which, element, (layout, layout_name) in product(("grad_x", "grad_w"), _ELEMENTS, enumerate(LAYOUTS)):
-        for i, tile in enumerate(_tiles(f"{which}.cu", Tile, element)):
+    for which, element in product(("grad_x", "grad_w"), _ELEMENTS):
+        layouts = enumerate(LAYOUTS) if which == "grad_x" else [(None, "channels")]
+        for (layout, layout_name), (i, tile) in product(layouts, enumerate(_tiles(f"{which}.cu", Tile, element))):
+            arguments = (element, tile.text) if layout is None else (element, tile.text, _enum("Layout", layout))
             yield Instance(
                 f"{which}.cuh",
-                _name(f"{which}_kernel", element, tile.text, _enum("Layout", layout)),
+                _name(f"{which}_kernel", *arguments),
                 f"{which} {_ELEMENTS[element]} {layout_name}",
                 str(tile),
                 ("FFMA", 1),
@@ -198,6 +200,7 @@ def _others() -> Iterator[Instance]:
             yield Instance("forward_half.cuh", repair, f"forward repair {name}", architectures=_MMA_ARCHITECTURES)
         yield Instance("grad_x.cuh", _name("grad_x_repair_kernel", element), f"grad_x repair {name}")
         yield Instance("grad_w.cuh", _name("grad_w_finish_kernel", element), f"grad_w finish {name}")
+        yield Instance("grad_w.cuh", _name("channels_kernel", element), f"grad_w dense channels {name}")
     for element, name in {**_ELEMENTS, "double": "float64"}.items():
         for gradient, purpose in enumerate(("forward", "grad_x")):
             arguments = (element, _enum("Gradient", gradient))

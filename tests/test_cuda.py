@@ -75,6 +75,21 @@ for _module in (
             globals()[f"test_{_of}_{_name.removeprefix('test_')}"] = _body
 
 
+# grad_x of equal operands: on a CPU exactly 0; here W/2 + 1/2 rounds, and the bound is that of tolerances.py.
+del globals()["test_conv2d_accuracy_equal_operands_give_zero"]
+
+
+def test_equal_operands():
+    c = case("equal", (1, 40, 3, 3), 20, 3)
+    for scale in (1e-40, 1.0, 1e30):
+        x = test_conv2d_accuracy.random_inputs(c, torch.float32, scale, scale).x
+        i = Inputs(x, x.expand(c.C_out, -1, -1, -1), torch.ones(c.y_shape), torch.zeros(c.C_out))
+        assert_same(compute("forward", c, i.to(torch.float32, DEVICE)), torch.zeros(c.y_shape), f"forward, {scale}")
+        got = compute("grad_x", c, i.to(torch.float32, DEVICE)).cpu().double()
+        bound = tolerance("grad_x", c, i, torch.zeros(c.x_shape), gpu=True) if scale == 1.0 else 0
+        assert (got.abs() <= bound).all(), f"grad_x, {scale}"
+
+
 def on_device(c, dtype=torch.float32, form="contiguous", device=DEVICE) -> Inputs:
     i = exact_inputs(c)
     arranged = Inputs(*(FORMATS[form](t) for t in (i.x, i.w, i.grad_y)), i.bias)
