@@ -30,7 +30,8 @@ ADDEROPS_SHARED_CODE typename Sum<T>::type element(const Operand& o, int64_t a, 
 }
 
 template <typename T>
-ADDEROPS_SHARED_CODE typename Sum<T>::type forward(const Conv2dArgs& args, int64_t n, int64_t co, int64_t oh, int64_t ow) {
+ADDEROPS_SHARED_CODE typename Sum<T>::type forward(const Conv2dArgs& args, int64_t n, int64_t co, int64_t oh,
+                                                   int64_t ow) {
   const Conv2dProblem& p = args.problem;
   const int64_t channels = p.C_in / p.groups, c0 = co / (p.C_out / p.groups) * channels;
   typename Sum<T>::type sum = 0;
@@ -49,7 +50,8 @@ ADDEROPS_SHARED_CODE typename Sum<T>::type forward(const Conv2dArgs& args, int64
 }
 
 template <typename T>
-ADDEROPS_SHARED_CODE typename Sum<T>::type grad_x(const Conv2dArgs& args, int64_t n, int64_t ci, int64_t ih, int64_t iw) {
+ADDEROPS_SHARED_CODE typename Sum<T>::type grad_x(const Conv2dArgs& args, int64_t n, int64_t ci, int64_t ih,
+                                                  int64_t iw) {
   const Conv2dProblem& p = args.problem;
   const int64_t channels = p.C_in / p.groups, filters = p.C_out / p.groups, co0 = ci / channels * filters;
   const typename Sum<T>::type x = element<T>(args.x, n, ci, ih, iw);
@@ -72,7 +74,8 @@ ADDEROPS_SHARED_CODE typename Sum<T>::type grad_x(const Conv2dArgs& args, int64_
 }
 
 template <typename T>
-ADDEROPS_SHARED_CODE typename Sum<T>::type grad_w(const Conv2dArgs& args, int64_t co, int64_t ci, int64_t kh, int64_t kw) {
+ADDEROPS_SHARED_CODE typename Sum<T>::type grad_w(const Conv2dArgs& args, int64_t co, int64_t ci, int64_t kh,
+                                                  int64_t kw) {
   const Conv2dProblem& p = args.problem;
   const int64_t channels = p.C_in / p.groups, c = co / (p.C_out / p.groups) * channels + ci;
   const typename Sum<T>::type w = element<T>(args.w, co, ci, kh, kw);

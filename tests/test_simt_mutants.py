@@ -90,7 +90,7 @@ MUTANTS = [
     ),
     Mutant(
         *("a pixel of dY too far", "grad_w.cuh"),
-        *("i.h = i.left > 0 ?", "i.h = i.left > -1 ?", "grad_w", ("race", "values")),
+        *("x.h = y.left > 0 ?", "x.h = y.left > -1 ?", "grad_w", ("race", "values")),
     ),
     Mutant(
         "one channel too many",

@@ -1,5 +1,5 @@
-// The dialect of the kernels: the few things that nvcc, NVRTC and the host executor (tests/simt/simt.h) spell each in its
-// own way.  Kernel files include this and nothing of the host, and use nothing outside it but
+// The dialect of the kernels: the few things that nvcc, NVRTC and the host executor (tests/simt/simt.h) spell each in
+// its own way.  Kernel files include this and nothing of the host, and use nothing outside it but
 //   __global__, __device__, __forceinline__, __restrict__, __launch_bounds__(threads, blocks),
 //   threadIdx, blockIdx, gridDim (.x .y .z), __syncthreads(), __syncthreads_or(int), __syncwarp(), fmaf, fminf, fabsf.
 #pragma once
@@ -17,8 +17,9 @@
 namespace adderops {
 namespace cuda {
 
-// 16 or 4 bytes from global to shared memory; zeros where not `valid` (then nothing is read).  Asynchronous from sm_80 on:
-// done for this thread behind cp_async_wait, for the block behind the barrier after it.  Both addresses are aligned.
+// 16 or 4 bytes from global to shared memory; zeros where not `valid` (then nothing is read).  Asynchronous from sm_80
+// on: done for this thread behind cp_async_wait, for the block behind the barrier after it.  Both addresses are
+// aligned.
 __device__ __forceinline__ void cp_async_16(void* shared, const void* global, bool valid) {
 #if __CUDA_ARCH__ >= 800
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"((unsigned)__cvta_generic_to_shared(shared)),
@@ -77,13 +78,14 @@ __device__ __forceinline__ uint32_t minimum2<BFloat16>(uint32_t a, uint32_t b) {
 //   b[0] = B[2t..][g]  b[1] = B[2t+8..][g]      c[0], c[1] = C[g][2t..]      c[2], c[3] = C[g+8][2t..]
 template <typename T>
 __device__ __forceinline__ void mma_16x8x16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);
-#define ADDEROPS_MMA(T, name)                                                                                        \
-  template <>                                                                                                        \
-  __device__ __forceinline__ void mma_16x8x16<T>(float(&c)[4], const uint32_t(&a)[4], const uint32_t(&b)[2]) {       \
-    asm("mma.sync.aligned.m16n8k16.row.col.f32." name "." name ".f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "        \
-        "{%0,%1,%2,%3};"                                                                                             \
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                                                             \
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));                                         \
+#define ADDEROPS_MMA(T, name)                                                                                     \
+  template <>                                                                                                     \
+  __device__ __forceinline__ void mma_16x8x16<T>(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) { \
+    asm("mma.sync.aligned.m16n8k16.row.col.f32." name "." name                                                    \
+        ".f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "                                                            \
+        "{%0,%1,%2,%3};"                                                                                          \
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                                                          \
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));                                      \
   }
 ADDEROPS_MMA(Float16, "f16")
 ADDEROPS_MMA(BFloat16, "bf16")

@@ -1,6 +1,5 @@
 // Host side of the forward pass: which kernel, which tile, what grid.
 #include "forward.cuh"
-
 #include "forward_half.cuh"
 #include "launch.cuh"
 
@@ -79,8 +78,8 @@ Walk walk_of(const Conv2dArgs& args, const ForwardPlan& f, int slab, int64_t sla
 }
 
 template <typename T, typename Tile>
-void launch_tile(const Conv2dArgs& args, const ForwardPlan& f, const PackedWeights& weights, Form form, bool flagged_only,
-                 cudaStream_t stream) {
+void launch_tile(const Conv2dArgs& args, const ForwardPlan& f, const PackedWeights& weights, Form form,
+                 bool flagged_only, cudaStream_t stream) {
   const Walk walk = walk_of(args, f, kSlab, kSlab * (int64_t)weights.pitch * 4);
   const dim3 block(Tile::kThreads);
   if (form == Form::kMinimum) {

@@ -3,13 +3,13 @@
 //   kDirect   acc += |x - w|        two instructions a term: FADD, FADD with a free absolute value
 //   kMinimum  acc += min(x, w)      FMNMX on another pipe and FADD: twice as fast where there are 64 float lanes
 //             (sm_75, sm_80); Y = 2*acc - (sum X + sum W).  Where that cancels (|sum X + sum W| > kCancellation * |Y|),
-//             overflows or meets an infinity or NaN, the tile is flagged, and the direct form, launched behind it on the
-//             flagged tiles alone, computes it again.
+//             overflows or meets an infinity or NaN, the tile is flagged, and the direct form, launched behind it on
+//             the flagged tiles alone, computes it again.
 //
 // Block: kLanes filters x kColumns pixels (tile.cuh), K in slabs (walk.cuh); 128 x 128, 256 threads, 8 x 8 each:
-// 128 registers, 17.5 KB of shared memory, two blocks a multiprocessor.  grid (tiles of pixels, tiles of filters, groups).
-// Any strides, channels and filters: rows of X beyond the last channel are zero as W's are, filters beyond the last and
-// pixels beyond the last are computed and not stored.
+// 128 registers, 17.5 KB of shared memory, two blocks a multiprocessor.  grid (tiles of pixels, tiles of filters,
+// groups). Any strides, channels and filters: rows of X beyond the last channel are zero as W's are, filters beyond the
+// last and pixels beyond the last are computed and not stored.
 #pragma once
 #include "walk.cuh"
 

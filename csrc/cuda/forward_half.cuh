@@ -11,10 +11,10 @@
 //   s_x  [2][kColumns][32]   channels last, a pixel's four 16-byte words permuted so that neither copies nor reads
 //   s_w  [2][kLanes][32]     conflict (word t of row r at t ^ (r/2 % 4));  packed by pack.cuh, in the same order
 //
-// Block: kLanes filters x kColumns pixels, 4 warps of kWarpLanes x kWarpPixels; slabs of 32 channels.  The window sums of
-// X come from the same instruction, with B all ones.  A tile with an output that cannot be trusted (forward.cuh) is flagged,
-// and forward_repair_kernel, launched behind, does it again by definition.h.
-// grid (tiles of pixels, tiles of filters, groups).
+// Block: kLanes filters x kColumns pixels, 4 warps of kWarpLanes x kWarpPixels; slabs of 32 channels.  The window sums
+// of X come from the same instruction, with B all ones.  A tile with an output that cannot be trusted (forward.cuh) is
+// flagged, and forward_repair_kernel, launched behind, does it again by definition.h. grid (tiles of pixels, tiles of
+// filters, groups).
 #pragma once
 #include "forward.cuh"
 
@@ -124,8 +124,8 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
   const int warp_pixel = warp / (Tile::kLanes / Tile::kWarpLanes) * Tile::kWarpPixels;
 
   const char* const source = static_cast<const char*>(walk.source) + group * C * walk.channel;
-  const char* packed = static_cast<const char*>(weights.packed) +
-                       ((int64_t)group * walk.slabs * weights.pitch + lane0) * (kMmaSlab * 2);
+  const char* packed =
+      static_cast<const char*>(weights.packed) + ((int64_t)group * walk.slabs * weights.pitch + lane0) * (kMmaSlab * 2);
   const auto site_of = [&](int column) { return forward_site(p, walk, first + column, pixels); };
 
   float c[kFragments][kOctets][4] = {}, window[kFragments][4] = {};
@@ -219,7 +219,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
 #endif
 }
 
-constexpr int kRepairThreads = 256;
+constexpr int kRepairThreads = 128;
 
 // The flagged tiles of `lanes` x `columns`, by the definition.  Same grid.
 template <typename T>

@@ -1,6 +1,5 @@
 // Host side of the gradient of the weights: which tile, into how many runs of pixels the sum is split.
 #include "grad_w.cuh"
-
 #include "launch.cuh"
 
 namespace adderops {
@@ -18,9 +17,9 @@ using Tile2 = Tile<32, 128, 4, 8, 3>;
 template <typename T>
 using Tile3 = Tile<16, 128, 4, 4, 3>;
 
-constexpr int64_t kLongestRun = 16384;          // pixels: bounds the rounding of a float32 sum
-constexpr int64_t kShortestRun = 256;           // pixels: bounds the share of a block's beginning and end
-constexpr int64_t kPartialBytes = 32ll << 20;   // of the partial sums, where the longest run allows it
+constexpr int64_t kLongestRun = 16384;         // pixels: bounds the rounding of a float32 sum
+constexpr int64_t kShortestRun = 256;          // pixels: bounds the share of a block's beginning and end
+constexpr int64_t kPartialBytes = 32ll << 20;  // of the partial sums, where the longest run allows it
 
 struct GradWPlan {
   bool direct;
@@ -33,7 +32,8 @@ struct GradWPlan {
   int64_t bytes;
 };
 
-// The tensor itself where its channels are dense, else the copy that channels_kernel will make; `padded` channels a group.
+// The tensor itself where its channels are dense, else the copy that channels_kernel will make; `padded` channels a
+// group.
 DenseTensor dense(const Operand& o, bool in_place, void* copy, int64_t H, int64_t W, int64_t channels, int64_t padded,
                   int64_t groups, int64_t bytes) {
   if (in_place) return {o.data, o.stride[3] * bytes, o.stride[2] * bytes, o.stride[0] * bytes, channels * bytes};
@@ -96,7 +96,8 @@ template <typename T>
 void copy_channels(const Operand& in, void* out, int64_t N, int64_t H, int64_t W, int64_t channels, int64_t groups,
                    cudaStream_t stream) {
   const int64_t padded = round_up(channels, 16 / (int64_t)sizeof(T));
-  const dim3 grid((unsigned)blocks(N * H * W, kChannelsTile), (unsigned)blocks(padded, kChannelsTile), (unsigned)groups);
+  const dim3 grid((unsigned)blocks(N * H * W, kChannelsTile), (unsigned)blocks(padded, kChannelsTile),
+                  (unsigned)groups);
   LAUNCH((channels_kernel<T>), grid, dim3(kChannelsThreads), stream, in, static_cast<T*>(out), N * H * W, H, W,
          (int)channels, (int)padded);
 }
@@ -125,9 +126,9 @@ cudaError_t run(const Conv2dArgs& args, const Device& device, const Choice& choi
   const GradWPlan f = plan(args, device, choice, workspace);
   if (f.direct)
     with_type(args.type, [&](auto element) {
-      const int64_t weights = p.C_out * (p.C_in / p.groups) * p.KH * p.KW;
-      LAUNCH((direct_grad_w_kernel<decltype(element)>), dim3((unsigned)(weights < 0x7fffffff ? weights : 0x7fffffff)),
-             dim3(kDirectThreads), stream, args);
+      const int64_t C = p.C_in / p.groups, filters = p.C_out < 65535 ? p.C_out : 65535;
+      LAUNCH((direct_grad_w_kernel<decltype(element)>), dim3((unsigned)(C * p.KH * p.KW), (unsigned)filters),
+             dim3(kDirectThreads), stream, args, (int)C, (int)(p.C_out / p.groups));
     });
   else
     with_tiled_type(args.type, [&](auto element) { launch<decltype(element)>(args, f, stream); });

@@ -4,14 +4,16 @@
 // One FFMA a term, as a convolution's.
 //
 // The sum runs over all pixels and is split over blocks, each a run of pixels; two stages, no atomics:
-//   channels_kernel        a tensor whose channels do not lie densely is copied first: [n][h][w][group][C, to whole vectors]
-//   grad_w_kernel          partial[split][group][co][k], partial_sum[split][group][co] = sum of dY
+//   channels_kernel        a tensor whose channels do not lie densely is copied first: [n][h][w][group][C, to whole
+//   vectors] grad_w_kernel          partial[split][group][co][k], partial_sum[split][group][co] = sum of dY
 //                          grid (tiles of k, tiles of co, groups * splits)
-//   grad_w_finish_kernel   adds the splits up in their order, subtracts W * sum dY; what is not finite then is done again
+//   grad_w_finish_kernel   adds the splits up in their order, subtracts W * sum dY; what is not finite then is done
+//   again
 //                          by definition.h.  grid (weights of a filter, co): blocks of 256 weights
 //
 // Block: kLanes filters x kColumns weights (tile.cuh), slabs of kSlab pixels; 128 x 128, 256 threads, 8 x 8 each.
-//   lanes    [2][kSlab][kLanes + 4] of dY,  columns [2][kSlab][kColumns + 4] of X: pixel after pixel, 16 bytes of channels a
+//   lanes    [2][kSlab][kLanes + 4] of dY,  columns [2][kSlab][kColumns + 4] of X: pixel after pixel, 16 bytes of
+//   channels a
 //            copy; a column's channels are padded to whole vectors (k counts the padding)
 //   info     [2][kSlab]   where a slab's pixels lie: kSlab threads step them on, one slab ahead of the copies
 #pragma once
@@ -26,17 +28,26 @@ struct DenseTensor {
   int64_t column, row, image, group;
 };
 
+// A pixel of a slab, 16 bytes at a time: its window's first tap in x, itself in dY, and what is needed to step on.
+struct alignas(16) PixelX {
+  int64_t at;  // bytes
+  int h, w;    // far outside, kNowhere, behind the last pixel
+};
+struct alignas(16) PixelY {
+  int64_t at;
+  int left, ow;  // how many pixels there are from it on
+};
 struct PixelInfo {
-  int64_t grad_y, x;  // bytes, of the window's first tap in x
-  int h, w;           // of the window's first tap; kNowhere behind the last pixel
-  int oh, ow, left;   // the pixel, and how many there are from it on
+  PixelX x;
+  PixelY y;
+  int oh;
 };
 constexpr int kNowhere = -0x40000000;
 
 struct GradWShape {
-  int K, C, M;         // weights of a filter and channels, both with the padding; filters of a group
-  int splits, slabs;   // runs of pixels; slabs in each
-  int dh, dw;          // two slabs on: this many rows and columns, not counting whole images
+  int K, C, M;        // weights of a filter and channels, both with the padding; filters of a group
+  int splits, slabs;  // runs of pixels; slabs in each
+  int dh, dw;         // two slabs on: this many rows and columns, not counting whole images
   DenseTensor grad_y, x;
   // bytes: two slabs on, where no row ends; more where a row ends, where an image ends
   int64_t step_grad_y, step_x, row_grad_y, row_x, image_grad_y, image_x;
@@ -66,10 +77,17 @@ struct RunCopy {
 #pragma unroll
     for (int i = 0; i < kMine; ++i) {
       if (!mine(i)) break;
-      const PixelInfo& at = info[pixel() + i * kStep];
-      const bool valid = real && (Bordered ? (unsigned)(at.h + h) < (unsigned)H && (unsigned)(at.w + w) < (unsigned)W
-                                           : at.h != kNowhere);
-      const char* const from = source + (Bordered ? at.x : at.grad_y) + offset;
+      bool valid = real;
+      const char* from = source + offset;
+      if constexpr (Bordered) {
+        const PixelX x = info[pixel() + i * kStep].x;
+        valid = valid && (unsigned)(x.h + h) < (unsigned)H && (unsigned)(x.w + w) < (unsigned)W;
+        from += x.at;
+      } else {
+        const PixelY y = info[pixel() + i * kStep].y;
+        valid = valid && y.left > 0;
+        from += y.at;
+      }
       if constexpr (kAsynchronous)
         cp_async_16(to + i * kStep * kPitch, from, valid);
       else
@@ -85,9 +103,8 @@ struct RunCopy {
         const T* const channel = reinterpret_cast<const T*>(&words[i]);
 #pragma unroll
         for (int v = 0; v < kVector; v += 4)
-          store_16(to + i * kStep * kPitch + v,
-                   Float4{{load_float(channel + v), load_float(channel + v + 1), load_float(channel + v + 2),
-                           load_float(channel + v + 3)}});
+          store_16(to + i * kStep * kPitch + v, Float4{{load_float(channel + v), load_float(channel + v + 1),
+                                                        load_float(channel + v + 2), load_float(channel + v + 3)}});
       }
     }
   }
@@ -107,9 +124,9 @@ __global__ void __launch_bounds__(kChannelsThreads)
   for (int c = down; c < kChannelsTile; c += kChannelsThreads / 32) {
     T v{};
     if (pixel < pixels && c0 + c < channels)
-      v = static_cast<const T*>(in.data)[pixel / (H * W) * in.stride[0] +
-                                         ((int64_t)blockIdx.z * channels + c0 + c) * in.stride[1] +
-                                         pixel / W % H * in.stride[2] + pixel % W * in.stride[3]];
+      v = static_cast<const T*>(
+          in.data)[pixel / (H * W) * in.stride[0] + ((int64_t)blockIdx.z * channels + c0 + c) * in.stride[1] +
+                   pixel / W % H * in.stride[2] + pixel % W * in.stride[3]];
     s_tile[c * (kChannelsTile + 1) + across] = v;
   }
   __syncthreads();
@@ -151,25 +168,25 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
     const unsigned at = left > 0 ? (unsigned)pixel : 0, row = at / (unsigned)p.OW;
     const int ow = (int)(at % (unsigned)p.OW), oh = (int)(row % (unsigned)p.OH), n = (int)(row / (unsigned)p.OH);
     const int h = (int)(oh * p.stride_h - p.pad_top), w = (int)(ow * p.stride_w - p.pad_left);
-    s_info[threadIdx.x] = {n * s.grad_y.image + oh * s.grad_y.row + ow * s.grad_y.column,
-                           n * s.x.image + h * s.x.row + w * s.x.column,
-                           left > 0 ? h : kNowhere,
-                           w,
-                           oh,
-                           ow,
-                           left < 0 ? 0 : left > 0x3fffffff ? 0x3fffffff : (int)left};
+    s_info[threadIdx.x] = {{n * s.x.image + h * s.x.row + w * s.x.column, left > 0 ? h : kNowhere, w},
+                           {n * s.grad_y.image + oh * s.grad_y.row + ow * s.grad_y.column,
+                            left < 0            ? 0
+                            : left > 0x3fffffff ? 0x3fffffff
+                                                : (int)left,
+                            ow},
+                           oh};
   }
   const auto step = [&](PixelInfo* info) {
     if (threadIdx.x >= kSlab) return;
-    PixelInfo& i = info[threadIdx.x];
-    i.grad_y += s.step_grad_y, i.x += s.step_x;
-    int oh = i.oh + s.dh, ow = i.ow + s.dw;
-    if (ow >= (int)p.OW) ow -= (int)p.OW, ++oh, i.grad_y += s.row_grad_y, i.x += s.row_x;
-    if (oh >= (int)p.OH) oh -= (int)p.OH, i.grad_y += s.image_grad_y, i.x += s.image_x;
-    i.oh = oh, i.ow = ow;
-    i.left -= 2 * kSlab;
-    i.h = i.left > 0 ? oh * (int)p.stride_h - (int)p.pad_top : kNowhere;
-    i.w = ow * (int)p.stride_w - (int)p.pad_left;
+    PixelX x = info[threadIdx.x].x;
+    PixelY y = info[threadIdx.x].y;
+    int oh = info[threadIdx.x].oh + s.dh;
+    x.at += s.step_x, y.at += s.step_grad_y, y.ow += s.dw, y.left -= 2 * kSlab;
+    if (y.ow >= (int)p.OW) y.ow -= (int)p.OW, ++oh, x.at += s.row_x, y.at += s.row_grad_y;
+    if (oh >= (int)p.OH) oh -= (int)p.OH, x.at += s.image_x, y.at += s.image_grad_y;
+    x.h = y.left > 0 ? oh * (int)p.stride_h - (int)p.pad_top : kNowhere;
+    x.w = y.ow * (int)p.stride_w - (int)p.pad_left;
+    info[threadIdx.x].x = x, info[threadIdx.x].y = y, info[threadIdx.x].oh = oh;
   };
 
   float acc[Tile::kThreadLanes][Tile::kThreadColumns] = {};
@@ -195,8 +212,8 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
     }
     // the sums of dY: a thread has four filters, of some of the pixels
     if (kGroups * kRows == kSlab || threadIdx.x / kAcross * kRows < kSlab) {
-      const float* from = s_lanes + now * kLaneSlab + threadIdx.x / kAcross * kRows * LaneCopy::kPitch +
-                          threadIdx.x % kAcross * 4;
+      const float* from =
+          s_lanes + now * kLaneSlab + threadIdx.x / kAcross * kRows * LaneCopy::kPitch + threadIdx.x % kAcross * 4;
 #pragma unroll
       for (int k = 0; k < kRows; ++k) {
         const Float4 v = load_16<Float4>(from + k * LaneCopy::kPitch);

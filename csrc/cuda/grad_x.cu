@@ -1,6 +1,5 @@
 // Host side of the gradient of the input: phases, which tile, what grid.
 #include "grad_x.cuh"
-
 #include "launch.cuh"
 
 namespace adderops {
@@ -41,8 +40,8 @@ GradXPlan plan(const Conv2dArgs& args, const Device& device, const Choice& choic
 
 // One axis of a phase: the taps k with k*dilation = remainder (mod stride), and the pixels with i + pad = remainder.
 struct Axis {
-  int taps, first_tap, tap_step;     // taps first_tap, first_tap + tap_step, ...
-  int step;                          // from tap to tap in dY
+  int taps, first_tap, tap_step;      // taps first_tap, first_tap + tap_step, ...
+  int step;                           // from tap to tap in dY
   int pixels, first_pixel, quotient;  // of tap 0 of the first pixel in dY
 };
 Axis axis_of(int64_t remainder, int64_t stride, int64_t dilation, int64_t kernel, int64_t pad, int64_t size) {
@@ -85,8 +84,8 @@ void launch(const Conv2dArgs& args, const GradXPlan& f, cudaStream_t stream) {
       const Axis w = axis_of(rw, p.stride_w, p.dilation_w, p.KW, p.pad_left, p.W);
       const int64_t pixels = p.N * h.pixels * w.pixels;
       if (!pixels) continue;
-      const Phase phase = {h.pixels, w.pixels, h.first_pixel, w.first_pixel, (int)p.stride_h, (int)p.stride_w,
-                           h.quotient, w.quotient, pixels};
+      const Phase phase = {h.pixels,        w.pixels,   h.first_pixel, w.first_pixel, (int)p.stride_h,
+                           (int)p.stride_w, h.quotient, w.quotient,    pixels};
       Walk walk{};
       walk.source = args.grad_y.data;
       walk.image = stride[0] * bytes, walk.channel = stride[1] * bytes;

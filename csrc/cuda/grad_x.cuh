@@ -2,17 +2,19 @@
 // with oh*stride_h = h + pad_top - kh*dilation_h and ow likewise.  This is AdderNet's training gradient (arXiv
 // 1912.13200, section 3.3), on purpose not the derivative, which is sgn(W - X).
 //
-// Gather form: every input pixel sums its own terms: no atomics, a fixed order.  Pixels whose (h + pad_top, w + pad_left)
-// have the same remainders by the strides form a phase; within a phase all pixels use the same taps and step through dY
-// by one, so that the walk of walk.cuh serves: its source is dY, its lanes are ci, its channels co.  A launch is a phase.
+// Gather form: every input pixel sums its own terms: no atomics, a fixed order.  Pixels whose (h + pad_top, w +
+// pad_left) have the same remainders by the strides form a phase; within a phase all pixels use the same taps and step
+// through dY by one, so that the walk of walk.cuh serves: its source is dY, its lanes are ci, its channels co.  A
+// launch is a phase.
 //
 //   clamp(W - X, -1, 1) = 2*sat(W' - X') - 1   with W' = W/2 + 1/2 (pack.cuh), X' = X/2
 //   dX = 2 * sum dY*sat(W' - X') - sum dY      FADD.SAT, FFMA: two instructions a term
 //
-// Its rounding is 2^-24 of sum |dY|*(2 + |W| + |X|), however small W - X; weights of kLargestWeight and more are flagged.  X' of a thread's pixels and lanes stays in registers, hence 8 x 4
-// a thread: 64 lanes x 128 pixels, 256 threads.  sat() makes 0 of a NaN, and 0 * inf is none of the formula's: a tile that
-// has met one is flagged, and grad_x_repair_kernel, launched behind, does it again by definition.h.
-// grid (tiles of the phase's pixels, tiles of ci, groups).
+// Its rounding is 2^-24 of sum |dY|*(2 + |W| + |X|), however small W - X; weights of kLargestWeight and more are
+// flagged.  X' of a thread's pixels and lanes stays in registers, hence 8 x 4 a thread: 64 lanes x 128 pixels, 256
+// threads.  sat() makes 0 of a NaN, and 0 * inf is none of the formula's: a tile that has met one is flagged, and
+// grad_x_repair_kernel, launched behind, does it again by definition.h. grid (tiles of the phase's pixels, tiles of ci,
+// groups).
 #pragma once
 #include "walk.cuh"
 
@@ -52,8 +54,8 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
 #pragma unroll
   for (int j = 0; j < Tile::kThreadColumns; ++j) {
     const int64_t pixel = first + place.column_of(j);
-    const T* const from = static_cast<const T*>(args.x.data) +
-                          PhasePixel(phase, pixel < phase.pixels ? pixel : 0).offset(phase, args.x);
+    const T* const from =
+        static_cast<const T*>(args.x.data) + PhasePixel(phase, pixel < phase.pixels ? pixel : 0).offset(phase, args.x);
 #pragma unroll
     for (int i = 0; i < Tile::kThreadLanes; ++i) {
       const int lane = lane0 + place.lane_of(i);
@@ -105,7 +107,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
   if (threadIdx.x == 0) flags[((int64_t)blockIdx.z * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x] = doubtful;
 }
 
-constexpr int kRepairThreads = 256;
+constexpr int kRepairThreads = 128;
 
 // The flagged tiles of `lanes` x `columns`, by the definition.  Same grid.
 template <typename T>

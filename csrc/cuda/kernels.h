@@ -1,7 +1,8 @@
 // The contract between the CUDA binding and the kernels.  The kernels allocate nothing and synchronise nothing: the
 // binding hands them a workspace and a stream.  What a call computes depends on the problem and the device alone.
 //
-// With ADDEROPS_SIMT the same sources run on the host (tests/simt): the stream is not used and all pointers are the host's.
+// With ADDEROPS_SIMT the same sources run on the host (tests/simt): the stream is not used and all pointers are the
+// host's.
 #pragma once
 #include <stddef.h>
 
@@ -16,7 +17,7 @@ namespace adderops {
 namespace cuda {
 
 struct Device {
-  int capability;       // 10 * major + minor of the architecture whose code the device runs
+  int capability;  // 10 * major + minor of the architecture whose code the device runs
   int multiprocessors;
 };
 

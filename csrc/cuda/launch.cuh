@@ -58,8 +58,8 @@ inline Layout pick_layout(bool channels_last, const Choice& choice) {
   return channels_last && choice.layout != (int)Layout::kPlanes ? Layout::kChannels : Layout::kPlanes;
 }
 
-// Of tiles for `lanes` x `columns` x `batch` results: the one that makes the multiprocessors' busiest finish first, where
-// a tile costs its area and, for its loads, four times its border.
+// Of tiles for `lanes` x `columns` x `batch` results: the one that makes the multiprocessors' busiest finish first,
+// where a tile costs its area and, for its loads, four times its border.
 struct TileSize {
   int lanes, columns;
 };
@@ -115,8 +115,12 @@ inline Packed make_packed(const Conv2dProblem& p, int64_t lanes, int64_t channel
   const int64_t pitch = round_up(lanes, tile_lanes), depth = round_up(channels, slab), taps = p.KH * p.KW;
   const int64_t chunks = blocks(taps * depth, kPackRows), lane_blocks = blocks(pitch, kPackLanes);
   Packed f{{(int)lanes, (int)pitch, (int)channels, (int)depth, (int)taps, (int)p.KW, (int)chunks}, p.groups, {}};
-  f.weights = {carve->take<char>(p.groups * taps * depth * pitch * bytes), carve->take<float>(p.groups * chunks * pitch),
-               carve->take<int>(p.groups * chunks * lane_blocks), (int)pitch, (int)chunks, (int)lane_blocks};
+  f.weights = {carve->take<char>(p.groups * taps * depth * pitch * bytes),
+               carve->take<float>(p.groups * chunks * pitch),
+               carve->take<int>(p.groups * chunks * lane_blocks),
+               (int)pitch,
+               (int)chunks,
+               (int)lane_blocks};
   return f;
 }
 template <typename T, Packing P>

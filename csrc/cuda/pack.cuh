@@ -1,4 +1,5 @@
-// Weights in the order the tiled kernels read them, float32, padded with zeros so that nobody has to look where they end:
+// Weights in the order the tiled kernels read them, float32, padded with zeros so that nobody has to look where they
+// end:
 //
 //   forward        packed[group][kh*KW + kw][ci, to a multiple of kSlab][co, to whole tiles]   = W
 //   grad_x         packed[group][kh*KW + kw][co, to a multiple of kSlab][ci, to whole tiles]   = W/2 + 1/2
@@ -39,13 +40,14 @@ constexpr int kPackRows = 256, kPackLanes = 32, kPackThreads = 256;
 enum class Packing { kForward, kGradX, kMma };
 
 struct PackShape {
-  int lanes, lane_pitch;    // real ones, and with the padding
-  int channels, depth;      // real ones summed over, and with the padding
+  int lanes, lane_pitch;  // real ones, and with the padding
+  int channels, depth;    // real ones summed over, and with the padding
   int taps, KW, chunks;
 };
 
 template <typename T, Packing P>
-__global__ void __launch_bounds__(kPackThreads) pack_kernel(Operand w, PackShape s, void* packed, float* sums, int* flags) {
+__global__ void __launch_bounds__(kPackThreads)
+    pack_kernel(Operand w, PackShape s, void* packed, float* sums, int* flags) {
   SHARED(float, s_sum, [kPackThreads]);
   const int lane = blockIdx.y * kPackLanes + threadIdx.x % 32, group = blockIdx.z;
   const int64_t rows = (int64_t)s.taps * s.depth, begin = (int64_t)blockIdx.x * kPackRows;

@@ -13,7 +13,8 @@
 namespace adderops {
 namespace cuda {
 
-// How neighbouring threads walk a tensor: along its pixels, whatever the strides, or along dense channels, 16 bytes each.
+// How neighbouring threads walk a tensor: along its pixels, whatever the strides, or along dense channels, 16 bytes
+// each.
 enum class Layout : int { kPlanes, kChannels };
 
 constexpr int kSlab = 16;  // steps of the sum that are in shared memory at a time (twice: one computed, one arriving)

@@ -27,8 +27,9 @@ struct Walk {
   int H, W, channels;
   int taps_h, taps_w;  // tap (i, j) reads source at (h + i*step_h, w + j*step_w)
   int step_h, step_w;
-  int slabs;                              // of all taps
-  // bytes from a slab's first channel to that of the next one: of the same tap, of the next tap, of the next row of taps
+  int slabs;  // of all taps
+  // bytes from a slab's first channel to that of the next one: of the same tap, of the next tap, of the next row of
+  // taps
   int64_t next_slab, next_tap, next_row;
   int64_t next_weights, next_weights_tap, next_weights_row;
   int64_t first_weights;  // bytes from a group's first slab to that of tap (0, 0)
@@ -44,8 +45,8 @@ struct Site {
 template <typename Tile, typename T, Layout L>
 struct ColumnCopy {
   static constexpr int kVector = L == Layout::kChannels ? 16 / (int)sizeof(T) : 1;
-  static constexpr int kParts = kSlab / kVector;                  // of a pixel's slab
-  static constexpr int kPieces = Tile::kColumns * kParts;         // of the block's slab
+  static constexpr int kParts = kSlab / kVector;           // of a pixel's slab
+  static constexpr int kPieces = Tile::kColumns * kParts;  // of the block's slab
   static constexpr int kMine = (kPieces + Tile::kThreads - 1) / Tile::kThreads;
   static constexpr int kSites = L == Layout::kChannels ? kMine : 1;
   static constexpr int kPitch = Tile::kColumns + 4;
@@ -76,8 +77,7 @@ struct ColumnCopy {
       const int pixel = first_pixel() + i * kNextPixel;
       const Site site = site_of(pixel < Tile::kColumns ? pixel : 0);
       h[i] = site.h, w[i] = site.w;
-      at[i] = source + site.offset + site.h * walk.row + site.w * walk.column +
-              first_part() * kVector * walk.channel;
+      at[i] = source + site.offset + site.h * walk.row + site.w * walk.column + first_part() * kVector * walk.channel;
       // beyond the last pixel: never inside
       if (!site.valid || pixel >= Tile::kColumns) h[i] = -0x40000000;
     }
