@@ -8,7 +8,9 @@ namespace cuda {
 namespace {
 
 constexpr TileSize kTiles[] = {{128, 128}, {64, 128}, {32, 128}, {16, 128}, {64, 64}};
-using Tile0 = Tile<128, 128, 8, 8, 2>;
+// The halves, tiled so on sm_75 alone, pass through registers on their way to shared memory.
+template <typename T>
+using Tile0 = Tile<128, 128, 8, 8, sizeof(T) == 4 ? 2 : 1>;
 using Tile1 = Tile<64, 128, 8, 8, 3>;
 using Tile2 = Tile<32, 128, 4, 8, 4>;
 using Tile3 = Tile<16, 128, 4, 4, 6>;
@@ -102,7 +104,7 @@ template <typename T>
 void launch_tiles(const Conv2dArgs& args, const ForwardPlan& f, const PackedWeights& weights, int tile, Form form,
                   bool flagged_only, cudaStream_t stream) {
   switch (tile) {
-    case 0: return launch_tile<T, Tile0>(args, f, weights, form, flagged_only, stream);
+    case 0: return launch_tile<T, Tile0<T>>(args, f, weights, form, flagged_only, stream);
     case 1: return launch_tile<T, Tile1>(args, f, weights, form, flagged_only, stream);
     case 2: return launch_tile<T, Tile2>(args, f, weights, form, flagged_only, stream);
     case 3: return launch_tile<T, Tile3>(args, f, weights, form, flagged_only, stream);

@@ -219,8 +219,6 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
 #endif
 }
 
-constexpr int kRepairThreads = 128;
-
 // The flagged tiles of `lanes` x `columns`, by the definition.  Same grid.
 template <typename T>
 __global__ void __launch_bounds__(kRepairThreads)
@@ -232,9 +230,9 @@ __global__ void __launch_bounds__(kRepairThreads)
     const int64_t pixel = (int64_t)blockIdx.x * columns + k % columns;
     const int lane = blockIdx.y * lanes + k / columns, co = blockIdx.z * M + lane;
     if (pixel >= p.N * p.OH * p.OW || lane >= M) continue;
-    const int64_t n = pixel / (p.OH * p.OW), oh = pixel / p.OW % p.OH, ow = pixel % p.OW;
+    const unsigned at = (unsigned)pixel, row = at / (unsigned)p.OW;
     store_float(static_cast<T*>(args.out.data) + forward_target(p, args.out, pixel) + co * args.out.stride[1],
-                definition::forward<T>(args, n, co, oh, ow));
+                definition::forward<T>(args, row / (unsigned)p.OH, co, row % (unsigned)p.OH, at % (unsigned)p.OW));
   }
 }
 

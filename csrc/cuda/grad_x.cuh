@@ -107,8 +107,6 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
   if (threadIdx.x == 0) flags[((int64_t)blockIdx.z * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x] = doubtful;
 }
 
-constexpr int kRepairThreads = 128;
-
 // The flagged tiles of `lanes` x `columns`, by the definition.  Same grid.
 template <typename T>
 __global__ void __launch_bounds__(kRepairThreads)

@@ -19,6 +19,8 @@ enum class Layout : int { kPlanes, kChannels };
 
 constexpr int kSlab = 16;  // steps of the sum that are in shared memory at a time (twice: one computed, one arriving)
 
+constexpr int kRepairThreads = 128;  // of the kernels that do a flagged tile again
+
 template <int Lanes, int Columns, int ThreadLanes, int ThreadColumns, int BlocksPerMultiprocessor>
 struct Tile {
   static constexpr int kLanes = Lanes, kColumns = Columns;
