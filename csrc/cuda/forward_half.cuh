@@ -38,9 +38,7 @@ __device__ __forceinline__ int mma_word(int row, int t) { return row * 16 + (t ^
 template <typename Tile, typename T, Layout L>
 struct MmaCopy {
   static constexpr int kSites = L == Layout::kChannels ? 4 : 1;
-  const char* at[kSites];
-  int h[kSites], w[kSites];
-  bool inside[kSites];
+  Cursors<kSites> to_read;
   uint32_t words[L == Layout::kPlanes ? kMmaSlab / 2 : 1];
 
   static __device__ __forceinline__ int pixel(int i) {
@@ -50,35 +48,24 @@ struct MmaCopy {
   __device__ __forceinline__ MmaCopy(const Walk& walk, const char* source, const SiteOf& site_of) {
 #pragma unroll
     for (int i = 0; i < kSites; ++i) {
-      const Site site = site_of(pixel(i));
-      h[i] = site.valid ? site.h : -0x40000000, w[i] = site.w;
-      at[i] = source + site.offset + site.h * walk.row + site.w * walk.column;
-      if (L == Layout::kChannels) at[i] += threadIdx.x % 4 * 16;
+      to_read.place(i, walk, source, site_of(pixel(i)));
+      if (L == Layout::kChannels) to_read.at[i] += threadIdx.x % 4 * 16;
     }
-  }
-  __device__ __forceinline__ void aim(const Walk& walk, int tap_i, int tap_j) {
-#pragma unroll
-    for (int i = 0; i < kSites; ++i)
-      inside[i] = (unsigned)(h[i] + tap_i * walk.step_h) < (unsigned)walk.H &&
-                  (unsigned)(w[i] + tap_j * walk.step_w) < (unsigned)walk.W;
-  }
-  __device__ __forceinline__ void advance(int64_t bytes) {
-#pragma unroll
-    for (int i = 0; i < kSites; ++i) at[i] += bytes;
   }
   __device__ __forceinline__ void fetch(const Walk& walk, int c, uint32_t* slab) {
     if constexpr (L == Layout::kChannels) {
       const bool real = c + threadIdx.x % 4 * 8 < walk.channels;
 #pragma unroll
       for (int i = 0; i < kSites; ++i)
-        cp_async_16(slab + mma_word(pixel(i), threadIdx.x % 4), at[i], inside[i] && real);
+        cp_async_16(slab + mma_word(pixel(i), threadIdx.x % 4), to_read.at[i], to_read.inside[i] && real);
     } else {
       const int left = walk.channels - c;
 #pragma unroll
       for (int k = 0; k < kMmaSlab; k += 2) {
-        const char* from = at[0] + k * walk.channel;
-        const uint32_t low = inside[0] && k < left ? *reinterpret_cast<const uint16_t*>(from) : 0;
-        const uint32_t high = inside[0] && k + 1 < left ? *reinterpret_cast<const uint16_t*>(from + walk.channel) : 0;
+        const char* from = to_read.at[0] + k * walk.channel;
+        const uint32_t low = to_read.inside[0] && k < left ? *reinterpret_cast<const uint16_t*>(from) : 0;
+        const uint32_t high =
+            to_read.inside[0] && k + 1 < left ? *reinterpret_cast<const uint16_t*>(from + walk.channel) : 0;
         words[k / 2] = low | high << 16;
       }
     }
@@ -131,7 +118,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
   float c[kFragments][kOctets][4] = {}, window[kFragments][4] = {};
   MmaCopy<Tile, T, L> copy(walk, source, site_of);
   int tap_i = 0, tap_j = 0, channel = 0, left = walk.slabs;
-  copy.aim(walk, 0, 0);
+  copy.to_read.aim(walk, 0, 0);
   copy.fetch(walk, 0, s_x);
   fetch_mma_lanes<Tile>(packed, s_w);
   cp_async_commit();
@@ -144,14 +131,14 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
     if (--left) {
       channel += kMmaSlab;
       if (channel < walk.channels) {
-        copy.advance(walk.next_slab);
+        copy.to_read.advance(walk.next_slab);
       } else {
         channel = 0;
         if (++tap_j < walk.taps_w)
-          copy.advance(walk.next_tap);
+          copy.to_read.advance(walk.next_tap);
         else
-          tap_j = 0, ++tap_i, copy.advance(walk.next_row);
-        copy.aim(walk, tap_i, tap_j);
+          tap_j = 0, ++tap_i, copy.to_read.advance(walk.next_row);
+        copy.to_read.aim(walk, tap_i, tap_j);
       }
       packed += walk.next_weights;
       copy.fetch(walk, channel, s_x + (now ^ 1) * Tile::kColumns * 16);

@@ -41,6 +41,29 @@ struct Site {
   bool valid;
 };
 
+// The pixels that a thread copies from: where it is in each, and whether the tap it aims at lies inside the image.
+template <int Count>
+struct Cursors {
+  const char* at[Count];
+  int h[Count], w[Count];
+  bool inside[Count];
+
+  __device__ __forceinline__ void place(int i, const Walk& walk, const char* source, const Site& site) {
+    h[i] = site.valid ? site.h : -0x40000000, w[i] = site.w;  // behind the last pixel: never inside
+    at[i] = source + site.offset + site.h * walk.row + site.w * walk.column;
+  }
+  __device__ __forceinline__ void aim(const Walk& walk, int tap_i, int tap_j) {
+#pragma unroll
+    for (int i = 0; i < Count; ++i)
+      inside[i] = (unsigned)(h[i] + tap_i * walk.step_h) < (unsigned)walk.H &&
+                  (unsigned)(w[i] + tap_j * walk.step_w) < (unsigned)walk.W;
+  }
+  __device__ __forceinline__ void advance(int64_t bytes) {
+#pragma unroll
+    for (int i = 0; i < Count; ++i) at[i] += bytes;
+  }
+};
+
 // A thread's part of copying the pixels' channels.
 template <typename Tile, typename T, Layout L>
 struct ColumnCopy {
@@ -53,9 +76,7 @@ struct ColumnCopy {
   static constexpr bool kAsynchronous = L == Layout::kPlanes && sizeof(T) == 4;
   static_assert(L == Layout::kChannels || kPieces % Tile::kThreads == 0, "planes: every thread copies as much");
 
-  const char* at[kSites];
-  int h[kSites], w[kSites];
-  bool inside[kSites];
+  Cursors<kSites> to_read;
   T plane[L == Layout::kPlanes && !kAsynchronous ? kMine : 1];
   Words4 words[L == Layout::kChannels ? kMine : 1];
 
@@ -75,22 +96,11 @@ struct ColumnCopy {
 #pragma unroll
     for (int i = 0; i < kSites; ++i) {
       const int pixel = first_pixel() + i * kNextPixel;
-      const Site site = site_of(pixel < Tile::kColumns ? pixel : 0);
-      h[i] = site.h, w[i] = site.w;
-      at[i] = source + site.offset + site.h * walk.row + site.w * walk.column + first_part() * kVector * walk.channel;
-      // beyond the last pixel: never inside
-      if (!site.valid || pixel >= Tile::kColumns) h[i] = -0x40000000;
+      Site site = site_of(pixel < Tile::kColumns ? pixel : 0);
+      site.valid = site.valid && pixel < Tile::kColumns;
+      to_read.place(i, walk, source, site);
+      to_read.at[i] += first_part() * kVector * walk.channel;
     }
-  }
-  __device__ __forceinline__ void aim(const Walk& walk, int tap_i, int tap_j) {
-#pragma unroll
-    for (int i = 0; i < kSites; ++i)
-      inside[i] = (unsigned)(h[i] + tap_i * walk.step_h) < (unsigned)walk.H &&
-                  (unsigned)(w[i] + tap_j * walk.step_w) < (unsigned)walk.W;
-  }
-  __device__ __forceinline__ void advance(int64_t bytes) {
-#pragma unroll
-    for (int i = 0; i < kSites; ++i) at[i] += bytes;
   }
   // Channels [c, c + kSlab) of the tap aimed at; asynchronously, or into registers.
   __device__ __forceinline__ void fetch(const Walk& walk, int c, float* slab) {
@@ -99,8 +109,8 @@ struct ColumnCopy {
       float* const to = slab + first_part() * kPitch + first_pixel();
 #pragma unroll
       for (int i = 0; i < kMine; ++i) {
-        const bool real = inside[0] && i * kNextPart < left;
-        const char* from = at[0] + i * kNextPart * walk.channel;
+        const bool real = to_read.inside[0] && i * kNextPart < left;
+        const char* from = to_read.at[0] + i * kNextPart * walk.channel;
         if constexpr (kAsynchronous)
           cp_async_4(to + i * kNextPart * kPitch, from, real);
         else
@@ -108,7 +118,8 @@ struct ColumnCopy {
       }
     } else {
 #pragma unroll
-      for (int i = 0; i < kMine; ++i) words[i] = inside[i] && left > 0 ? load_16<Words4>(at[i]) : Words4{};
+      for (int i = 0; i < kMine; ++i)
+        words[i] = to_read.inside[i] && left > 0 ? load_16<Words4>(to_read.at[i]) : Words4{};
     }
   }
   // What fetch() left in registers, to shared memory.
@@ -184,7 +195,7 @@ __device__ __forceinline__ void sum_over_taps(const Walk& walk, const char* sour
   const Place<Tile> place;
   Copy copy(walk, source, site_of);
   int tap_i = 0, tap_j = 0, c = 0, left = walk.slabs;
-  copy.aim(walk, 0, 0);
+  copy.to_read.aim(walk, 0, 0);
   copy.fetch(walk, 0, s_slabs + kColumnsAt<Tile>);
   fetch_lanes<Tile>(weights, pitch, s_slabs);
   cp_async_commit();
@@ -196,14 +207,14 @@ __device__ __forceinline__ void sum_over_taps(const Walk& walk, const char* sour
     if (--left) {
       c += kSlab;
       if (c < walk.channels) {
-        copy.advance(walk.next_slab), weights += walk.next_weights;
+        copy.to_read.advance(walk.next_slab), weights += walk.next_weights;
       } else {
         c = 0;
         if (++tap_j < walk.taps_w)
-          copy.advance(walk.next_tap), weights += walk.next_weights_tap;
+          copy.to_read.advance(walk.next_tap), weights += walk.next_weights_tap;
         else
-          tap_j = 0, ++tap_i, copy.advance(walk.next_row), weights += walk.next_weights_row;
-        copy.aim(walk, tap_i, tap_j);
+          tap_j = 0, ++tap_i, copy.to_read.advance(walk.next_row), weights += walk.next_weights_row;
+        copy.to_read.aim(walk, tap_i, tap_j);
       }
       copy.fetch(walk, c, s_next + kColumnsAt<Tile>);
       fetch_lanes<Tile>(weights, pitch, s_next);
