@@ -25,7 +25,7 @@ pytestmark = pytest.mark.skipif(not builder.compiler(), reason="no C++ compiler:
 SLIM = {
     "cuda/launch.cuh": ("  if (type == ElementType::kBFloat16) f(BFloat16{});\n",),
     "cuda/forward.cu": tuple(
-        f"    case {i}: return launch_tile<T, {tile}>(args, f, weights, form, flagged_only, stream);\n"
+        f"    case {i}: return launch_tile<T, {tile}>(args, f, form, stream);\n"
         for i, tile in enumerate(("Tile0<T>", "Tile1", "Tile2"))
     )
     + tuple(f"      if (f.tile == {i}) launch_mma_tile<T, MmaTile{i}>(args, f, stream);\n" for i in (0, 1)),

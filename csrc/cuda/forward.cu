@@ -29,8 +29,7 @@ struct ForwardPlan {
   int tile;
   dim3 grid;
   Packed packed;
-  int* flags;
-  int64_t flag_count;
+  int* flags;  // one a tile
   int64_t bytes;
 };
 
@@ -58,13 +57,12 @@ ForwardPlan plan(const Conv2dArgs& args, const Device& device, const Choice& cho
   f.grid = dim3((unsigned)blocks(P, size.columns), (unsigned)blocks(M, size.lanes), (unsigned)p.groups);
   f.packed = f.mma ? make_packed(p, M, C, size.lanes, kMmaSlab, 2, &carve)
                    : make_packed(p, M, C, size.lanes, kSlab, 4, &carve);
-  f.flag_count = (int64_t)f.grid.x * f.grid.y * f.grid.z;
-  f.flags = carve.take<int>(f.flag_count);
+  f.flags = carve.take<int>((int64_t)f.grid.x * f.grid.y * f.grid.z);
   f.bytes = carve.used;
   return f;
 }
 
-Walk walk_of(const Conv2dArgs& args, const ForwardPlan& f, int slab, int64_t slab_bytes) {
+Walk walk_of(const Conv2dArgs& args, int slab, int64_t slab_bytes) {
   const Conv2dProblem& p = args.problem;
   const int64_t bytes = element_bytes(args.type);
   const int64_t* stride = args.x.stride;
@@ -79,43 +77,40 @@ Walk walk_of(const Conv2dArgs& args, const ForwardPlan& f, int slab, int64_t sla
   return w;
 }
 
-template <typename T, typename Tile>
-void launch_tile(const Conv2dArgs& args, const ForwardPlan& f, const PackedWeights& weights, Form form,
-                 bool flagged_only, cudaStream_t stream) {
-  const Walk walk = walk_of(args, f, kSlab, kSlab * (int64_t)weights.pitch * 4);
+// `form` is the plan's, or, behind its minimum form, the direct one for the flagged tiles.
+template <typename T, typename Tile, Layout L>
+void launch_form(const Conv2dArgs& args, const ForwardPlan& f, Form form, cudaStream_t stream) {
+  const PackedWeights& weights = f.packed.weights;
+  const Walk walk = walk_of(args, kSlab, kSlab * (int64_t)weights.pitch * 4);
   const dim3 block(Tile::kThreads);
-  if (form == Form::kMinimum) {
-    if (f.layout == Layout::kPlanes)
-      LAUNCH((forward_kernel<T, Tile, Layout::kPlanes, Form::kMinimum>), f.grid, block, stream, args, walk, weights,
-             f.flags, false);
-    else
-      LAUNCH((forward_kernel<T, Tile, Layout::kChannels, Form::kMinimum>), f.grid, block, stream, args, walk, weights,
-             f.flags, false);
-  } else {
-    if (f.layout == Layout::kPlanes)
-      LAUNCH((forward_kernel<T, Tile, Layout::kPlanes, Form::kDirect>), f.grid, block, stream, args, walk, weights,
-             f.flags, flagged_only);
-    else
-      LAUNCH((forward_kernel<T, Tile, Layout::kChannels, Form::kDirect>), f.grid, block, stream, args, walk, weights,
-             f.flags, flagged_only);
-  }
+  if (form == Form::kMinimum)
+    LAUNCH((forward_kernel<T, Tile, L, Form::kMinimum>), f.grid, block, stream, args, walk, weights, f.flags, false);
+  else
+    LAUNCH((forward_kernel<T, Tile, L, Form::kDirect>), f.grid, block, stream, args, walk, weights, f.flags,
+           form != f.form);
+}
+template <typename T, typename Tile>
+void launch_tile(const Conv2dArgs& args, const ForwardPlan& f, Form form, cudaStream_t stream) {
+  if (f.layout == Layout::kPlanes)
+    launch_form<T, Tile, Layout::kPlanes>(args, f, form, stream);
+  else
+    launch_form<T, Tile, Layout::kChannels>(args, f, form, stream);
 }
 template <typename T>
-void launch_tiles(const Conv2dArgs& args, const ForwardPlan& f, const PackedWeights& weights, int tile, Form form,
-                  bool flagged_only, cudaStream_t stream) {
-  switch (tile) {
-    case 0: return launch_tile<T, Tile0<T>>(args, f, weights, form, flagged_only, stream);
-    case 1: return launch_tile<T, Tile1>(args, f, weights, form, flagged_only, stream);
-    case 2: return launch_tile<T, Tile2>(args, f, weights, form, flagged_only, stream);
-    case 3: return launch_tile<T, Tile3>(args, f, weights, form, flagged_only, stream);
-    case 4: return launch_tile<T, Tile4>(args, f, weights, form, flagged_only, stream);
+void launch_tiles(const Conv2dArgs& args, const ForwardPlan& f, Form form, cudaStream_t stream) {
+  switch (f.tile) {
+    case 0: return launch_tile<T, Tile0<T>>(args, f, form, stream);
+    case 1: return launch_tile<T, Tile1>(args, f, form, stream);
+    case 2: return launch_tile<T, Tile2>(args, f, form, stream);
+    case 3: return launch_tile<T, Tile3>(args, f, form, stream);
+    case 4: return launch_tile<T, Tile4>(args, f, form, stream);
   }
 }
 
 template <typename T, typename Tile>
 void launch_mma_tile(const Conv2dArgs& args, const ForwardPlan& f, cudaStream_t stream) {
   const PackedWeights& weights = f.packed.weights;
-  const Walk walk = walk_of(args, f, kMmaSlab, kMmaSlab * (int64_t)weights.pitch * 2);
+  const Walk walk = walk_of(args, kMmaSlab, kMmaSlab * (int64_t)weights.pitch * 2);
   if (f.layout == Layout::kPlanes)
     LAUNCH((forward_half_kernel<T, Tile, Layout::kPlanes>), f.grid, dim3(Tile::kThreads), stream, args, walk, weights,
            f.flags);
@@ -137,8 +132,8 @@ void launch(const Conv2dArgs& args, const ForwardPlan& f, cudaStream_t stream) {
     }
   }
   pack<T, Packing::kForward>(args, f.packed, stream);
-  launch_tiles<T>(args, f, f.packed.weights, f.tile, f.form, false, stream);
-  if (f.form == Form::kMinimum) launch_tiles<T>(args, f, f.packed.weights, f.tile, Form::kDirect, true, stream);
+  launch_tiles<T>(args, f, f.form, stream);
+  if (f.form == Form::kMinimum) launch_tiles<T>(args, f, Form::kDirect, stream);
 }
 
 int64_t workspace(const Conv2dArgs& args, const Device& device, const Choice& choice) {
