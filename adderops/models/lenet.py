@@ -35,30 +35,22 @@ class LeNet5BN(nn.Module):
         self.bn4 = nn.BatchNorm2d(84)
         self.fc = nn.Linear(84, num_classes)
 
-    def matched_layers(self) -> list[nn.Module]:
-        """Returns the layers whose raw outputs `forward(x, intermediates=True)` returns, in that order."""
-        return [self.conv2, self.conv3, self.conv4]
-
-    def forward(self, x: Tensor, intermediates: bool = False) -> Tensor | tuple[Tensor, list[Tensor]]:
-        """Returns the logits (N, num_classes) of images (N, in_channels, 32, 32).
-
-        With intermediates=True returns (logits, outputs): the outputs of the matched layers before BatchNorm and ReLU.
-        """
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns the logits (N, num_classes) of images (N, in_channels, 32, 32)."""
         if x.shape[-2:] != (32, 32):
             raise ValueError(f"LeNet5BN: input: expected images of 32x32, got shape {tuple(x.shape)}")
         x = F.max_pool2d(F.relu(self.bn1(self.conv1(x))), 2)
-        y2 = self.conv2(x)
-        x = F.max_pool2d(F.relu(self.bn2(y2)), 2)
-        y3 = self.conv3(x)
-        y4 = self.conv4(F.relu(self.bn3(y3)))
-        logits = self.fc(F.relu(self.bn4(y4)).flatten(1))
-        return (logits, [y2, y3, y4]) if intermediates else logits
+        x = F.max_pool2d(F.relu(self.bn2(self.conv2(x))), 2)
+        x = F.relu(self.bn3(self.conv3(x)))
+        x = F.relu(self.bn4(self.conv4(x)))
+        return self.fc(x.flatten(1))
 
 
 def lenet5(kind: str = "adder", in_channels: int = 1, num_classes: int = 10) -> LeNet5BN:
     """Builds LeNet-5-BN as adder network (kind='adder') or as CNN (kind='cnn').
 
-    >>> import torch
+    61,932 parameters with one input channel; 416,520 multiply-accumulates, of which 298,080 in the 3 layers of `kind`.
+
     >>> lenet5(kind="cnn")(torch.zeros(2, 1, 32, 32)).shape
     torch.Size([2, 10])
     """

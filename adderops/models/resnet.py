@@ -1,6 +1,6 @@
-"""ResNet-20 in the CIFAR form of the AdderNet reference code (github.com/huawei-noah/AdderNet, resnet20.py).
+"""ResNets in the forms of the AdderNet reference code (github.com/huawei-noah/AdderNet): CIFAR and ImageNet.
 
-Module names are those of the reference, so that its checkpoints load.
+Module names are those of resnet20.py and resnet50.py there, so that their checkpoints load.
 """
 
 from collections.abc import Callable
@@ -10,36 +10,68 @@ from torch import Tensor, nn
 
 from adderops.models.kinds import layer_of_kind
 
+_Layer = Callable[..., nn.Module]
+
+
+def _projection(layer: _Layer, in_channels: int, out_channels: int, stride: int) -> nn.Sequential | None:
+    """The 1x1 layer of a shortcut with its BatchNorm; None where the shortcut is the identity."""
+    if stride == 1 and in_channels == out_channels:
+        return None
+    shortcut = layer(in_channels, out_channels, 1, stride=stride, bias=False)
+    return nn.Sequential(shortcut, nn.BatchNorm2d(out_channels))
+
 
 class BasicBlock(nn.Module):
     """Two 3x3 layers with a shortcut: relu(bn2(conv2(relu(bn1(conv1(x))))) + downsample(x))."""
 
-    def __init__(self, layer: Callable[..., nn.Module], in_channels: int, channels: int, stride: int) -> None:
+    expansion = 1
+
+    def __init__(self, layer: _Layer, in_channels: int, channels: int, stride: int) -> None:
         super().__init__()
         self.conv1 = layer(in_channels, channels, 3, stride=stride, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(channels)
         self.conv2 = layer(channels, channels, 3, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(channels)
-        self.downsample = None
-        if stride != 1 or in_channels != channels:
-            shortcut = layer(in_channels, channels, 1, stride=stride, bias=False)
-            self.downsample = nn.Sequential(shortcut, nn.BatchNorm2d(channels))
+        self.downsample = _projection(layer, in_channels, channels, stride)
 
-    def matched_layers(self) -> list[nn.Module]:
-        return [self.conv1, self.conv2] + ([] if self.downsample is None else [self.downsample[0]])
+    def forward(self, x: Tensor) -> Tensor:
+        shortcut = x if self.downsample is None else self.downsample(x)
+        x = F.relu(self.bn1(self.conv1(x)))
+        return F.relu(self.bn2(self.conv2(x)) + shortcut)
 
-    def forward(self, x: Tensor, outputs: list[Tensor] | None = None) -> Tensor:
-        """Returns the block's activation; appends the raw outputs of its matched layers to `outputs` if given."""
-        y1 = self.conv1(x)
-        y2 = self.conv2(F.relu(self.bn1(y1)))
-        raw, shortcut = [y1, y2], x
-        if self.downsample is not None:
-            projection, norm = self.downsample
-            raw.append(projection(x))
-            shortcut = norm(raw[-1])
-        if outputs is not None:
-            outputs.extend(raw)
-        return F.relu(self.bn2(y2) + shortcut)
+
+class Bottleneck(nn.Module):
+    """1x1, 3x3 (with the stride) and 1x1 layers with a shortcut; the last has four times as many channels."""
+
+    expansion = 4
+
+    def __init__(self, layer: _Layer, in_channels: int, channels: int, stride: int) -> None:
+        super().__init__()
+        out_channels = self.expansion * channels
+        self.conv1 = layer(in_channels, channels, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.conv2 = layer(channels, channels, 3, stride=stride, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.conv3 = layer(channels, out_channels, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(out_channels)
+        self.downsample = _projection(layer, in_channels, out_channels, stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        shortcut = x if self.downsample is None else self.downsample(x)
+        x = F.relu(self.bn1(self.conv1(x)))
+        x = F.relu(self.bn2(self.conv2(x)))
+        return F.relu(self.bn3(self.conv3(x)) + shortcut)
+
+
+_Block = type[BasicBlock] | type[Bottleneck]
+
+
+def _stage(layer: _Layer, block: _Block, in_channels: int, channels: int, blocks: int, stride: int) -> nn.Sequential:
+    """Blocks one behind the other; the first takes in_channels and has the stride."""
+    first = block(layer, in_channels, channels, stride)
+    return nn.Sequential(
+        first, *(block(layer, block.expansion * channels, channels, stride=1) for _ in range(1, blocks))
+    )
 
 
 class ResNetCIFAR(nn.Module):
@@ -64,41 +96,110 @@ class ResNetCIFAR(nn.Module):
         layer = layer_of_kind(kind)
         self.conv1 = nn.Conv2d(in_channels, 16, 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(16)
-        self.layer1 = self._stage(layer, 16, 16, blocks[0], stride=1)
-        self.layer2 = self._stage(layer, 16, 32, blocks[1], stride=2)
-        self.layer3 = self._stage(layer, 32, 64, blocks[2], stride=2)
+        self.layer1 = _stage(layer, BasicBlock, 16, 16, blocks[0], stride=1)
+        self.layer2 = _stage(layer, BasicBlock, 16, 32, blocks[1], stride=2)
+        self.layer3 = _stage(layer, BasicBlock, 32, 64, blocks[2], stride=2)
         self.fc = nn.Conv2d(64, num_classes, 1, bias=False)
         self.bn2 = nn.BatchNorm2d(num_classes)
 
-    @staticmethod
-    def _stage(layer, in_channels: int, channels: int, blocks: int, stride: int) -> nn.Sequential:
-        first = BasicBlock(layer, in_channels, channels, stride)
-        return nn.Sequential(first, *(BasicBlock(layer, channels, channels, 1) for _ in range(1, blocks)))
-
-    def _blocks(self) -> list[BasicBlock]:
-        return [*self.layer1, *self.layer2, *self.layer3]
-
-    def matched_layers(self) -> list[nn.Module]:
-        """Returns the layers whose raw outputs `forward(x, intermediates=True)` returns, in that order."""
-        return [layer for block in self._blocks() for layer in block.matched_layers()]
-
-    def forward(self, x: Tensor, intermediates: bool = False) -> Tensor | tuple[Tensor, list[Tensor]]:
-        """Returns the logits (N, num_classes) of images (N, in_channels, H, W); the reference uses 32x32.
-
-        With intermediates=True returns (logits, outputs): the outputs of the matched layers before BatchNorm and ReLU.
-        """
-        outputs: list[Tensor] | None = [] if intermediates else None
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns the logits (N, num_classes) of images (N, in_channels, H, W); the reference uses 32x32."""
         x = F.relu(self.bn1(self.conv1(x)))
-        for block in self._blocks():
-            x = block(x, outputs)
-        logits = self.bn2(self.fc(F.adaptive_avg_pool2d(x, 1))).flatten(1)
-        return (logits, outputs) if intermediates else logits
+        x = self.layer3(self.layer2(self.layer1(x)))
+        return self.bn2(self.fc(F.adaptive_avg_pool2d(x, 1))).flatten(1)
+
+
+class ResNetImageNet(nn.Module):
+    """ResNet of four stages with 64, 128, 256 and 512 channels, as in the reference code.
+
+    Stem conv 7x7 of stride 2 and 3x3 max pooling of stride 2, the stages (the first block of the last three has stride
+    2), average pool, classifier `fc` = 1x1 convolution with bias, then `bn2` = BatchNorm on the logits.  All layers of
+    the stages, shortcuts included, are of `kind`; stem and classifier are ordinary convolutions in both kinds.
+    Convolutions start from He's normal distribution by the fan-out, adder layers from N(0, 1).
+
+    Args:
+        kind: 'adder' or 'cnn'.
+        block: BasicBlock or Bottleneck.
+        blocks: number of blocks of each stage.
+        in_channels: of the images.
+        num_classes: number of logits.
+
+    Raises:
+        ValueError: another kind.
+    """
+
+    def __init__(
+        self,
+        kind: str,
+        block: _Block,
+        blocks: tuple[int, int, int, int],
+        in_channels: int = 3,
+        num_classes: int = 1000,
+    ) -> None:
+        super().__init__()
+        layer = layer_of_kind(kind)
+        widen = block.expansion
+        self.conv1 = nn.Conv2d(in_channels, 64, 7, stride=2, padding=3, bias=False)
+        self.bn1 = nn.BatchNorm2d(64)
+        self.layer1 = _stage(layer, block, 64, 64, blocks[0], stride=1)
+        self.layer2 = _stage(layer, block, 64 * widen, 128, blocks[1], stride=2)
+        self.layer3 = _stage(layer, block, 128 * widen, 256, blocks[2], stride=2)
+        self.layer4 = _stage(layer, block, 256 * widen, 512, blocks[3], stride=2)
+        self.fc = nn.Conv2d(512 * widen, num_classes, 1)
+        self.bn2 = nn.BatchNorm2d(num_classes)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns the logits (N, num_classes) of images (N, in_channels, H, W); the reference uses 224x224."""
+        x = F.max_pool2d(F.relu(self.bn1(self.conv1(x))), 3, stride=2, padding=1)
+        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        return self.bn2(self.fc(F.adaptive_avg_pool2d(x, 1))).flatten(1)
 
 
 def resnet20(kind: str = "adder", in_channels: int = 3, num_classes: int = 10) -> ResNetCIFAR:
     """Builds ResNet-20 as adder network (kind='adder') or as CNN (kind='cnn').
 
+    272,484 parameters; 40.81 M multiply-accumulates on a 32x32 image, of which 40.37 M in the 20 layers of `kind`.
+    (AdderNet's table has 41.17 M.)
+
     >>> sum(p.numel() for p in resnet20().parameters())
     272484
     """
     return ResNetCIFAR(kind, (3, 3, 3), in_channels, num_classes)
+
+
+def resnet32(kind: str = "adder", in_channels: int = 3, num_classes: int = 10) -> ResNetCIFAR:
+    """Builds ResNet-32 as adder network (kind='adder') or as CNN (kind='cnn').
+
+    466,916 parameters; 69.12 M multiply-accumulates on a 32x32 image, of which 68.68 M in the 32 layers of `kind`.
+
+    >>> sum(p.numel() for p in resnet32().parameters())
+    466916
+    """
+    return ResNetCIFAR(kind, (5, 5, 5), in_channels, num_classes)
+
+
+def resnet18(kind: str = "adder", in_channels: int = 3, num_classes: int = 1000) -> ResNetImageNet:
+    """Builds ResNet-18 as adder network (kind='adder') or as CNN (kind='cnn').
+
+    11,691,512 parameters; 1.81 G multiply-accumulates on a 224x224 image, of which 1.70 G in the 19 layers of `kind`.
+
+    >>> with torch.device("meta"):
+    ...     sum(p.numel() for p in resnet18().parameters())
+    11691512
+    """
+    return ResNetImageNet(kind, BasicBlock, (2, 2, 2, 2), in_channels, num_classes)
+
+
+def resnet50(kind: str = "adder", in_channels: int = 3, num_classes: int = 1000) -> ResNetImageNet:
+    """Builds ResNet-50 as adder network (kind='adder') or as CNN (kind='cnn').
+
+    25,559,032 parameters; 4.09 G multiply-accumulates on a 224x224 image, of which 3.97 G in the 52 layers of `kind`.
+
+    >>> with torch.device("meta"):
+    ...     sum(p.numel() for p in resnet50().parameters())
+    25559032
+    """
+    return ResNetImageNet(kind, Bottleneck, (3, 4, 6, 3), in_channels, num_classes)

@@ -1,0 +1,96 @@
+"""Networks of torchvision and timm, as they are or with adder layers."""
+
+import difflib
+import importlib
+import warnings
+from types import ModuleType
+
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd
+
+from adderops.models.intermediates import matched_layers
+from adderops.models.kinds import layer_of_kind
+from adderops.nn import AdderConv2d, convert
+
+# in training these two return more than logits unless told otherwise; the rest of their arguments is their default
+_TORCHVISION_OPTIONS = dict.fromkeys(("googlenet", "inception_v3"), {"aux_logits": False, "init_weights": True})
+
+
+def create_foreign_model(arch: str, kind: str, in_channels: int, num_classes: int) -> nn.Module:
+    """Builds 'torchvision/NAME' or 'timm/NAME', untrained; kind='adder' puts it through `adderops.convert`.
+
+    Of the matched layers only those with a normalisation behind them become adder layers.  The others, gates of
+    squeeze-and-excitation above all, stay: outputs that are all <= 0 would shut a gate for good.
+
+    Raises:
+        ModuleNotFoundError: the package is not installed.
+        ValueError: unknown name or kind; in_channels other than 3 for torchvision; kind='adder' for a network of which
+            no convolution can become an adder layer.
+
+    Warns:
+        UserWarning: kind='adder', and matched layers stay ordinary convolutions.
+    """
+    layer_of_kind(kind)
+    model = _BUILDERS[arch.partition("/")[0]](arch, in_channels, num_classes)
+    if kind == "adder":
+        replaceable = matched_layers(model).keys() & _names_before_a_norm(model)
+        convert(model, filter=lambda name, conv: name in replaceable, verbose=False)
+        matched = matched_layers(model)
+        ordinary = [name for name, layer in matched.items() if not isinstance(layer, AdderConv2d)]
+        if len(ordinary) == len(matched):
+            raise ValueError(f"arch: expected a network of plain convolutions with normalisation behind, got {arch!r}")
+        if ordinary:
+            named = ", ".join(ordinary[:3]) + (", ..." if len(ordinary) > 3 else "")
+            warnings.warn(
+                f"{arch}: {len(ordinary)} of {len(matched)} convolutions stay ordinary, having no normalisation behind "
+                f"them or a forward of their own: {named}",
+                stacklevel=3,
+            )
+    return model
+
+
+def _names_before_a_norm(model: nn.Module) -> set[str]:
+    """Names of the layers behind which a normalisation is registered before the next layer."""
+    names, last = set(), ""
+    for name, module in model.named_modules():
+        if isinstance(module, (_ConvNd, nn.Linear)):
+            last = name
+        elif isinstance(module, (_NormBase, nn.GroupNorm, nn.LayerNorm)):
+            names.add(last)
+    return names
+
+
+def _torchvision(arch: str, in_channels: int, num_classes: int) -> nn.Module:
+    models = _import("torchvision", arch).models
+    name = _known_name(arch, models.list_models(module=models))
+    if in_channels != 3:
+        raise ValueError(f"in_channels: expected 3 for {arch!r}, got {in_channels}: torchvision's networks take RGB")
+    return models.get_model(name, weights=None, num_classes=num_classes, **_TORCHVISION_OPTIONS.get(name, {}))
+
+
+def _timm(arch: str, in_channels: int, num_classes: int) -> nn.Module:
+    timm = _import("timm", arch)
+    name = _known_name(arch, timm.list_models())
+    return timm.create_model(name, pretrained=False, in_chans=in_channels, num_classes=num_classes)
+
+
+_BUILDERS = {"torchvision": _torchvision, "timm": _timm}
+LIBRARIES = tuple(_BUILDERS)
+
+
+def _import(library: str, arch: str) -> ModuleType:
+    try:
+        return importlib.import_module(library)
+    except ModuleNotFoundError as missing:
+        if missing.name != library:
+            raise
+        raise ModuleNotFoundError(f"arch {arch!r} needs {library}: pip install {library}", name=library) from None
+
+
+def _known_name(arch: str, names: list[str]) -> str:
+    library, _, name = arch.partition("/")
+    if name not in names:
+        close = ", ".join(f"'{library}/{n}'" for n in difflib.get_close_matches(name, names, n=5, cutoff=0))
+        raise ValueError(f"arch: expected one of {len(names)} networks of {library}, such as {close}, got {arch!r}")
+    return name

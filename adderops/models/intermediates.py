@@ -1,0 +1,133 @@
+"""The layers that teacher and student share, and their raw outputs during an ordinary forward."""
+
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+
+from adderops.nn import AdderConv2d, AdderLinear
+
+
+def _weighted_layers(model: nn.Module) -> dict[str, nn.Module]:
+    return {name: m for name, m in model.named_modules() if isinstance(m, (_ConvNd, nn.Linear, AdderLinear))}
+
+
+def classifier(model: nn.Module) -> tuple[str, nn.Module]:
+    """Returns name and module of the classifier: the convolution or linear layer that is registered last.
+
+    `adderops.convert` goes by the same rule.
+
+    Raises:
+        ValueError: the model has no such layer.
+
+    >>> classifier(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(8, 10)))
+    ('2', Linear(in_features=8, out_features=10, bias=True))
+    """
+    layers = _weighted_layers(model)
+    if not layers:
+        raise ValueError("model: expected a convolution or a linear layer, got a model without")
+    return layers.popitem()
+
+
+def matched_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Returns the layers that PKKD matches, by name: all 2-d convolutions but the first and the classifier.
+
+    These are `AdderConv2d` and `nn.Conv2d` in the order in which they are registered.  The first convolution and the
+    classifier are those that `adderops.convert` keeps, so the CNN and the adder network of one architecture have the
+    same names.  A layer that occurs twice is listed once.
+
+    >>> from adderops.models import lenet5
+    >>> list(matched_layers(lenet5("adder"))), list(matched_layers(lenet5("cnn")))
+    (['conv2', 'conv3', 'conv4'], ['conv2', 'conv3', 'conv4'])
+    """
+    layers = _weighted_layers(model)
+    first = next((m for m in layers.values() if isinstance(m, _ConvNd)), None)
+    ends = (first, next(reversed(layers.values()), None))
+    return {name: m for name, m in layers.items() if isinstance(m, (nn.Conv2d, AdderConv2d)) and m not in ends}
+
+
+class IntermediateOutputs:
+    """Keeps the raw outputs of the matched layers of each forward of a model, before BatchNorm and ReLU.
+
+    Forward hooks write them down; the model's own output stays as it is.  Activations that work in place (`inplace`
+    modules) would overwrite what is kept, so they are told not to, for good; this changes no value.
+
+    Each forward drops what the one before has left.  What is kept costs memory until `take()`: set `enabled` to False
+    where nobody takes, in evaluation for example.  Hooks run under `torch.compile` too, without graph breaks.
+
+    The hooks are part of the model when it is copied or pickled, and carry a copy of this object along, without
+    outputs: the copy of something that holds both works like the original.  Call `remove()` before copying, exporting
+    or converting the model alone.
+
+    Args:
+        model: any module; hooks are registered on it and on `matched_layers(model)`.
+
+    Attributes:
+        names: names of the matched layers, in order.
+        layers: the matched layers.
+        enabled: whether a forward keeps outputs; True.
+
+    Raises:
+        ValueError: the model has no matched layer.
+        RuntimeError: in a forward that runs a matched layer twice.
+
+    >>> from adderops.models import lenet5
+    >>> network = lenet5("adder")
+    >>> outputs = IntermediateOutputs(network)
+    >>> logits = network(torch.randn(2, 1, 32, 32))
+    >>> [(name, tuple(y.shape)) for name, y in zip(outputs.names, outputs.take())]
+    [('conv2', (2, 16, 10, 10)), ('conv3', (2, 120, 1, 1)), ('conv4', (2, 84, 1, 1))]
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        matched = matched_layers(model)
+        if not matched:
+            raise ValueError("model: expected a convolution between the first and the classifier, got a model without")
+        self.names = list(matched)
+        self.layers = list(matched.values())
+        self.enabled = True
+        self._outputs: list[Tensor | None] = [None] * len(matched)
+        self._handles = [model.register_forward_pre_hook(self._forget)]
+        self._handles += [layer.register_forward_hook(partial(self._keep, i)) for i, layer in enumerate(self.layers)]
+        for module in model.modules():
+            if getattr(module, "inplace", False) is True:
+                module.inplace = False
+
+    def take(self) -> list[Tensor]:
+        """Returns the outputs of the last forward in the order of `names`, with graph, and forgets them.
+
+        Raises:
+            RuntimeError: a layer was not run, or its output was changed in place after it.
+        """
+        outputs = list(self._outputs)
+        self._forget()
+        for name, output in zip(self.names, outputs, strict=True):
+            if output is None:
+                raise RuntimeError(f"IntermediateOutputs: layer {name!r} was not run in the last forward")
+            # the layer itself hands over version 0; inside a compiled region versions cannot be asked for
+            if not torch.compiler.is_compiling() and not output.is_inference() and output._version:
+                raise RuntimeError(f"IntermediateOutputs: the output of layer {name!r} was changed in place after it")
+        return outputs
+
+    def remove(self) -> None:
+        """Takes the hooks away and forgets the outputs; calling it again does nothing."""
+        for handle in self._handles:
+            handle.remove()
+        self._forget()
+
+    def _forget(self, *_) -> None:
+        for i in range(len(self._outputs)):
+            self._outputs[i] = None
+
+    def _keep(self, i: int, layer: nn.Module, inputs: tuple, output: Tensor) -> None:
+        if not self.enabled:
+            return
+        if self._outputs[i] is not None:
+            raise RuntimeError(
+                f"IntermediateOutputs: layer {self.names[i]!r} was run twice in one forward: it can keep one output"
+            )
+        self._outputs[i] = output
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"_outputs": [None] * len(self._outputs)}

@@ -1,0 +1,75 @@
+"""MobileNet (arXiv 1704.04861) for small images: depthwise separable layers, both halves of the network's kind."""
+
+from collections.abc import Callable
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from adderops.models.kinds import layer_of_kind
+
+# of the pointwise and of the depthwise layer
+_CHANNELS = (64, 128, 128, 256, 256, 512, 512, 512, 512, 512, 512, 1024, 1024)
+_STRIDES = (1, 2, 1, 2, 1, 2, 1, 1, 1, 1, 1, 2, 1)
+
+
+class DepthwiseSeparable(nn.Module):
+    """A 3x3 layer on each channel alone, then a 1x1 layer across them; BatchNorm and ReLU after each."""
+
+    def __init__(self, layer: Callable[..., nn.Module], in_channels: int, channels: int, stride: int) -> None:
+        super().__init__()
+        self.depthwise = layer(in_channels, in_channels, 3, stride=stride, padding=1, groups=in_channels, bias=False)
+        self.bn1 = nn.BatchNorm2d(in_channels)
+        self.pointwise = layer(in_channels, channels, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.bn1(self.depthwise(x)))
+        return F.relu(self.bn2(self.pointwise(x)))
+
+
+class MobileNet(nn.Module):
+    """MobileNet of 13 depthwise separable blocks, with a stem of stride 1 where the paper has 2.
+
+    So an image of 32x32 goes through the stages at 32, 16, 8, 4 and 2 pixels.  Stem conv 3x3, the blocks, average pool,
+    linear classifier `fc`.  Depthwise and pointwise layers are of `kind`; stem and classifier are ordinary in both.
+
+    Args:
+        kind: 'adder' or 'cnn'.
+        in_channels: of the images.
+        num_classes: number of logits.
+        width: multiplies the channels of every layer (the paper's alpha: 1, 0.75, 0.5, 0.25), rounded down.
+
+    Raises:
+        ValueError: another kind, or a width that leaves the stem's 32 channels none.
+    """
+
+    def __init__(self, kind: str = "adder", in_channels: int = 3, num_classes: int = 10, width: float = 1.0) -> None:
+        super().__init__()
+        layer = layer_of_kind(kind)
+        if not width >= 1 / 32:
+            raise ValueError(f"width: expected at least 1/32, got {width}")
+        channels = int(32 * width)
+        self.conv1 = nn.Conv2d(in_channels, channels, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.blocks = nn.Sequential()
+        for full_width, stride in zip(_CHANNELS, _STRIDES, strict=True):
+            in_channels, channels = channels, int(full_width * width)
+            self.blocks.append(DepthwiseSeparable(layer, in_channels, channels, stride))
+        self.fc = nn.Linear(channels, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns the logits (N, num_classes) of images (N, in_channels, H, W)."""
+        x = self.blocks(F.relu(self.bn1(self.conv1(x))))
+        return self.fc(F.adaptive_avg_pool2d(x, 1).flatten(1))
+
+
+def mobilenet(kind: str = "adder", in_channels: int = 3, num_classes: int = 10, width: float = 1.0) -> MobileNet:
+    """Builds MobileNet as adder network (kind='adder') or as CNN (kind='cnn').
+
+    With width 1: 3,217,226 parameters; 46.35 M multiply-accumulates on a 32x32 image, of which 45.46 M in the 26 layers
+    of `kind`.
+
+    >>> sum(p.numel() for p in mobilenet(width=0.25).parameters())
+    215642
+    """
+    return MobileNet(kind, in_channels, num_classes, width)

@@ -1,0 +1,63 @@
+"""VGG-small, the VGG of the papers on binary networks, with which AdderNet compares on CIFAR (arXiv 1912.13200)."""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from adderops.models.kinds import layer_of_kind
+
+
+class VGGSmall(nn.Module):
+    """VGG-small for 32x32 images: six 3x3 layers of 128, 128, 256, 256, 512, 512 channels, and a linear classifier.
+
+    BatchNorm and ReLU after each of the six, 2x2 max pooling after the second, fourth and sixth.  The first layer is an
+    ordinary convolution in both kinds, the five others are of `kind`.  None has a bias: BatchNorm follows.
+
+    Args:
+        kind: 'adder' or 'cnn'.
+        in_channels: of the images.
+        num_classes: number of logits.
+
+    Raises:
+        ValueError: another kind, or in `forward` images of another size.
+    """
+
+    def __init__(self, kind: str = "adder", in_channels: int = 3, num_classes: int = 10) -> None:
+        super().__init__()
+        layer = layer_of_kind(kind)
+        self.conv1 = nn.Conv2d(in_channels, 128, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(128)
+        self.conv2 = layer(128, 128, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(128)
+        self.conv3 = layer(128, 256, 3, padding=1, bias=False)
+        self.bn3 = nn.BatchNorm2d(256)
+        self.conv4 = layer(256, 256, 3, padding=1, bias=False)
+        self.bn4 = nn.BatchNorm2d(256)
+        self.conv5 = layer(256, 512, 3, padding=1, bias=False)
+        self.bn5 = nn.BatchNorm2d(512)
+        self.conv6 = layer(512, 512, 3, padding=1, bias=False)
+        self.bn6 = nn.BatchNorm2d(512)
+        self.fc = nn.Linear(512 * 4 * 4, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns the logits (N, num_classes) of images (N, in_channels, 32, 32)."""
+        if x.shape[-2:] != (32, 32):
+            raise ValueError(f"VGGSmall: input: expected images of 32x32, got shape {tuple(x.shape)}")
+        x = F.relu(self.bn1(self.conv1(x)))
+        x = F.max_pool2d(F.relu(self.bn2(self.conv2(x))), 2)
+        x = F.relu(self.bn3(self.conv3(x)))
+        x = F.max_pool2d(F.relu(self.bn4(self.conv4(x))), 2)
+        x = F.relu(self.bn5(self.conv5(x)))
+        x = F.max_pool2d(F.relu(self.bn6(self.conv6(x))), 2)
+        return self.fc(x.flatten(1))
+
+
+def vgg_small(kind: str = "adder", in_channels: int = 3, num_classes: int = 10) -> VGGSmall:
+    """Builds VGG-small as adder network (kind='adder') or as CNN (kind='cnn').
+
+    4,660,106 parameters; 607.6 M multiply-accumulates on a 32x32 image, of which 604.0 M in the 5 layers of `kind`.
+
+    >>> with torch.device("meta"):
+    ...     sum(p.numel() for p in vgg_small().parameters())
+    4660106
+    """
+    return VGGSmall(kind, in_channels, num_classes)
