@@ -1,89 +1,64 @@
-"""Image sets: idx files in their true format, digits, and the order of images as a function of seed and epoch."""
+"""Images in memory: idx files in their true format, and digits."""
 
 import gzip
-from pathlib import Path
 
 import pytest
 import torch
-from idx_files import idx_bytes
+from idx_files import IDX_NAMES, idx_bytes, write_idx_set
 
-from adderops.distill import data as data_module
-from adderops.distill import load_dataset
-from adderops.distill.data import FASHION_MNIST, IDX_FILES, epoch_batches, read_idx
+from adderops.distill.data import IDX_FILES, ImageSet, load_data, read_idx
+from adderops.distill.data.sources import FASHION_MNIST
 
-TRAIN_IMAGES, TRAIN_LABELS, TEST_IMAGES, TEST_LABELS = IDX_FILES
+TRAIN_IMAGES, TRAIN_LABELS, TEST_IMAGES, TEST_LABELS = IDX_NAMES
 
 
-def make_folder(folder: Path, side: int = 28, compress: bool = False) -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(1)
-    arrays = {
-        TRAIN_IMAGES: torch.randint(0, 256, (12, side, side), generator=generator),
-        TRAIN_LABELS: torch.arange(12) % 3,
-        TEST_IMAGES: torch.randint(0, 256, (5, side, side), generator=generator),
-        TEST_LABELS: torch.arange(5) % 3,
-    }
-    folder.mkdir(exist_ok=True)
-    for name, array in arrays.items():
-        content = idx_bytes(array)
-        (folder / (name + ".gz" * compress)).write_bytes(gzip.compress(content) if compress else content)
-    return arrays
+def pixels(images: ImageSet) -> tuple[torch.Tensor, torch.Tensor]:
+    """Images and labels as they are in memory."""
+    return images.source[images.indices]
 
 
 @pytest.mark.parametrize("compress", [False, True])
 def test_idx_folder(tmp_path, compress):
-    arrays = make_folder(tmp_path / "tiny", compress=compress)
-    dataset = load_dataset(str(tmp_path / "tiny"))
-    assert dataset.name == "tiny" and dataset.num_classes == 3
-    for images, labels, part in (
-        (dataset.train_images, dataset.train_labels, (TRAIN_IMAGES, TRAIN_LABELS)),
-        (dataset.test_images, dataset.test_labels, (TEST_IMAGES, TEST_LABELS)),
-    ):
-        expected = torch.zeros(len(images), 1, 32, 32, dtype=torch.uint8)
-        expected[:, 0, 2:30, 2:30] = arrays[part[0]]
+    assert IDX_FILES == IDX_NAMES
+    arrays = write_idx_set(tmp_path / "tiny", compress=compress)
+    data = load_data(str(tmp_path / "tiny"))
+    assert (data.name, data.in_channels, data.num_classes, data.held_out) == ("tiny", 1, 3, False)
+    for part, expected_images, expected_labels in ((data.train, *arrays[:2]), (data.test, *arrays[2:])):
+        images, labels = pixels(part)
+        expected = torch.zeros(len(part), 1, 32, 32, dtype=torch.uint8)
+        expected[:, 0, 2:30, 2:30] = expected_images
         assert torch.equal(images, expected)
-        assert torch.equal(labels, arrays[part[1]]) and labels.dtype == torch.int64
-
-
-def test_normalized_training_images_have_mean_0_and_deviation_1(tmp_path):
-    make_folder(tmp_path)
-    dataset = load_dataset(str(tmp_path))
-    normalized = dataset.normalize(dataset.train_images)
-    assert normalized.dtype == torch.float32
-    assert normalized.double().mean().item() == pytest.approx(0, abs=1e-6)
-    assert normalized.double().var(correction=0).item() == pytest.approx(1, rel=1e-6)
+        assert torch.equal(labels, expected_labels) and labels.dtype == torch.int64
 
 
 @pytest.mark.parametrize("side", [20, 31, 32])
 def test_images_are_centred_on_32x32(tmp_path, side):
-    arrays = make_folder(tmp_path, side)
+    arrays = write_idx_set(tmp_path, side)
     begin = (32 - side) // 2
-    images = load_dataset(str(tmp_path)).train_images
+    images, _ = pixels(load_data(str(tmp_path)).train)
     assert images.shape == (12, 1, 32, 32)
-    assert torch.equal(images[:, 0, begin : begin + side, begin : begin + side].long(), arrays[TRAIN_IMAGES])
+    assert torch.equal(images[:, 0, begin : begin + side, begin : begin + side].long(), arrays[0])
 
 
 def test_missing_folder_and_missing_file_are_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"no folder .*nowhere: expected digits, fashion-mnist or a folder"):
-        load_dataset(str(tmp_path / "nowhere"))
-    make_folder(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"no folder .*nowhere: expected digits, mnist, .* or a folder of idx"):
+        load_data(str(tmp_path / "nowhere"))
+    with pytest.raises(FileNotFoundError, match=rf"no {TRAIN_IMAGES} or .* expected a folder of .* or of train/CLASS"):
+        load_data(str(tmp_path))
+    write_idx_set(tmp_path)
     (tmp_path / TEST_LABELS).unlink()
     with pytest.raises(FileNotFoundError, match=rf"no {TEST_LABELS} or {TEST_LABELS}\.gz in "):
-        load_dataset(str(tmp_path))
-
-
-def test_missing_fashion_mnist_says_how_to_get_it(monkeypatch, tmp_path):
-    monkeypatch.setattr(data_module, "FASHION_MNIST", tmp_path / "absent")
-    with pytest.raises(FileNotFoundError, match="apt-get install dataset-fashion-mnist"):
-        load_dataset("fashion-mnist")
+        load_data(str(tmp_path))
 
 
 @pytest.mark.skipif(not FASHION_MNIST.is_dir(), reason=f"no {FASHION_MNIST}: apt-get install dataset-fashion-mnist")
 def test_fashion_mnist_of_debian():
-    dataset = load_dataset("fashion-mnist")
-    assert dataset.train_images.shape == (60_000, 1, 32, 32)
-    assert torch.equal(dataset.test_labels.bincount(), torch.full((10,), 1000))
+    data = load_data("fashion-mnist")
+    images, _ = pixels(data.train)
+    assert images.shape == (60_000, 1, 32, 32)
+    assert torch.equal(pixels(data.test)[1].bincount(), torch.full((10,), 1000))
     # 0.2860 and 0.3530 are the published mean and deviation of the 28x28 images
-    inner = dataset.train_images[:, :, 2:30, 2:30].double() / 255
+    inner = images[:, :, 2:30, 2:30].double() / 255
     assert inner.mean().item() == pytest.approx(0.2860, abs=5e-5)
     assert inner.std().item() == pytest.approx(0.3530, abs=5e-5)
 
@@ -125,41 +100,23 @@ def test_damaged_idx_files_are_refused(tmp_path, content, message):
         ),
         (TRAIN_IMAGES, torch.zeros(12, 28), r"expected images \(N, H, W\)"),
         (TRAIN_LABELS, torch.zeros(11), r"expected 12 labels, got shape \(11,\)"),
-        (TEST_LABELS, torch.full((5,), 3), "expected labels up to 2 as in training, got 3"),
+        (TEST_LABELS, torch.full((5,), 3), "expected test labels up to 2 as in training, got 3"),
     ],
     ids=["too large", "not images", "count", "unknown label"],
 )
 def test_files_that_do_not_fit_together_are_refused(tmp_path, name, array, message):
-    make_folder(tmp_path)
+    write_idx_set(tmp_path)
     (tmp_path / name).write_bytes(idx_bytes(array.long()))
-    with pytest.raises(ValueError, match=message):
-        load_dataset(str(tmp_path))
+    with pytest.raises(ValueError, match=message) as caught:
+        load_data(str(tmp_path))
+    assert str(tmp_path) in str(caught.value)
 
 
 def test_digits():
-    dataset = load_dataset("digits")
-    assert dataset.train_images.shape == (1297, 1, 32, 32) and dataset.test_images.shape == (500, 1, 32, 32)
-    assert dataset.num_classes == 10 and dataset.train_images.max() == 255
-    everything = torch.cat([dataset.train_images, dataset.test_images])
-    assert torch.equal(everything[..., ::4, ::4].repeat_interleave(4, 2).repeat_interleave(4, 3), everything)
-    assert torch.equal(load_dataset("digits").test_images, dataset.test_images)
-
-
-@pytest.mark.parametrize("count, batch_size", [(1297, 64), (60_000, 256), (10, 4), (5, 5)])
-def test_every_image_once_in_even_batches(count, batch_size):
-    batches = epoch_batches(count, batch_size, seed=3, epoch=4)
-    assert torch.equal(torch.cat(batches).sort().values, torch.arange(count))
-    sizes = {len(batch) for batch in batches}
-    assert max(sizes) <= batch_size and max(sizes) - min(sizes) <= 1
-
-
-def test_order_is_a_function_of_seed_and_epoch():
-    def order(seed: int, epoch: int) -> torch.Tensor:
-        return torch.cat(epoch_batches(100, 10, seed, epoch))
-
-    first = order(0, 0)
-    torch.manual_seed(99)  # the global random state takes no part
-    assert torch.equal(order(0, 0), first)
-    for seed, epoch in ((0, 1), (1, 0), (1, 1)):
-        assert not torch.equal(order(seed, epoch), first)
-    assert not torch.equal(order(0, 1), order(1, 0))
+    data = load_data("digits")
+    assert (data.name, data.in_channels, data.num_classes, data.held_out) == ("digits", 1, 10, False)
+    images = torch.cat([pixels(data.train)[0], pixels(data.test)[0]])
+    assert (len(data.train), len(data.test)) == (1297, 500)
+    assert images.shape == (1797, 1, 32, 32) and images.max() == 255
+    assert torch.equal(images[..., ::4, ::4].repeat_interleave(4, 2).repeat_interleave(4, 3), images)
+    assert torch.equal(pixels(load_data("digits").test)[0], pixels(data.test)[0])

@@ -1,0 +1,105 @@
+"""From images to batches: their order and every random crop follow from seed, epoch and image alone."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+
+def epoch_batches(count: int, batch_size: int, seed: int, epoch: int) -> tuple[Tensor, ...]:
+    """Returns the indices of each batch of an epoch, a function of its arguments alone: a resumed run sees the same.
+
+    The images are dealt out evenly, so that no small batch is left for BatchNorm at the end: all batches have
+    `batch_size` images or a few fewer, and every image occurs once.
+
+    >>> [len(batch) for batch in epoch_batches(count=10, batch_size=4, seed=0, epoch=0)]
+    [4, 3, 3]
+    """
+    entropy = np.random.SeedSequence([seed, epoch]).generate_state(1, np.uint64)[0]
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(int(entropy >> np.uint64(1))))
+    return order.tensor_split(math.ceil(count / batch_size))
+
+
+class ImageSet:
+    r"""Images and labels that become normalized batches, :math:`(image - mean) / std` per channel.
+
+    Args:
+        source: items (image, label) by index; where there is no `transform`, a TensorDataset of (N, C, H, W) uint8 and
+            (N) int64, from which a batch is taken as a whole.
+        indices: (M) int64, the images of `source` that belong to the set.
+        mean, std: (C), in grey levels from 0 to 255.
+        transform: makes one image of `source` a (C, H, W) uint8 tensor, with random numbers of torch.
+
+    >>> from torch.utils.data import TensorDataset
+    >>> source = TensorDataset(torch.tensor([0, 100, 200], dtype=torch.uint8).view(3, 1, 1, 1), torch.arange(3))
+    >>> images = ImageSet(source, indices=torch.tensor([1, 2]), mean=torch.tensor([100.0]), std=torch.tensor([50.0]))
+    >>> [(image.flatten(), labels) for image, labels in images.batches([torch.tensor([1, 0])])]
+    [(tensor([2., 0.]), tensor([2, 1]))]
+    """
+
+    def __init__(
+        self,
+        source: Dataset,
+        indices: Tensor,
+        mean: Tensor,
+        std: Tensor,
+        transform: Callable[[Any], Tensor] | None = None,
+    ) -> None:
+        self.source = source
+        self.indices = indices
+        self.mean, self.std = mean.view(1, -1, 1, 1), std.view(1, -1, 1, 1)
+        self.transform = transform
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def batches(
+        self,
+        batches: Sequence[Tensor],
+        epoch: int = 0,
+        *,
+        seed: int = 0,
+        workers: int = 0,
+        pin_memory: bool = False,
+    ) -> DataLoader:
+        """Returns an iterable of images (B, C, H, W) float32 and labels (B) int64 for each tensor of indices.
+
+        What random transforms do to an image is a function of seed, epoch and its index in `source`: neither workers
+        nor the other images of a batch nor the global random state take part, and that state stays as it is.
+
+        Args:
+            batches: the indices of each batch, from 0 to `len(self) - 1`.
+            epoch, seed: for random transforms.
+            workers: processes that prepare batches; 0 for none but this one, best where there is no transform.
+            pin_memory: put batches into page-locked memory, for a GPU.
+        """
+        # spawn_key: other numbers than those that epoch_batches draws from the same seed and epoch
+        seeds = np.random.SeedSequence([seed, epoch], spawn_key=(1,)).generate_state(len(self.source))
+        positions = [self.indices[batch].numpy() for batch in batches]
+        return DataLoader(
+            [(batch, seeds[batch]) for batch in positions],
+            batch_size=None,  # an item is a batch already
+            collate_fn=self._load,
+            num_workers=workers,
+            pin_memory=pin_memory,
+            generator=torch.Generator(),  # else each pass draws from the global one
+        )
+
+    def _load(self, batch: tuple[np.ndarray, np.ndarray]) -> tuple[Tensor, Tensor]:
+        positions, seeds = batch
+        if self.transform is None:
+            images, labels = self.source[torch.from_numpy(positions)]
+        else:
+            images, labels = [], []
+            with torch.random.fork_rng(devices=[]):
+                for position, seed in zip(positions.tolist(), seeds.tolist(), strict=True):
+                    torch.default_generator.manual_seed(seed)  # the CPU's alone: torch.manual_seed sets every device's
+                    image, label = self.source[position]
+                    images.append(self.transform(image))
+                    labels.append(int(label))
+            images, labels = torch.stack(images), torch.tensor(labels)
+        return (images - self.mean).div_(self.std), labels

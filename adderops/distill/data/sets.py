@@ -1,0 +1,164 @@
+"""An image set as it is trained and tested on: its split, augmentation and normalization."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torchvision.transforms import v2
+
+from adderops.distill.data.idx import SIDE
+from adderops.distill.data.loading import ImageSet
+from adderops.distill.data.sources import find_source
+
+FILE_SIDE = 224  # of the images of a folder
+
+
+@dataclass(frozen=True)
+class Data:
+    """An image set as it is trained and tested on.
+
+    Attributes:
+        name: for tables.
+        in_channels: 1 (grey) or 3 (RGB).
+        num_classes: number of labels, which run from 0 to num_classes - 1.
+        train: the training images, augmented.
+        test: the test images, or the validation images held out of the training images.
+        held_out: whether `test` is a validation set.
+    """
+
+    name: str
+    in_channels: int
+    num_classes: int
+    train: ImageSet
+    test: ImageSet
+    held_out: bool
+
+
+def load_data(
+    data: str,
+    *,
+    root: Path | None = None,
+    download: bool = False,
+    augment: str | None = None,
+    train_images: int | None = None,
+    validation: int = 0,
+    side: int | None = None,
+) -> Data:
+    """Loads an image set.
+
+    Images are 32x32 (smaller ones with zeros around them), those of an image folder `side` x `side`.  They are
+    normalized by published numbers (CIFAR; ImageNet's for every image folder) or by mean and deviation of the training
+    images.
+
+    Args:
+        data: 'digits' (embedded in scikit-learn), 'mnist', 'fashion-mnist', 'cifar10', 'cifar100', 'imagenet', or the
+            path of a folder: of the four idx files of a set like MNIST, or of train/CLASS/IMAGE and val/CLASS/IMAGE.
+        root: folder in which a set given by name lies, laid out as torchvision does; './data' by default. The idx files
+            of mnist and fashion-mnist may lie in it directly, those of fashion-mnist where Debian's package puts them.
+        download: get missing files by torchvision; for mnist, fashion-mnist, cifar10 and cifar100.
+        augment: what is done to training images: 'none'; 'crop', a random 32x32 of the image in a border of 4 zeros;
+            'crop-flip', that and a random mirror image; 'imagenet', a random part of 8 % to 100 % of the area, scaled,
+            and a random mirror image.  By default crop-flip for CIFAR, imagenet for image folders, none otherwise.
+        train_images: number of training images to keep, spread evenly over the classes; the same ones every time, and
+            all of them among those of a larger number.
+        validation: number of training images, spread evenly over the classes, that are held out before `train_images`
+            and take the place of the test images; those are not read.
+        side: of the images of an image folder, 224 by default.
+
+    Raises:
+        FileNotFoundError: a folder or file is missing; the message says what is expected where.
+        OSError: the download failed.
+        ValueError: a file is damaged, or an argument is out of range or does not fit the set.
+
+    >>> data = load_data("digits", validation=100)
+    >>> len(data.train), len(data.test), data.held_out
+    (1197, 100, True)
+    >>> images, labels = next(iter(data.test.batches([torch.arange(8)])))
+    >>> images.shape, labels.shape
+    (torch.Size([8, 1, 32, 32]), torch.Size([8]))
+    """
+    source = find_source(data, root, download)
+    augment = source.augment if augment is None else augment
+    if source.of_files:
+        if side is not None and side < 1:
+            raise ValueError(f"side: expected at least 1, got {side}")
+        transforms = _file_transforms(FILE_SIDE if side is None else side)
+        test_transform = transforms["none"]
+    else:
+        if side is not None:
+            raise ValueError(f"side: expected none for {data}, whose images are {SIDE}x{SIDE}, got {side}")
+        transforms, test_transform = _tensor_transforms(), None
+    if augment not in transforms:
+        raise ValueError(f"augment: expected one of {', '.join(transforms)} for {data}, got {augment!r}")
+
+    items, labels = source.read(True)
+    num_classes = int(labels.max()) + 1
+    kept, held_out = _split(labels, train_images, validation)
+    if validation:
+        test_items, test = items, held_out
+    else:
+        test_items, test_labels = source.read(False)
+        test = torch.arange(len(test_labels))
+        if test_labels.max() >= num_classes:
+            raise ValueError(
+                f"{data}: expected test labels up to {num_classes - 1} as in training, got {test_labels.max()}"
+            )
+    if source.statistics is None:
+        mean, std = _measure(items.tensors[0][kept])
+    else:
+        mean, std = (255 * torch.tensor(values) for values in source.statistics)
+    return Data(
+        name=source.name,
+        in_channels=len(mean),
+        num_classes=num_classes,
+        train=ImageSet(items, kept, mean, std, transforms[augment]),
+        test=ImageSet(test_items, test, mean, std, test_transform),
+        held_out=validation > 0,
+    )
+
+
+def _tensor_transforms() -> dict[str, v2.Transform | None]:
+    """What may be done to a 32x32 image in memory, by the name of the augmentation."""
+    crop = v2.RandomCrop(SIDE, padding=4)
+    return {"none": None, "crop": crop, "crop-flip": v2.Compose([crop, v2.RandomHorizontalFlip()])}
+
+
+def _file_transforms(side: int) -> dict[str, v2.Transform]:
+    """What may be done to an image from a file, by the name of the augmentation: for 224 the usual of ImageNet."""
+    whole = [v2.Resize(round(side * 256 / 224)), v2.CenterCrop(side)]
+    part = [v2.RandomResizedCrop(side), v2.RandomHorizontalFlip()]
+    return {"none": v2.Compose([*whole, v2.PILToTensor()]), "imagenet": v2.Compose([*part, v2.PILToTensor()])}
+
+
+def _split(labels: Tensor, train_images: int | None, validation: int) -> tuple[Tensor, Tensor]:
+    """Returns the indices of the images to train on and of those to hold out."""
+    classes = labels.unique().numel()
+    most = len(labels) - classes
+    if validation and not classes <= validation <= most:
+        raise ValueError(f"validation: expected 0 or {classes} (one a class) to {most}, got {validation}")
+    most = len(labels) - validation
+    if train_images is not None and not classes <= train_images <= most:
+        raise ValueError(f"train_images: expected {classes} (one a class) to {most}, got {train_images}")
+    order = _balanced_order(labels)
+    return order[validation:][:train_images].sort().values, order[:validation].sort().values
+
+
+def _balanced_order(labels: Tensor) -> Tensor:
+    """Returns a fixed random order in which the classes take turns, as long as they last."""
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
+    order = order[labels[order].argsort(stable=True)]
+    counts = labels.bincount()
+    of_class = labels[order]
+    turn = torch.arange(len(labels)) - (counts.cumsum(0) - counts)[of_class]
+    return order[(turn * len(counts) + of_class).argsort()]
+
+
+def _measure(images: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns mean and standard deviation of each channel, in grey levels."""
+    # by histogram: exact, and without a copy of the set in a wider type
+    counts = torch.stack([channel.flatten().bincount(minlength=256) for channel in images.unbind(1)]).double()
+    share, level = counts / counts.sum(1, keepdim=True), torch.arange(256.0, dtype=torch.double)
+    mean = share @ level
+    std = (share @ level.square() - mean.square()).sqrt().clamp(min=1.0)  # a blank image set has 0
+    return mean.float(), std.float()

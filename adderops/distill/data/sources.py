@@ -1,0 +1,156 @@
+"""Where image sets lie and how they are read: into memory whole, or from image files one by one."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset, TensorDataset
+from torchvision import datasets
+from torchvision.datasets.folder import default_loader, find_classes
+from torchvision.datasets.utils import check_integrity
+
+from adderops.distill.data.idx import IDX_FILES, SIDE, read_idx_images
+
+MNIST_LIKE = {"mnist": datasets.MNIST, "fashion-mnist": datasets.FashionMNIST}
+CIFAR = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}
+SETS = ("digits", *MNIST_LIKE, *CIFAR, "imagenet")
+
+ROOT = Path("data")
+FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # where Debian's package dataset-fashion-mnist puts it
+
+# mean and standard deviation of red, green and blue, from 0 to 1
+CIFAR_STATISTICS = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)  # AdderNet's code; for CIFAR-100 the same
+IMAGENET_STATISTICS = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # torchvision's models
+
+
+@dataclass(frozen=True)
+class Source:
+    """An image set as it lies on disk.
+
+    Attributes:
+        name: for tables.
+        read: items (image, label) and the labels of the training images (True) or of the test images (False).
+        of_files: whether images are RGB images of PIL, read when asked for, in place of (C, 32, 32) uint8 in memory.
+        augment: the usual augmentation.
+        statistics: published mean and standard deviation; None where those of the training images are to be measured.
+    """
+
+    name: str
+    read: Callable[[bool], tuple[Dataset, Tensor]]
+    of_files: bool = False
+    augment: str = "none"
+    statistics: tuple[tuple[float, ...], tuple[float, ...]] | None = None
+
+
+def find_source(data: str, root: Path | None, download: bool) -> Source:
+    """Returns the set of a name or folder; nothing is read yet. See `load_data` for arguments and errors."""
+    downloadable = (*MNIST_LIKE, *CIFAR)
+    if download and data not in downloadable:
+        raise ValueError(f"download: expected one of {', '.join(downloadable)}, got {data}")
+    folder = Path(root or ROOT) if data in SETS else Path(data)
+    if data == "digits":
+        return Source(data, _read_digits)
+    if data in MNIST_LIKE:
+        return Source(data, partial(_read_mnist_like, data, folder, download))
+    if data in CIFAR:
+        read = partial(_read_cifar, CIFAR[data], folder, download)
+        return Source(data, read, augment="crop-flip", statistics=CIFAR_STATISTICS)
+
+    name = data if data in SETS else folder.resolve().name
+    if data == "imagenet" or (folder / "train").is_dir():
+        read = partial(_read_image_folder, folder)
+        return Source(name, read, of_files=True, augment="imagenet", statistics=IMAGENET_STATISTICS)
+    expected = f"a folder of idx files ({', '.join(IDX_FILES)}) or of train/CLASS/IMAGE and val/CLASS/IMAGE"
+    if not folder.is_dir():
+        raise FileNotFoundError(f"data: no folder {folder}: expected {', '.join(SETS)} or {expected}")
+    return Source(name, partial(_read_idx, [folder], f"expected {expected}"))
+
+
+def _in_memory(images: Tensor, labels: Tensor) -> tuple[Dataset, Tensor]:
+    return TensorDataset(images, labels), labels
+
+
+def _read_digits(train: bool) -> tuple[Dataset, Tensor]:
+    """The 1797 digits of scikit-learn, 8x8 pixels enlarged four times; 500 fixed random ones are the test set."""
+    try:
+        from sklearn.datasets import load_digits  # takes a second to import, and only this set needs it
+    except ModuleNotFoundError as missing:
+        raise ModuleNotFoundError("digits needs scikit-learn: install the extra `adderops[distill]`") from missing
+
+    digits = load_digits()
+    images = torch.from_numpy(digits.images * (255 / 16)).round().to(torch.uint8).unsqueeze(1)
+    images = images.repeat_interleave(SIDE // 8, dim=2).repeat_interleave(SIDE // 8, dim=3)
+    labels = torch.from_numpy(digits.target).long()
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
+    part = order[500:] if train else order[:500]
+    return _in_memory(images[part], labels[part])
+
+
+def _read_idx(folders: list[Path], remedy: str, train: bool) -> tuple[Dataset, Tensor]:
+    return _in_memory(*read_idx_images(folders, train, remedy))
+
+
+def _read_mnist_like(name: str, root: Path, download: bool, train: bool) -> tuple[Dataset, Tensor]:
+    kind = MNIST_LIKE[name]
+    folders = [root, root / kind.__name__ / "raw", *([FASHION_MNIST] if name == "fashion-mnist" else [])]
+    read = partial(_read_idx, folders, f"put the files of {name} there or give --download", train)
+    try:
+        return read()
+    except FileNotFoundError:
+        if not download:
+            raise
+    _download(kind, root)
+    return read()
+
+
+def _read_cifar(kind: type[datasets.CIFAR10], root: Path, download: bool, train: bool) -> tuple[Dataset, Tensor]:
+    folder, archive = root / kind.base_folder, root / kind.filename
+    # torchvision unpacks an archive with the right checksum without the network
+    if download or (not folder.is_dir() and check_integrity(archive, kind.tgz_md5)):
+        _download(kind, root)
+    found = [path for path in (folder, archive) if path.exists()]
+    if not found:
+        raise FileNotFoundError(f"data: no {folder} and no {archive}: put one of them there or give --download")
+    try:
+        part = kind(root, train=train)
+    except RuntimeError as error:
+        raise ValueError(
+            f"{found[0]}: expected whole files with the checksums of torchvision.datasets.{kind.__name__}, got others: "
+            f"give --download, or put {kind.base_folder} or {kind.filename} there"
+        ) from error
+    images = torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous()
+    return _in_memory(images, torch.tensor(part.targets))
+
+
+def _download(kind: type[datasets.VisionDataset], root: Path) -> None:
+    try:
+        kind(root, download=True)
+    except (OSError, RuntimeError) as error:
+        reason = " ".join(str(error).split())  # torchvision's has several lines
+        raise OSError(f"download: expected to get {kind.__name__} into {root}, got: {reason}") from error
+
+
+def _read_image_folder(folder: Path, train: bool) -> tuple[Dataset, Tensor]:
+    part = folder / ("train" if train else "val")
+    if not part.is_dir():
+        raise FileNotFoundError(f"data: no folder {part}: expected train/CLASS/IMAGE and val/CLASS/IMAGE in {folder}")
+    images = datasets.ImageFolder(part, loader=_decode)
+    if not train:
+        trained, _ = find_classes(folder / "train")
+        if images.classes != trained:
+            other = sorted(set(images.classes) ^ set(trained))
+            raise ValueError(f"{part}: expected the classes of {folder / 'train'}, got a difference: {other[:5]}")
+    return images, torch.tensor(images.targets)
+
+
+def _decode(path: str) -> Image.Image:
+    try:
+        return default_loader(path)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        if getattr(error, "filename", None) is not None:  # of the file system, and names the file
+            raise
+        raise ValueError(f"{path}: expected a whole image file, got a damaged one ({error})") from error
