@@ -1,12 +1,15 @@
-"""Fixtures of the operator tests: one test body runs on every backend, and threads are put back as they were."""
+"""Fixtures: one test body runs on every backend, threads are put back as they were, small training runs."""
 
 import platform
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
+from distill_runs import write_bars
 
 from adderops import _ops  # noqa: F401  (loads the operators)
+from adderops.distill import Config, Data, load_data
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,32 @@ def backend(request, monkeypatch, set_threads):
     monkeypatch.setenv("ADDEROPS_CPU_ISA", request.param.isa)
     set_threads(1)
     return request.param
+
+
+@pytest.fixture(scope="session")
+def folder_of_bars(tmp_path_factory) -> Path:
+    """128 and 40 images of four classes, as the files of MNIST."""
+    folder = tmp_path_factory.mktemp("bars")
+    write_bars(folder)
+    return folder
+
+
+@pytest.fixture
+def options(folder_of_bars, set_threads) -> list[str]:
+    """Two epochs of eight steps on them, on the command line."""
+    set_threads(1)
+    return f"--data {folder_of_bars} --epochs 2 --batch-size 16 --threads 1".split()
+
+
+@pytest.fixture
+def data(folder_of_bars) -> Data:
+    return load_data(str(folder_of_bars))
+
+
+@pytest.fixture
+def config(folder_of_bars, set_threads) -> Config:
+    set_threads(1)
+    return Config(data=str(folder_of_bars), method="pkkd", epochs=2, batch_size=16, threads=1)
 
 
 _mutants: list[tuple[str, str | None]] = []

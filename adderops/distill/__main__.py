@@ -7,14 +7,26 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from adderops import _ops
+from adderops.distill import distributed
 from adderops.distill.checkpoint import write_json
 from adderops.distill.config import Config
-from adderops.distill.data import Dataset, load_dataset
+from adderops.distill.data import Data, load_data
+from adderops.distill.interrupt import Interrupted
 from adderops.distill.trainer import train
+from adderops.models import input_size
 
 DESCRIPTION = """\
 Trains an adder network (student) together with a CNN of the same architecture (teacher) by PKKD, arXiv 2009.13044.
-Without arguments: scikit-learn's digits, the student with and without distillation, a table; under two minutes."""
+Without arguments: scikit-learn's digits, the student with and without distillation, a table; under two minutes.
+
+What is done with runs: python -m adderops.distill COMMAND --help, where COMMAND is
+  eval      test the saved networks again
+  compare   table, statistics over seeds, and curves of several runs
+  export    state_dict, torch.export program or ONNX file of a network
+  report    report.html: curves, distillation, weights, operations"""
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -39,7 +51,7 @@ def _parser() -> argparse.ArgumentParser:
         "--resume",
         type=Path,
         metavar="FOLDER",
-        help="run folder to continue as its config.json says; no other option but --threads",
+        help="run folder to continue as its config.json says; no other option but --threads, --workers, --device",
     )
     return parser
 
@@ -48,7 +60,7 @@ def _open_run(parser: argparse.ArgumentParser, given: dict[str, Any]) -> tuple[C
     """Returns configuration and folder of the run that the options ask for."""
     resume, output = given.pop("resume", None), given.pop("output", None)
     if resume is not None:
-        others = sorted(set(given) - {"threads"}) + ["output"] * (output is not None)
+        others = sorted(set(given) - {"threads", "workers", "device"}) + ["output"] * (output is not None)
         if others:
             refused = ", ".join("--" + name.replace("_", "-") for name in others)
             parser.error(f"--resume takes everything from the run's config.json; drop {refused}")
@@ -58,18 +70,43 @@ def _open_run(parser: argparse.ArgumentParser, given: dict[str, Any]) -> tuple[C
     config = Config(**given).resolve()
     if output is None:
         stamp = time.strftime("%Y%m%d-%H%M%S")
-        output = Path("runs") / f"{Path(config.data).name}-{config.arch}-{config.method}-{stamp}"
-    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
+        name = f"{Path(config.data).name}-{Path(config.arch).name}-{config.method}-{stamp}"
+        output = Path("runs") / distributed.of_first(name)
+    if distributed.rank() == 0 and output.exists() and not (output.is_dir() and not any(output.iterdir())):
         raise FileExistsError(f"--output: {output} exists; continue it with --resume, or choose another folder")
     return config, output
 
 
-def _compare(config: Config, dataset: Dataset, folder: Path) -> list[dict[str, Any]]:
+def load_data_of(config: Config) -> Data:
+    """Loads the image set of a configuration; images of a folder get the size that the network is made for."""
+    of_files = config.data == "imagenet" or (Path(config.data) / "train").is_dir()
+    return load_data(
+        config.data,
+        root=Path(config.root),
+        download=config.download,
+        augment=config.augment,
+        train_images=config.train_images,
+        validation=config.validation,
+        side=input_size(config.arch) if of_files and config.side is None else config.side,
+    )
+
+
+def device_type(config: Config) -> str:
+    """'cpu' or 'cuda'; raises ValueError where --device cuda cannot be had."""
+    reason = _ops.CUDA_KERNELS_MISSING or (None if torch.cuda.is_available() else "torch finds no GPU")
+    if config.device == "cuda" and reason:
+        raise ValueError(f"device: expected cpu or auto, got cuda: {reason}")
+    return "cpu" if reason or config.device == "cpu" else "cuda"
+
+
+def _compare(config: Config, data: Data, folder: Path, device: torch.device) -> list[dict[str, Any]]:
     """Runs pkkd and plain in subfolders; those that are finished already return at once."""
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "config.json", asdict(config))
-    summaries = [train(replace(config, method=method), dataset, folder / method) for method in ("pkkd", "plain")]
-    write_json(folder / "summary.json", summaries)
+    if distributed.rank() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / "config.json", asdict(config))
+    summaries = [train(replace(config, method=method), data, folder / method, device) for method in ("pkkd", "plain")]
+    if distributed.rank() == 0:
+        write_json(folder / "summary.json", summaries)
     return summaries
 
 
@@ -83,35 +120,52 @@ def _table(summaries: list[dict[str, Any]]) -> str:
     }
     lines = []
     for summary in summaries:
-        for role in ("teacher", "student"):
-            accuracy = summary.get(f"{role}_test_accuracy")
+        for name in ("teacher", "teacher_ema", "student", "student_ema"):
+            accuracy = summary.get(f"{name}_test_accuracy")
             if accuracy is not None:
+                label = named[summary["method"], name.removesuffix("_ema")] + ", averaged" * name.endswith("_ema")
                 error = (accuracy * (1 - accuracy) / summary["test_images"]) ** 0.5
-                lines.append(f"{named[summary['method'], role]:<40}{100 * accuracy:6.2f} % +- {100 * error:.2f}")
+                lines.append(f"{label:<40}{100 * accuracy:6.2f} % +- {100 * error:.2f}")
     first = summaries[0]
+    kind = "validation" if first["test_is_validation"] else "test"
     title = f"{first['dataset']}, {first['network']}, seed {first['seed']}, {first['epochs']} epochs"
-    return "\n".join([f"{title}: test accuracy", *lines])
+    return "\n".join([f"{title}: {kind} accuracy", *lines])
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command line; returns the exit status."""
+    from adderops.distill import commands  # which imports this module
+
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments and arguments[0] in commands.COMMANDS:
+        return commands.main(arguments)
     parser = _parser()
+    given = vars(parser.parse_args(arguments))
     folder = None
     try:
-        config, folder = _open_run(parser, vars(parser.parse_args(arguments)))
-        dataset = load_dataset(config.data)
-        print(f"run folder: {folder}", flush=True)
-        if config.method == "compare":
-            summaries = _compare(config, dataset, folder)
-        else:
-            summaries = [train(config, dataset, folder)]
+        with distributed.process_group(
+            device_type(Config(**{k: v for k, v in given.items() if k == "device"}))
+        ) as device:
+            config, folder = _open_run(parser, given)
+            data = load_data_of(config)
+            first = distributed.rank() == 0
+            if first:
+                print(f"run folder: {folder}", flush=True)
+            if config.method == "compare":
+                summaries = _compare(config, data, folder, device)
+            else:
+                summaries = [train(config, data, folder, device)]
     except (ValueError, OSError, ImportError, FloatingPointError) as error:
         print(f"adderops.distill: error: {error}", file=sys.stderr)
         return 1
+    except Interrupted as stopped:
+        print(f"\nadderops.distill: {stopped}; continue with --resume {folder}", file=sys.stderr)
+        return 128 + stopped.signum
     except KeyboardInterrupt:
         print(f"\nadderops.distill: interrupted; continue with --resume {folder}", file=sys.stderr)
         return 130
-    print(f"\n{_table(summaries)}\nrun folder: {folder}")
+    if first:
+        print(f"\n{_table(summaries)}\nrun folder: {folder}")
     return 0
 
 

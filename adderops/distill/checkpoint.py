@@ -5,15 +5,13 @@ import io
 import json
 import os
 import pickle
-import random
 import zipfile
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
-FORMAT = 1
+FORMAT = 2
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -57,12 +55,12 @@ def save_tensors(path: Path, content: dict[str, Any]) -> None:
 
 
 def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
-    """Saves the state of a run together with the random states of Python, NumPy and PyTorch."""
-    save_tensors(path, {"format": FORMAT, **content, "random": _random_states()})
+    """Saves the state of a run.  No random state is among it: that of each step follows from seed, epoch and step."""
+    save_tensors(path, {"format": FORMAT, **content})
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Loads what `save_checkpoint` wrote and sets the random states; executes no code from the file.
+    """Loads what `save_checkpoint` wrote; executes no code from the file.
 
     Raises:
         FileNotFoundError: there is none.
@@ -81,24 +79,4 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: expected a whole checkpoint, got a damaged one ({reason})") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise ValueError(f"{path}: expected a checkpoint of format {FORMAT}, got something else")
-    _set_random_states(content.pop("random"))
     return content
-
-
-def _random_states() -> dict[str, Any]:
-    numpy_state = np.random.get_state(legacy=False)
-    # as a tensor, which a load without code execution accepts
-    key = torch.from_numpy(numpy_state["state"]["key"].astype(np.int64))
-    return {
-        "python": random.getstate(),
-        "numpy": {**numpy_state, "state": {"key": key, "pos": int(numpy_state["state"]["pos"])}},
-        "torch": torch.get_rng_state(),
-    }
-
-
-def _set_random_states(states: dict[str, Any]) -> None:
-    version, internal, gauss = states["python"]
-    random.setstate((version, tuple(internal), gauss))
-    key = states["numpy"]["state"]["key"].numpy().astype(np.uint32)
-    np.random.set_state({**states["numpy"], "state": {**states["numpy"]["state"], "key": key}})
-    torch.set_rng_state(states["torch"])

@@ -1,0 +1,128 @@
+"""Several processes as one: means over all of them, with gradients, and BatchNorm over the whole batch.
+
+The processes split each batch.  A loss made of `global_mean`s is that of the whole batch on every process, and
+DistributedDataParallel, which averages the gradients of the processes, then hands over the gradient of that loss.
+Without torchrun all of this is the identity.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+
+def in_use() -> bool:
+    """True under torchrun, once `process_group` is entered."""
+    return dist.is_available() and dist.is_initialized()
+
+
+def rank() -> int:
+    return dist.get_rank() if in_use() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if in_use() else 1
+
+
+@contextmanager
+def process_group(device_type: str) -> Iterator[torch.device]:
+    """Joins the processes that torchrun started, if it did, and gives the device of this one.
+
+    Args:
+        device_type: 'cpu', joined by gloo, or 'cuda', joined by nccl with one GPU a process.
+    """
+    if "WORLD_SIZE" not in os.environ:
+        yield torch.device(device_type)
+        return
+    device = torch.device(device_type, int(os.environ["LOCAL_RANK"])) if device_type == "cuda" else torch.device("cpu")
+    if device_type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device_type == "cuda" else "gloo")
+    try:
+        yield device
+    finally:
+        dist.destroy_process_group()
+
+
+def of_first(text: str) -> str:
+    """Returns the text of process 0 on every process."""
+    texts = [text]
+    if in_use():
+        dist.broadcast_object_list(texts)
+    return texts[0]
+
+
+def share(batch: Tensor) -> Tensor:
+    """Returns this process's part of the indices of a batch; the parts differ by at most one in length.
+
+    >>> share(torch.arange(3))
+    tensor([0, 1, 2])
+    """
+    return batch.tensor_split(world_size())[rank()]
+
+
+class _GlobalMean(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, value: Tensor, count: int) -> Tensor:
+        total = torch.cat([value.detach().flatten() * count, value.new_tensor([count])])
+        dist.all_reduce(total)
+        ctx.weight = count * world_size() / total[-1]
+        return (total[:-1] / total[-1]).view(value.shape)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        mean = grad.contiguous().clone()
+        dist.all_reduce(mean)
+        return mean * (ctx.weight / world_size()), None
+
+
+def global_mean(value: Tensor, count: int) -> Tensor:
+    """Returns the mean over the processes of a mean over `count` things here, the same bits on each, with gradient.
+
+    >>> global_mean(torch.tensor(3.0), count=5)
+    tensor(3.)
+    """
+    return _GlobalMean.apply(value, count) if world_size() > 1 else value
+
+
+def global_sum(values: list[float]) -> list[float]:
+    """Returns the sums over the processes of numbers that every process lists in the same order."""
+    if world_size() == 1:
+        return values
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    total = torch.tensor(values, dtype=torch.float64, device=device)
+    dist.all_reduce(total)
+    return total.tolist()
+
+
+class GlobalBatchNorm2d(nn.BatchNorm2d):
+    """BatchNorm over the batch of all processes, on any device; `torch.nn.SyncBatchNorm` knows GPUs only."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or world_size() == 1:
+            return super().forward(x)
+        pixels = x.numel() // x.size(1)
+        mean = global_mean(x.mean((0, 2, 3)), pixels)
+        centred = x - mean[:, None, None]
+        var = global_mean(centred.square().mean((0, 2, 3)), pixels)
+        if self.track_running_stats:
+            with torch.no_grad():
+                self.num_batches_tracked += 1
+                [total] = global_sum([pixels])
+                self.running_mean.lerp_(mean, self.momentum)
+                self.running_var.lerp_(var * (total / (total - 1)), self.momentum)
+        normalized = centred * (var + self.eps).rsqrt()[:, None, None]
+        return normalized * self.weight[:, None, None] + self.bias[:, None, None] if self.affine else normalized
+
+
+def synchronize_batchnorm(network: nn.Module, device: torch.device) -> nn.Module:
+    """Replaces each BatchNorm2d of a network, in place, by one over the batch of all processes; keeps all state."""
+    if device.type == "cuda":
+        return nn.SyncBatchNorm.convert_sync_batchnorm(network)
+    for module in network.modules():
+        if type(module) is nn.BatchNorm2d:
+            module.__class__ = GlobalBatchNorm2d  # the same parameters, buffers and settings
+    return network

@@ -1,0 +1,99 @@
+r"""Mean and covariance of the kernels of two layers, in few passes over their outputs and one matrix product.
+
+PKKD compares a student's layer with its teacher's through kernels, a 1x1 convolution and a BatchNorm each.  Behind the
+kernels z all of that is linear or made of mean and covariance, and so is the mean squared difference:
+
+.. math:: y = W z, \quad mean(y) = W\,mean(z), \quad cov(y) = W\,cov(z)\,W^T
+
+Therefore no tensor of the outputs' size is needed but z itself.  `adderops.distill.matching` makes the loss of them.
+"""
+
+import torch
+from torch import Tensor
+
+# Exponents are centred: ten widths above the mean is reached only where something has gone wrong.
+MAX_EXPONENT = 10.0
+# With fewer pixels in an image, one matrix product for each image costs more than bringing the channels last.
+LEAST_PIXELS = 64
+
+
+def _one_matrix_per_image(x: Tensor) -> bool:
+    return x.is_contiguous() and x.size(2) * x.size(3) >= LEAST_PIXELS
+
+
+def _as_matrices(x: Tensor, per_image: bool) -> Tensor:
+    """(N, C, H, W) as (N, C, H*W), or as one matrix (1, C, N*H*W) whose channels are dense; a view where it can be."""
+    if per_image:
+        return x.flatten(2)
+    return x.permute(0, 2, 3, 1).reshape(1, -1, x.size(1)).transpose(1, 2)
+
+
+def _as_images(matrices: Tensor, per_image: bool, shape: torch.Size) -> Tensor:
+    """The inverse of `_as_matrices`."""
+    n, c, h, w = shape
+    return matrices.reshape(shape) if per_image else matrices.transpose(1, 2).reshape(n, h, w, c).permute(0, 3, 1, 2)
+
+
+class _Moments(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, student, teacher, scales, offsets, kernel):
+        per_image = _one_matrix_per_image(student)
+        n, c, p = _as_matrices(student, per_image).shape
+        z = student.new_empty((n, 2 * c, p)) if per_image else student.new_empty((n, p, 2 * c)).transpose(1, 2)
+        for half, output, scale, offset in zip(z.chunk(2, dim=1), (student, teacher), scales, offsets, strict=True):
+            torch.addcmul(offset, _as_matrices(output, per_image), scale, out=half)
+        if kernel:
+            z.clamp_(max=MAX_EXPONENT).expm1_()
+        ctx.save_for_backward(student, teacher, scales, z)
+        ctx.kernel = kernel
+        return z.mean((0, 2)), (z @ z.transpose(1, 2)).sum(0) / (n * p)
+
+    @staticmethod
+    def backward(ctx, grad_mean, grad_second):
+        student, teacher, scales, z = ctx.saved_tensors
+        per_image = _one_matrix_per_image(student)
+        n, channels, p = z.shape
+        c = channels // 2
+        rows = channels if ctx.needs_input_grad[2] else c  # of the teacher only the scale ever wants a gradient
+        factors = (scales / (n * p)).repeat_interleave(c)[:rows, None]
+        matrix = (grad_second + grad_second.T)[:rows] * factors
+        vector = grad_mean[:rows, None] * factors
+        if per_image:
+            grad = torch.baddbmm(vector.expand(n, rows, 1), matrix.expand(n, rows, channels), z)
+        else:
+            grad = torch.addmm(vector.T, z[0].T, matrix.T).T[None]
+        if ctx.kernel:
+            grad.addcmul_(grad, z[:, :rows])  # exp' = exp = z + 1
+        grad_scales = None
+        if ctx.needs_input_grad[2]:
+            halves = zip(grad.split(c, dim=1), (student, teacher), scales, strict=True)
+            grad_scales = torch.stack([(g * _as_matrices(output, per_image)).sum() / s for g, output, s in halves])
+        grad_student = _as_images(grad[:, :c], per_image, student.shape) if ctx.needs_input_grad[0] else None
+        return grad_student, None, grad_scales, None, None
+
+
+def moments(student: Tensor, teacher: Tensor, scales: Tensor, offsets: Tensor, kernel: bool) -> tuple[Tensor, Tensor]:
+    r"""Returns E[z] (2C) and E[z z^T] (2C, 2C) over all pixels, z = [z of the student, z of the teacher].
+
+    .. math:: z = \exp(scale \cdot output + offset) - 1, \quad\text{or}\quad z = scale \cdot output + offset
+
+    The exponent is clamped to at most 10; beyond, the gradient is that of the edge.  (With the widths of
+    `adderops.distill.matching` an adder layer without bias never gets there.)
+
+    Args:
+        student, teacher: outputs (N, C, H, W) of a layer; the teacher's gets no gradient.
+        scales: (2), of student and teacher, not zero; with gradient if it wants one.
+        offsets: (2), without gradient.
+        kernel: with the exponential, or without.
+
+    Raises:
+        ValueError: student and teacher of different shapes.
+
+    >>> mean, second = moments(torch.zeros(2, 1, 3, 3), torch.ones(2, 1, 3, 3), torch.ones(2), torch.zeros(2), False)
+    >>> mean, second
+    (tensor([0., 1.]), tensor([[0., 0.],
+            [0., 1.]]))
+    """
+    if student.shape != teacher.shape:
+        raise ValueError(f"moments: teacher: expected shape {tuple(student.shape)}, got {tuple(teacher.shape)}")
+    return _Moments.apply(student, teacher.detach(), scales, offsets, kernel)

@@ -1,0 +1,62 @@
+"""The published training recipes, by name: `python -m adderops.distill --recipe cifar10-resnet20`.
+
+A recipe fills in the options that are not given.  Sources: AdderNet, arXiv 1912.13200, section 4, and its code,
+github.com/huawei-noah/AdderNet; PKKD, arXiv 2009.13044, section 4.  What they leave open is marked as ours.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Defaults of a run.
+
+    Attributes:
+        name: for --recipe.
+        source: where the numbers come from.
+        data, arch, epochs, batch_size, lr, weight_decay, nesterov: the options of the same names.
+    """
+
+    name: str
+    source: str
+    data: str
+    arch: str
+    epochs: int
+    batch_size: int
+    lr: float
+    weight_decay: float
+    nesterov: bool
+
+
+_DIGITS = "ours: small enough to finish in a minute"
+_LENET = "arXiv 1912.13200, section 4.1, for MNIST (50 epochs, batch 256); Nesterov and weight decay are ours"
+_FASHION = "ours: the CIFAR recipe with the 50 epochs of LeNet-5-BN"
+_CIFAR = "arXiv 2009.13044, section 4.1: 400 epochs, batch 256, lr 0.1, weight decay 5e-4, cosine"
+_MOBILENET = "ours: the CIFAR recipe of the papers, which have no depthwise network"
+_IMAGENET = (
+    "arXiv 2009.13044, section 4.2 (150 epochs, cosine); batch, lr and weight decay as PyTorch's ImageNet example"
+)
+
+_ALL = [
+    Recipe("digits-lenet5", _DIGITS, "digits", "lenet5", 20, 64, 0.1, 5e-4, True),
+    *(
+        Recipe(f"{data}-lenet5", _LENET, data, "lenet5", 50, 256, 0.1, 5e-4, True)
+        for data in ("mnist", "fashion-mnist")
+    ),
+    Recipe("fashion-mnist-resnet20", _FASHION, "fashion-mnist", "resnet20", 50, 256, 0.1, 5e-4, False),
+    *(
+        Recipe(f"{data}-{arch}", _CIFAR, data, arch, 400, 256, 0.1, 5e-4, False)
+        for data in ("cifar10", "cifar100")
+        for arch in ("vgg_small", "resnet20", "resnet32")
+    ),
+    *(
+        Recipe(f"{data}-mobilenet", _MOBILENET, data, "mobilenet", 400, 256, 0.1, 5e-4, False)
+        for data in ("cifar10", "cifar100")
+    ),
+    *(
+        Recipe(f"imagenet-{arch}", _IMAGENET, "imagenet", arch, 150, 256, 0.1, 1e-4, False)
+        for arch in ("resnet18", "resnet50")
+    ),
+]
+
+RECIPES: dict[str, Recipe] = {recipe.name: recipe for recipe in _ALL}

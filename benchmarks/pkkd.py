@@ -1,0 +1,282 @@
+"""Runs the experiments on PKKD and makes the tables and plots of docs/reproduce.md from their rows.
+
+    python benchmarks/pkkd.py run lenet5 --runs runs/pkkd     make what is missing of an experiment (hours)
+    python benchmarks/pkkd.py run lenet5 --seeds 0 1 --only pkkd plain
+    python benchmarks/pkkd.py tables                          results/pkkd.{md,png} from results/pkkd.csv (seconds)
+
+Each run of `python -m adderops.distill` becomes one row of results/pkkd.csv as soon as it is finished; a run that has
+its row is not made again, one that was stopped continues.  Several processes may work on one experiment: a run folder
+belongs to who holds its lock file.  Columns:
+
+    experiment, dataset, network, method, seed, epochs, train_images
+    test_accuracy, train_accuracy      fractions, of the last epoch; of validation images where the command says so
+    hours                              of training, on a machine that did other work beside
+    command                            repeats the run
+
+The rows of method cnn are the teachers of other runs: nothing of a student reaches its teacher (a test compares bits).
+"""
+
+import argparse
+import csv
+import fcntl
+import io
+import json
+import os
+import shlex
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from adderops.distill.checkpoint import write_atomically
+from adderops.distill.paired import compare_groups
+
+RESULTS = Path(__file__).parent / "results"
+COLUMNS = (
+    "experiment dataset network method seed epochs train_images test_accuracy train_accuracy hours command".split()
+)
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """Runs that are compared: every method with every seed.
+
+    Attributes:
+        question: what it asks.
+        common: options of all runs.
+        methods: method -> options; the first is what the others are compared with.
+        seeds: one run each.
+        teacher_of: the method whose teacher is the CNN of the table; None where there is none.
+    """
+
+    question: str
+    common: str
+    methods: dict[str, str]
+    seeds: tuple[int, ...]
+    teacher_of: str | None = None
+
+    def options(self, method: str, seed: int, runs: Path) -> list[str]:
+        """The options of one run; a frozen teacher is that of `teacher_of` with the same seed."""
+        words = shlex.split(f"{self.common} {self.methods[method]} --seed {seed} --threads 1")
+        if "frozen" in words:
+            words += ["--teacher-checkpoint", str(runs / f"{self.teacher_of}-{seed}" / "teacher.pt")]
+        return words
+
+
+# The regime: few training images, so that the networks fit them all (training accuracy 1) and a gap is left to test.
+_FEW = "--data fashion-mnist --train-images 4000 --epochs 100 --batch-size 64"
+_CELLS = {
+    f"{teacher} {name}": f"--method pkkd --teacher {teacher} --features {features}"
+    for teacher in ("progressive", "frozen")
+    for name, features in (("logits", "none"), ("+1x1", "1x1"), ("+kernel", "kernel"), ("+both", "kernel+1x1"))
+}
+_PKKD = "--method pkkd"
+
+EXPERIMENTS = {
+    "choices": Experiment(
+        "the choices that the paper leaves open, on validation images",
+        f"{_FEW} --validation 5000",
+        {
+            "plain": "--method plain",
+            "logits": f"{_PKKD} --features none",
+            **{f"beta {beta}": f"{_PKKD} --beta {beta}" for beta in ("0.1", "1", "10", "100")},
+            **{f"alpha {alpha}": f"{_PKKD} --alpha {alpha}" for alpha in ("0.1", "10")},
+            "temperature 4": f"{_PKKD} --temperature 4",
+            "teacher's 1x1 identity": f"{_PKKD} --beta 10 --teacher-linear identity",
+            "teacher's 1x1 random": f"{_PKKD} --beta 10 --teacher-linear random",
+            "width learned": f"{_PKKD} --beta 10 --width learned",
+            "width shared": f"{_PKKD} --beta 10 --shared-width",
+            "width fixed": f"{_PKKD} --beta 10 --width fixed",
+            "no logits": f"{_PKKD} --beta 10 --no-logits",
+        },
+        seeds=(0, 1, 2),
+        teacher_of="logits",
+    ),
+    "ablation": Experiment(
+        "the eight cells of the paper's ablation, where the networks fit the training images",
+        _FEW,
+        {"plain": "--method plain", **_CELLS},
+        seeds=(0, 1, 2, 3, 4),
+        teacher_of="progressive logits",
+    ),
+    "lenet5": Experiment(
+        "LeNet-5-BN on all of Fashion-MNIST, 50 epochs",
+        "--recipe fashion-mnist-lenet5",
+        {"plain": "--method plain", "logits": f"{_PKKD} --features none", "pkkd": _PKKD},
+        seeds=(0, 1, 2, 3, 4),
+        teacher_of="logits",
+    ),
+    "resnet20": Experiment(
+        "ResNet-20 on all of Fashion-MNIST",
+        "--recipe fashion-mnist-resnet20 --epochs 12 --channels-last",
+        {"plain": "--method plain", "pkkd": _PKKD},
+        seeds=(0,),
+        teacher_of="pkkd",
+    ),
+}
+
+
+def read_rows(path: Path = RESULTS / "pkkd.csv") -> list[dict[str, str]]:
+    if not path.exists():
+        return []
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def add_rows(rows: list[dict[str, object]], path: Path = RESULTS / "pkkd.csv") -> None:
+    """Adds rows that are not there yet; several processes may do so at once."""
+    with open(path.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        present = read_rows(path)
+        keys = {(r["experiment"], r["method"], r["seed"]) for r in present}
+        new = [r for r in rows if (r["experiment"], r["method"], str(r["seed"])) not in keys]
+        text = io.StringIO()
+        writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows([*present, *new])
+        write_atomically(path, text.getvalue().encode())
+
+
+def rows_of_run(name: str, method: str, folder: Path, of_teacher: bool) -> list[dict[str, object]]:
+    """The rows that a finished run gives: its own, and that of its teacher as a CNN."""
+    summary = json.loads((folder / "summary.json").read_text())
+    rows = []
+    for label, role in [(method, "student")] + [("cnn", "teacher")] * of_teacher:
+        accuracies = {f"{part}_accuracy": summary[f"{role}_{part}_accuracy"] for part in ("test", "train")}
+        command = summary["command"].replace(f"{Path.cwd()}/", "")
+        row = summary | accuracies | {"experiment": name, "method": label, "command": command}
+        rows.append({column: row[column] for column in COLUMNS})
+    return rows
+
+
+def run(name: str, runs: Path, methods: list[str], seeds: list[int]) -> None:
+    """Makes the runs of an experiment that have no row yet, seed by seed."""
+    experiment = EXPERIMENTS[name]
+    for seed in seeds:
+        for method in methods:
+            if any((r["experiment"], r["method"], r["seed"]) == (name, method, str(seed)) for r in read_rows()):
+                continue
+            folder = runs / f"{method.replace(' ', '-')}-{seed}"
+            runs.mkdir(parents=True, exist_ok=True)
+            lock = open(runs / f"{folder.name}.lock", "w")  # noqa: SIM115  (held while the run lasts)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                continue  # another process is at it
+            options = experiment.options(method, seed, runs)
+            if (folder / "log.csv").exists():
+                options = ["--resume", str(folder)]
+            else:
+                options += ["--output", str(folder)]
+            print(f"{name}: {method}, seed {seed}", flush=True)
+            environment = os.environ | {"OMP_NUM_THREADS": "1"}
+            with open(folder.with_suffix(".log"), "a") as log:
+                command = [sys.executable, "-m", "adderops.distill", *options]
+                subprocess.run(command, check=True, stdout=log, stderr=subprocess.STDOUT, env=environment)
+            add_rows(rows_of_run(name, method, folder, method == experiment.teacher_of))
+            lock.close()
+
+
+def table(name: str, rows: list[dict[str, str]]) -> str:
+    """The table of an experiment in Markdown: mean, deviation, and the difference to the first method in pairs."""
+    experiment = EXPERIMENTS[name]
+    order = [*experiment.methods, "cnn"]
+    mine = sorted((r for r in rows if r["experiment"] == name), key=lambda r: order.index(r["method"]))
+    if not mine:
+        return f"{experiment.question}: no runs yet\n"
+    first = mine[0]
+    lines = [
+        f"**{name}**: {experiment.question}. {first['network']}, {first['dataset']}, {first['train_images']} training "
+        f"images, {first['epochs']} epochs.\n",
+        f"| | seeds | accuracy, % | difference to {first['method']}, 95 % interval | training accuracy, % |",
+        "|---|---|---|---|---|",
+    ]
+    for group in compare_groups(mine, ["method"], "test_accuracy"):
+        members = [r for r in mine if r["method"] == group["method"]]
+        deviation = "" if group["deviation"] is None else f" ± {100 * group['deviation']:.2f}"
+        difference = "" if group["difference"] is None else f"{100 * group['difference']:+.2f}"
+        if group["low"] is not None:
+            difference += f" ({100 * group['low']:+.2f} to {100 * group['high']:+.2f})"
+        trained = sum(float(r["train_accuracy"]) for r in members) / len(members)
+        lines.append(
+            f"| {group['method']} | {group['n']} | {100 * group['mean']:.2f}{deviation} | {difference} "
+            f"| {100 * trained:.2f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def plot(rows: list[dict[str, str]], path: Path) -> None:
+    """Differences to the first method with their intervals, an axis an experiment."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    names = [n for n in EXPERIMENTS if sum(r["experiment"] == n for r in rows) > 1]
+    if not names:
+        return
+    compared = {
+        n: [g for g in compare_groups(_ordered(n, rows), ["method"], "test_accuracy") if g["difference"] is not None]
+        for n in names
+    }
+    heights = [len(groups) + 1.5 for groups in compared.values()]
+    figure, axes = plt.subplots(
+        len(names),
+        1,
+        figsize=(7, 0.32 * sum(heights) + 0.8),
+        squeeze=False,
+        height_ratios=heights,
+        layout="constrained",
+    )
+    for axis, (n, groups) in zip(axes[:, 0], compared.items(), strict=True):
+        for i, group in enumerate(reversed(groups)):
+            x = 100 * group["difference"]
+            low, high = (100 * group[end] if group[end] is not None else x for end in ("low", "high"))
+            axis.errorbar(x, i, xerr=[[x - low], [high - x]], fmt="o", color="C0" if group["method"] != "cnn" else "C1")
+        axis.set_yticks(range(len(groups)), [f"{g['method']} ({g['pairs']})" for g in reversed(groups)])
+        axis.axvline(0, color="0.6", linewidth=0.8)
+        axis.set_title(f"{n}: points of accuracy over {_ordered(n, rows)[0]['method']}, 95 %", fontsize=9)
+        axis.tick_params(labelsize=8)
+    figure.savefig(path, dpi=150, metadata={"Software": None})
+    plt.close(figure)
+
+
+def _ordered(name: str, rows: list[dict[str, str]]) -> list[dict[str, str]]:
+    order = [*EXPERIMENTS[name].methods, "cnn"]
+    return sorted((r for r in rows if r["experiment"] == name), key=lambda r: order.index(r["method"]))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    running = commands.add_parser("run", help="make what is missing of an experiment")
+    running.add_argument("experiment", choices=EXPERIMENTS)
+    running.add_argument(
+        "--runs", type=Path, default=Path("runs/pkkd"), help="where run folders are (default: runs/pkkd)"
+    )
+    running.add_argument("--seeds", type=int, nargs="+", help="default: those of the experiment")
+    running.add_argument("--only", nargs="+", metavar="METHOD", help="default: all methods")
+    commands.add_parser("tables", help="results/pkkd.md and results/pkkd.png from results/pkkd.csv")
+    options = parser.parse_args()
+    if options.command == "run":
+        experiment = EXPERIMENTS[options.experiment]
+        unknown = set(options.only or []) - set(experiment.methods)
+        if unknown:
+            parser.error(f"--only: expected some of {', '.join(experiment.methods)}, got {', '.join(sorted(unknown))}")
+        folder = (options.runs / options.experiment).resolve()
+        run(
+            options.experiment,
+            folder,
+            options.only or list(experiment.methods),
+            options.seeds or list(experiment.seeds),
+        )
+        return
+    rows = read_rows()
+    text = "\n".join(table(name, rows) for name in EXPERIMENTS)
+    write_atomically(RESULTS / "pkkd.md", text.encode())
+    plot(rows, RESULTS / "pkkd.png")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
