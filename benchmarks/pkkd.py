@@ -28,8 +28,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from adderops.distill.checkpoint import write_atomically
 from adderops.distill.paired import compare_groups
+from adderops.files import write_atomically
 
 RESULTS = Path(__file__).parent / "results"
 COLUMNS = (

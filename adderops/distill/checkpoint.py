@@ -1,9 +1,8 @@
-"""Files of a run that survive a kill at any moment: each is whole, the old one or the new one."""
+"""Files of a run: checkpoint, log and configuration, each written atomically and checked when read."""
 
 import csv
 import io
 import json
-import os
 import pickle
 import zipfile
 from pathlib import Path
@@ -11,26 +10,9 @@ from typing import Any
 
 import torch
 
+from adderops.files import write_atomically
+
 FORMAT = 2
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Writes a file through a temporary one beside it: a reader finds the old content or the new, after a crash too."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:  # a full disk, Ctrl-C: leave no part of a file behind
-        temporary.unlink(missing_ok=True)
-        raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # the new name itself must reach the disk
-    finally:
-        os.close(folder)
 
 
 def write_json(path: Path, content: Any) -> None:

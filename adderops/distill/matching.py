@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from adderops.distill.distributed import global_mean
-from adderops.distill.moments import MAX_EXPONENT, moments
+from adderops.distill.moments import moments
 
 FEATURES = ("none", "1x1", "kernel", "kernel+1x1")
 WIDTHS = ("batch", "learned", "fixed")
@@ -94,8 +94,6 @@ class LayerMatch(nn.Module):
         scales = torch.stack([1 / widths[0], -1 / widths[1] if self.kernel else 1 / widths[1]])
         # features f = shift * (z + 1), or z + shift: z is centred, so that sums of squares lose no digits
         centre = torch.stack([-magnitudes[0] / widths[0].detach(), magnitudes.new_zeros(())])
-        if self.kernel:
-            centre = centre.clamp(min=-MAX_EXPONENT)
         mean_z, second = moments(student, teacher, scales, -centre, self.kernel)
         mean_z, second = global_mean(mean_z, len(student)), global_mean(second, len(student))
         c = len(self.w_a)
@@ -155,7 +153,7 @@ class FeatureMatch(nn.Module):
         """Returns L_mid and, of each layer, its term, the variance of y_c and the widths, (layers) each.
 
         Args:
-            student, teacher: outputs (N, C, H, W) of each layer.
+            student, teacher: outputs (N, C, H, W) of each layer; those of the teacher get no gradient.
         """
         student, teacher = ([_not_half(output) for output in outputs] for outputs in (student, teacher))
         with torch.no_grad():

@@ -140,7 +140,7 @@ class PKKDTask(nn.Module):
             student_loss = student_loss + terms["imitation"]
         if self.match is not None:
             of_teacher, outputs = (self._outputs[role].take() for role in ("teacher", "student"))
-            terms["l_mid"], layers = self.match(outputs, [output.detach() for output in of_teacher])
+            terms["l_mid"], layers = self.match(outputs, of_teacher)
             student_loss = student_loss + self.beta * terms["l_mid"]
         return Losses(
             total=student_loss if self.frozen else student_loss + teacher_ce,

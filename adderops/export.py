@@ -1,0 +1,203 @@
+"""A trained model with adder layers, taken out of PyTorch training: as `torch.export` program or as ONNX file.
+
+The adder convolution leaves in one of three forms:
+    the operator adderops::adder_conv2d   fast; `import adderops` must come before the program is loaded
+    pad, im2col, cdist                    plain aten operators, for torch alone
+    an ONNX Scan over the terms k         Y <- Y - |X_k - W_k|, no tensor larger than the padded input or the output
+"""
+
+import copy
+import io
+import os
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+
+from adderops import _ops
+from adderops.files import write_atomically
+
+_LEAST_OPSET = 18
+
+
+def export_program(
+    model: nn.Module, example: Tensor, path: str | os.PathLike | None = None, *, decompose: bool = False
+) -> ExportedProgram:
+    """Exports a model in evaluation mode as a `torch.export` program of any batch size.
+
+    Args:
+        model: of one input; it is left as it is, and the program has weights of its own.
+        example: an input (N, ...), N >= 1; the other dimensions are fixed by it.
+        path: where to save the program too (usually *.pt2), written atomically; None saves nothing.
+        decompose: replaces the operator adderops::adder_conv2d by pad, im2col and cdist of PyTorch, so that the
+            program loads and runs with torch alone.  Otherwise `import adderops` before `torch.export.load`.
+
+    Returns:
+        The program; `program.module()` is callable.
+
+    Raises:
+        TypeError: example is no tensor.
+        ValueError: example has no images.
+        FileNotFoundError: the folder of path does not exist.
+        Also what `torch.export.export` raises for a model that it cannot export, or not with any batch size.
+
+    >>> from adderops import AdderConv2d
+    >>> model = nn.Sequential(AdderConv2d(3, 4, 3), nn.BatchNorm2d(4)).eval()
+    >>> program = export_program(model, torch.zeros(1, 3, 8, 8), decompose=True)
+    >>> images = torch.randn(5, 3, 8, 8)
+    >>> torch.allclose(program.module()(images), model(images), atol=1e-4)
+    True
+    """
+    path = _writable("export_program", path)
+    program = _trace("export_program", model, example)
+    if decompose:
+        program = program.run_decompositions({_ops.adder_conv2d: _adder_conv2d_by_cdist})
+    if path is not None:
+        buffer = io.BytesIO()
+        torch.export.save(program, buffer)
+        write_atomically(path, buffer.getbuffer())
+    return program
+
+
+def export_onnx(model: nn.Module, example: Tensor, path: str | os.PathLike, *, opset: int = 20) -> None:
+    """Writes a model in evaluation mode as one ONNX file that needs no custom operators, of any batch size.
+
+    The file has the input `input`, of shape (batch, ...); it has passed `onnx.checker`, and is written atomically.
+
+    Args:
+        model: of one input; it is left as it is.
+        example: an input (N, ...), N >= 1; the other dimensions are fixed by it.
+        path: of the file (usually *.onnx), which holds the weights and so is limited to 2 GiB.
+        opset: version of the ONNX operators, from 18 to the latest that onnx knows.
+
+    Raises:
+        ModuleNotFoundError: onnx or onnxscript is not installed.
+        TypeError: example is no tensor, or opset no integer.
+        ValueError: example has no images, or opset is out of range.
+        FileNotFoundError: the folder of path does not exist.
+        Also what `torch.export.export` and `torch.onnx.export` raise for a model that they cannot export.
+
+    >>> import tempfile
+    >>> from adderops import AdderConv2d
+    >>> model = nn.Sequential(AdderConv2d(3, 4, 3), nn.BatchNorm2d(4))
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     export_onnx(model, torch.zeros(1, 3, 8, 8), f"{folder}/model.onnx")
+    """
+    try:
+        import onnx
+        import onnxscript  # noqa: F401  (of torch.onnx.export)
+        from onnx_ir.passes.common import ClearMetadataAndDocStringPass
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"export_onnx: {error.name} is missing: install the extra adderops[export]", name=error.name
+        ) from error
+    if not isinstance(opset, int):
+        raise TypeError(f"export_onnx: opset: expected an integer, got {type(opset).__name__}")
+    if not _LEAST_OPSET <= opset <= onnx.defs.onnx_opset_version():  # beyond it the converter only warns
+        supported = f"{_LEAST_OPSET} to {onnx.defs.onnx_opset_version()}"
+        raise ValueError(f"export_onnx: opset: expected {supported}, got {opset}")
+    path = _writable("export_onnx", path)
+    converted = torch.onnx.export(
+        _trace("export_onnx", model, example),
+        dynamo=True,
+        dynamic_shapes=({0: "batch"},),
+        opset_version=opset,
+        input_names=["input"],
+        custom_translation_table={_ops.adder_conv2d: _onnx_adder_conv2d()},
+        verbose=False,
+    )
+    ClearMetadataAndDocStringPass()(converted.model)  # stack traces, with the paths of this machine
+    content = converted.model_proto.SerializeToString()
+    onnx.checker.check_model(content, full_check=True)
+    write_atomically(path, content)
+
+
+def _trace(function: str, model: nn.Module, example: Tensor) -> ExportedProgram:
+    if not isinstance(example, Tensor):
+        raise TypeError(f"{function}: example: expected a tensor, got {type(example).__name__}")
+    if example.dim() == 0 or len(example) == 0:
+        raise ValueError(f"{function}: example: expected (N, ...) with N >= 1, got shape {tuple(example.shape)}")
+    replica = copy.deepcopy(model).eval().requires_grad_(False)
+    # two images, because torch.export takes a batch of 1 for a constant; zeros, because a program is saved with them
+    images = example.new_zeros((2, *example.shape[1:]))
+    return torch.export.export(replica, (images,), dynamic_shapes=({0: Dim("batch")},))
+
+
+def _positions(padded: int, kernel: int, stride: int, dilation: int) -> int:
+    """How many windows there are along an axis."""
+    return (padded - dilation * (kernel - 1) - 1) // stride + 1
+
+
+def _adder_conv2d_by_cdist(x, w, bias, stride, padding, dilation, groups) -> Tensor:
+    """The operator in plain PyTorch: an L1 `cdist` of patches (groups, N*OH*OW, K) and filters (groups, M, K)."""
+    top, bottom, left, right = padding
+    dtype = torch.promote_types(x.dtype, torch.float32)  # the halves are summed in float32, as by the operator
+    x = F.pad(x.to(dtype), (left, right, top, bottom))
+    OH, OW = map(_positions, x.shape[2:], w.shape[2:], stride, dilation)
+    patches = F.unfold(x, w.shape[2:], dilation, stride=stride)  # (N, groups*K, OH*OW)
+    patches = patches.unflatten(1, (groups, -1)).permute(1, 0, 3, 2).flatten(1, 2)
+    filters = w.to(dtype).unflatten(0, (groups, -1)).flatten(2)
+    y = -torch.cdist(patches, filters, p=1.0).unflatten(1, (-1, OH, OW)).permute(1, 0, 4, 2, 3).flatten(1, 2)
+    if bias is not None:
+        y = y + bias.to(dtype)[:, None, None]
+    return y.to(w.dtype)
+
+
+def _onnx_adder_conv2d():
+    """The operator in ONNX: with x as (N, groups, C_in/groups, H, W), a Scan over the K terms of every output.
+
+    y (N, groups, M, OH, OW) starts as the bias; a step k = (ci, kh, kw) takes |x_k - w_k| off it, where x_k
+    (N, groups, 1, OH, OW) is a strided slice of x beginning at `begin_k`, and w_k (groups, M, 1, 1).  Written out as
+    a sequence of operators, tap by tap or filter by filter, it would be hundreds of nodes, slower and larger in memory.
+    """
+    from onnxscript import ir
+    from onnxscript import opset18 as op
+
+    def step_k(x, size, stride, axes, dtype) -> ir.Graph:
+        y, w_k = (ir.Value(name=name, type=ir.TensorType(dtype)) for name in ("y", "w_k"))
+        begin_k = ir.Value(name="begin_k", type=ir.TensorType(ir.DataType.INT64))
+        tape = ir.tape.Tape()
+        end_k = tape.op("Add", [begin_k, size])
+        x_k = tape.op("Slice", [x, begin_k, end_k, axes, stride])
+        term = tape.op("Abs", [tape.op("Sub", [x_k, w_k])])
+        y_next = tape.op("Sub", [y, term])
+        return ir.Graph([y, w_k, begin_k], [y_next], nodes=tape.nodes, name="step_k")
+
+    def integers(values) -> ir.Value:
+        return op.Constant(value=ir.tensor(values, dtype=ir.DataType.INT64))
+
+    def adder_conv2d(x, w, bias, stride, padding, dilation, groups):
+        C_out, K_in, KH, KW = w.shape
+        top, bottom, left, right = padding
+        H, W = x.shape[2] + top + bottom, x.shape[3] + left + right
+        OH, OW = map(_positions, (H, W), (KH, KW), stride, dilation)
+        dtype, dtype_of_y = x.dtype, x.dtype
+        if dtype != ir.DataType.DOUBLE:  # the halves are summed in float32, as by the operator
+            dtype = ir.DataType.FLOAT
+            x, w, bias = (t if t is None else op.Cast(t, to=dtype) for t in (x, w, bias))
+
+        batch = op.Shape(x, start=0, end=1)
+        start = op.CastLike(0.0, x) if bias is None else op.Reshape(bias, integers([groups, -1, 1, 1]))
+        y = op.Expand(start, op.Concat(batch, integers([groups, C_out // groups, OH, OW]), axis=0))
+        if any(padding):
+            x = op.Pad(x, integers([0, 0, top, left, 0, 0, bottom, right]))
+        x = op.Reshape(x, integers([0, groups, K_in, H, W]))
+        w = op.Transpose(op.Reshape(w, integers([groups, C_out // groups, -1])), perm=[2, 0, 1])
+        w = op.Reshape(w, integers([0, 0, 0, 1, 1]))
+        begin = [[ci, kh * dilation[0], kw * dilation[1]] for ci in range(K_in) for kh in range(KH) for kw in range(KW)]
+        size = [1, (OH - 1) * stride[0] + 1, (OW - 1) * stride[1] + 1]
+        body = step_k(x, integers(size), integers([1, *stride]), integers([2, 3, 4]), dtype)
+        y = op.Scan(y, w, integers(begin), body=body, num_scan_inputs=2)
+        y = op.Reshape(y, integers([0, C_out, OH, OW]))
+        return y if dtype_of_y == dtype else op.Cast(y, to=dtype_of_y)
+
+    return adder_conv2d
+
+
+def _writable(function: str, path: str | os.PathLike | None) -> Path | None:
+    """The path, known to be in a folder before minutes of work are lost for want of it."""
+    if path is not None and not Path(path).parent.is_dir():
+        raise FileNotFoundError(f"{function}: path: expected a file in an existing folder, got {os.fspath(path)!r}")
+    return None if path is None else Path(path)
