@@ -34,7 +34,7 @@ from adderops.models import create_model, matched_layers
 from adderops.optim import AdaptiveRate
 
 # network -> images a step, for all and for the eager contestant (whose temporaries stay below 1 GiB)
-NETWORKS = {"lenet5": (256, 64), "resnet20": (128, 16)}
+NETWORKS = {"lenet5": (256, 32), "resnet20": (128, 4)}
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
 

@@ -68,10 +68,13 @@ def test_clipping_sets_the_norm_of_all_but_the_adder_layers(config, data, tmp_pa
     assert len(steps["gradients"]) == 16 and adders <= steps["gradients"][0].keys()
 
 
-def test_without_clipping_the_norm_is_larger(config, data, tmp_path, steps):
-    train(config, data, tmp_path)
-    first = steps["gradients"][0]
-    assert torch.stack([g.norm() for name, g in first.items() if "conv1" in name]).norm() > 1e-2
+def test_clipping_leaves_the_adder_layers_alone(config, data, tmp_path, steps):
+    for clip in (None, 1e-3):
+        train(replace(config, epochs=1, clip=clip), data, tmp_path / str(clip))
+    free, clipped = steps["gradients"][0], steps["gradients"][8]
+    adders = [name for name in free if name.startswith("networks.student.conv") and "conv1" not in name]
+    assert len(adders) == 3 and all(torch.equal(free[name], clipped[name]) for name in adders)
+    assert free["networks.student.conv1.weight"].norm() > 10 * clipped["networks.student.conv1.weight"].norm()
 
 
 # --- the moving average ---
@@ -271,12 +274,27 @@ def test_workers_change_nothing(config, data, tmp_path):
     assert_same_state(dict(ours), dict(theirs))
 
 
-def test_tensorboard_gets_every_row_once(config, data, tmp_path):
+def test_tensorboard_gets_every_row_once(config, data, tmp_path, monkeypatch):
+    """Also where a run died between TensorBoard's row of an epoch and the checkpoint."""
     event_accumulator = pytest.importorskip(
         "tensorboard.backend.event_processing.event_accumulator", reason="needs tensorboard"
     )
     config = replace(config, tensorboard=True)
-    train(replace(config, epochs=2), data, tmp_path)
+
+    class Died(Exception):
+        pass
+
+    def die_in_epoch_2(path, content):
+        if content["epoch"] == 2:
+            raise Died
+        save(path, content)
+
+    save = trainer.save_checkpoint
+    monkeypatch.setattr(trainer, "save_checkpoint", die_in_epoch_2)
+    with pytest.raises(Died):
+        train(config, data, tmp_path)
+    monkeypatch.undo()
+    train(config, data, tmp_path)
     events = event_accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     scalars = events.Scalars("student_test_accuracy")

@@ -9,14 +9,13 @@ from typing import Any
 
 import torch
 
-from adderops import _ops
-from adderops.distill import distributed
+from adderops.distill import commands, distributed
+from adderops.distill.build import device_type, load_data_of
 from adderops.distill.checkpoint import write_json
 from adderops.distill.config import Config
-from adderops.distill.data import Data, load_data
+from adderops.distill.data import Data
 from adderops.distill.interrupt import Interrupted
 from adderops.distill.trainer import train
-from adderops.models import input_size
 
 DESCRIPTION = """\
 Trains an adder network (student) together with a CNN of the same architecture (teacher) by PKKD, arXiv 2009.13044.
@@ -77,28 +76,6 @@ def _open_run(parser: argparse.ArgumentParser, given: dict[str, Any]) -> tuple[C
     return config, output
 
 
-def load_data_of(config: Config) -> Data:
-    """Loads the image set of a configuration; images of a folder get the size that the network is made for."""
-    of_files = config.data == "imagenet" or (Path(config.data) / "train").is_dir()
-    return load_data(
-        config.data,
-        root=Path(config.root),
-        download=config.download,
-        augment=config.augment,
-        train_images=config.train_images,
-        validation=config.validation,
-        side=input_size(config.arch) if of_files and config.side is None else config.side,
-    )
-
-
-def device_type(config: Config) -> str:
-    """'cpu' or 'cuda'; raises ValueError where --device cuda cannot be had."""
-    reason = _ops.CUDA_KERNELS_MISSING or (None if torch.cuda.is_available() else "torch finds no GPU")
-    if config.device == "cuda" and reason:
-        raise ValueError(f"device: expected cpu or auto, got cuda: {reason}")
-    return "cpu" if reason or config.device == "cpu" else "cuda"
-
-
 def _compare(config: Config, data: Data, folder: Path, device: torch.device) -> list[dict[str, Any]]:
     """Runs pkkd and plain in subfolders; those that are finished already return at once."""
     if distributed.rank() == 0:
@@ -134,8 +111,6 @@ def _table(summaries: list[dict[str, Any]]) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command line; returns the exit status."""
-    from adderops.distill import commands  # which imports this module
-
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments and arguments[0] in commands.COMMANDS:
         return commands.main(arguments)

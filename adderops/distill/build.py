@@ -1,4 +1,4 @@
-"""From a configuration to networks, task and optimizer."""
+"""From a configuration to images, networks, task and optimizer."""
 
 import pickle
 from pathlib import Path
@@ -8,15 +8,39 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from adderops import _ops
 from adderops.distill.config import Config
+from adderops.distill.data import Data, load_data
 from adderops.distill.distributed import synchronize_batchnorm
 from adderops.distill.matching import FeatureMatch
 from adderops.distill.task import PKKDTask, SingleTask
-from adderops.models import classifier, create_model, load_reference_checkpoint, matched_layers
+from adderops.models import classifier, create_model, input_size, load_reference_checkpoint, matched_layers
 from adderops.optim import AdaptiveRateLayer
 
 MOMENTUM = 0.9
 KIND_OF_ROLE = {"teacher": "cnn", "student": "adder"}
+
+
+def load_data_of(config: Config) -> Data:
+    """Loads the image set of a configuration; images of a folder get the size that the network is made for."""
+    of_files = config.data == "imagenet" or (Path(config.data) / "train").is_dir()
+    return load_data(
+        config.data,
+        root=Path(config.root),
+        download=config.download,
+        augment=config.augment,
+        train_images=config.train_images,
+        validation=config.validation,
+        side=input_size(config.arch) if of_files and config.side is None else config.side,
+    )
+
+
+def device_type(config: Config) -> str:
+    """'cpu' or 'cuda'; raises ValueError where --device cuda cannot be had."""
+    reason = _ops.CUDA_KERNELS_MISSING or (None if torch.cuda.is_available() else "torch finds no GPU")
+    if config.device == "cuda" and reason:
+        raise ValueError(f"device: expected cpu or auto, got cuda: {reason}")
+    return "cpu" if reason or config.device == "cpu" else "cuda"
 
 
 def main_role(config: Config) -> str:

@@ -7,6 +7,8 @@ What the paper leaves open is settled here, see docs/reproduce.md: the widths fo
 batch, and a BatchNorm follows each 1x1 convolution rho; the literal form diverges or collapses.
 """
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -82,23 +84,18 @@ class LayerMatch(nn.Module):
         self.w_a = nn.Parameter(torch.eye(channels), requires_grad=linear)
         self.w_c = nn.Parameter(w_c, requires_grad=linear and teacher_linear == "trained")
 
-    def forward(
-        self, student: Tensor, teacher: Tensor, magnitudes: Tensor, widths: Tensor
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, student: Tensor, teacher: Tensor, widths: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Returns the layer's term and numbers to watch.
 
         Args:
             student, teacher: outputs (N, C, H, W).
-            magnitudes, widths: (2), mean |output| and 2 sigma^2 of student and teacher.
+            widths: (2), 2 sigma^2 of student and teacher.
         """
         scales = torch.stack([1 / widths[0], -1 / widths[1] if self.kernel else 1 / widths[1]])
-        # features f = shift * (z + 1), or z + shift: z is centred, so that sums of squares lose no digits
-        centre = torch.stack([-magnitudes[0] / widths[0].detach(), magnitudes.new_zeros(())])
-        mean_z, second = moments(student, teacher, scales, -centre, self.kernel)
-        mean_z, second = global_mean(mean_z, len(student)), global_mean(second, len(student))
-        c = len(self.w_a)
-        unit = centre.exp().repeat_interleave(c) if self.kernel else torch.ones_like(mean_z)
-        cov = (second - torch.outer(mean_z, mean_z)) * torch.outer(unit, unit)
+        centres = (math.exp(-1 / STUDENT_FACTOR), 1.0) if self.kernel else (-1 / STUDENT_FACTOR, 0.0)
+        mean, second = moments(student, teacher, scales, centres, self.kernel)
+        mean, second = global_mean(mean, len(student)), global_mean(second, len(student))
+        cov, c = second - torch.outer(mean, mean), len(self.w_a)
         mixed_a = self.w_a @ cov[:c]
         var_a = (mixed_a[:, :c] * self.w_a).sum(1).clamp(min=0)
         cov_ac = (mixed_a[:, c:] * self.w_c).sum(1)
@@ -107,8 +104,8 @@ class LayerMatch(nn.Module):
             inv_a, inv_c = (var_a + BATCHNORM_EPS).rsqrt(), (var_c + BATCHNORM_EPS).rsqrt()
             squares = var_a * inv_a.square() + var_c * inv_c.square() - 2 * cov_ac * inv_a * inv_c
         else:
-            mean = unit * (mean_z + 1) if self.kernel else mean_z + centre.repeat_interleave(c)
-            squares = var_a + var_c - 2 * cov_ac + (self.w_a @ mean[:c] - self.w_c @ mean[c:]).square()
+            means = self.w_a @ (mean[:c] + centres[0]) - self.w_c @ (mean[c:] + centres[1])
+            squares = var_a + var_c - 2 * cov_ac + means.square()
         return squares.mean(), {"var_yc": var_c.detach().mean(), "width_a": widths[0], "width_c": widths[1]}
 
 
@@ -162,7 +159,7 @@ class FeatureMatch(nn.Module):
         widths = torch.stack([w(m) for w, m in zip(self.widths, magnitudes, strict=True)])
         terms, watched = [], []
         for i, layer in enumerate(self.layers):
-            term, numbers = layer(student[i], teacher[i], magnitudes[:, i], widths[:, i])
+            term, numbers = layer(student[i], teacher[i], widths[:, i])
             terms.append(term * student[i][0].numel() if self.reduction == "sum" else term)
             watched.append(numbers)
         of_layers = {name: torch.stack([w[name].detach() for w in watched]) for name in watched[0]}
@@ -175,5 +172,5 @@ def _not_half(x: Tensor) -> Tensor:
 
 
 def _mean_abs(x: Tensor) -> Tensor:
-    # by planes: sums of few numbers round less, and their order does not depend on the number of threads
-    return torch.linalg.vector_norm(x, 1, dim=(2, 3)).mean() / (x.size(2) * x.size(3))
+    # image by image: sums of fewer numbers round less, and their order does not depend on the number of threads
+    return torch.linalg.vector_norm(x, 1, dim=(1, 2, 3)).mean() / x[0].numel()

@@ -11,7 +11,7 @@ Therefore no tensor of the outputs' size is needed but z itself.  `adderops.dist
 import torch
 from torch import Tensor
 
-# Exponents are centred: ten widths above the mean is reached only where something has gone wrong.
+# Ten widths above zero is reached only where something has gone wrong.
 MAX_EXPONENT = 10.0
 # With fewer pixels in an image, one matrix product for each image costs more than bringing the channels last.
 LEAST_PIXELS = 64
@@ -36,16 +36,19 @@ def _as_images(matrices: Tensor, per_image: bool, shape: torch.Size) -> Tensor:
 
 class _Moments(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, student, teacher, scales, offsets, kernel):
+    def forward(ctx, student, teacher, scales, centres, kernel):
         per_image = _one_matrix_per_image(student)
         n, c, p = _as_matrices(student, per_image).shape
         z = student.new_empty((n, 2 * c, p)) if per_image else student.new_empty((n, p, 2 * c)).transpose(1, 2)
-        for half, output, scale, offset in zip(z.chunk(2, dim=1), (student, teacher), scales, offsets, strict=True):
-            torch.addcmul(offset, _as_matrices(output, per_image), scale, out=half)
+        halves = z.chunk(2, dim=1)
+        for half, output, scale in zip(halves, (student, teacher), scales, strict=True):
+            torch.mul(_as_matrices(output, per_image), scale, out=half)
         if kernel:
-            z.clamp_(max=MAX_EXPONENT).expm1_()
+            z.clamp_(max=MAX_EXPONENT).exp_()
+        for half, centre in zip(halves, centres, strict=True):
+            half.sub_(centre)
         ctx.save_for_backward(student, teacher, scales, z)
-        ctx.kernel = kernel
+        ctx.centres, ctx.kernel = centres, kernel
         return z.mean((0, 2)), (z @ z.transpose(1, 2)).sum(0) / (n * p)
 
     @staticmethod
@@ -55,45 +58,54 @@ class _Moments(torch.autograd.Function):
         n, channels, p = z.shape
         c = channels // 2
         rows = channels if ctx.needs_input_grad[2] else c  # of the teacher only the scale ever wants a gradient
-        factors = (scales / (n * p)).repeat_interleave(c)[:rows, None]
+        factors = scales / (n * p)
+        if ctx.kernel:
+            factors = factors * factors.new_tensor(ctx.centres)
+        factors = factors.repeat_interleave(c)[:rows, None]
         matrix = (grad_second + grad_second.T)[:rows] * factors
         vector = grad_mean[:rows, None] * factors
         if per_image:
             grad = torch.baddbmm(vector.expand(n, rows, 1), matrix.expand(n, rows, channels), z)
         else:
             grad = torch.addmm(vector.T, z[0].T, matrix.T).T[None]
+        halves = grad.split(c, dim=1)
         if ctx.kernel:
-            grad.addcmul_(grad, z[:, :rows])  # exp' = exp = z + 1
+            for half, feature, centre in zip(halves, z.split(c, dim=1), ctx.centres, strict=False):
+                half.addcmul_(half, feature, value=1 / centre)  # exp' = exp = z + centre; times centre: in factors
         grad_scales = None
         if ctx.needs_input_grad[2]:
-            halves = zip(grad.split(c, dim=1), (student, teacher), scales, strict=True)
-            grad_scales = torch.stack([(g * _as_matrices(output, per_image)).sum() / s for g, output, s in halves])
-        grad_student = _as_images(grad[:, :c], per_image, student.shape) if ctx.needs_input_grad[0] else None
+            outputs = (_as_matrices(output, per_image) for output in (student, teacher))
+            sums = [(half * output).sum() for half, output in zip(halves, outputs, strict=True)]
+            grad_scales = torch.stack(sums) / scales
+        grad_student = _as_images(halves[0], per_image, student.shape) if ctx.needs_input_grad[0] else None
         return grad_student, None, grad_scales, None, None
 
 
-def moments(student: Tensor, teacher: Tensor, scales: Tensor, offsets: Tensor, kernel: bool) -> tuple[Tensor, Tensor]:
+def moments(
+    student: Tensor, teacher: Tensor, scales: Tensor, centres: tuple[float, float], kernel: bool
+) -> tuple[Tensor, Tensor]:
     r"""Returns E[z] (2C) and E[z z^T] (2C, 2C) over all pixels, z = [z of the student, z of the teacher].
 
-    .. math:: z = \exp(scale \cdot output + offset) - 1, \quad\text{or}\quad z = scale \cdot output + offset
+    .. math:: z = \exp(scale \cdot output) - centre, \quad\text{or}\quad z = scale \cdot output - centre
 
-    The exponent is clamped to at most 10; beyond, the gradient is that of the edge.  (With the widths of
-    `adderops.distill.matching` an adder layer without bias never gets there.)
+    The exponent is clamped to at most 10; beyond, the gradient is that of the edge.  (An adder layer without bias has
+    exponents of at most 0.)
 
     Args:
         student, teacher: outputs (N, C, H, W) of a layer; the teacher's gets no gradient.
         scales: (2), of student and teacher, not zero; with gradient if it wants one.
-        offsets: (2), without gradient.
+        centres: of student and teacher; near the means of what they are taken from, so that squares keep their digits,
+            and not zero with the exponential.
         kernel: with the exponential, or without.
 
     Raises:
         ValueError: student and teacher of different shapes.
 
-    >>> mean, second = moments(torch.zeros(2, 1, 3, 3), torch.ones(2, 1, 3, 3), torch.ones(2), torch.zeros(2), False)
+    >>> mean, second = moments(torch.zeros(2, 1, 3, 3), torch.ones(2, 1, 3, 3), torch.ones(2), (0.0, 0.0), False)
     >>> mean, second
     (tensor([0., 1.]), tensor([[0., 0.],
             [0., 1.]]))
     """
     if student.shape != teacher.shape:
         raise ValueError(f"moments: teacher: expected shape {tuple(student.shape)}, got {tuple(teacher.shape)}")
-    return _Moments.apply(student, teacher.detach(), scales, offsets, kernel)
+    return _Moments.apply(student, teacher.detach(), scales, centres, kernel)

@@ -1,0 +1,218 @@
+"""Figures of runs: curves, the match of layers, the distribution of weights."""
+
+import io
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from adderops import AdderConv2d
+from adderops.distill.paired import group_rows
+from adderops.distill.run_folder import RunFolder, first_convolution
+from adderops.models import classifier, matched_layers
+
+try:
+    from matplotlib import colormaps
+    from matplotlib.axes import Axes
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import ListedColormap, Normalize
+    from matplotlib.figure import Figure  # pyplot would look for a window system
+except ModuleNotFoundError as missing:
+    raise ModuleNotFoundError("figures need matplotlib: install the extra `adderops[distill]`") from missing
+
+COLORS = {"student": "#1f77b4", "student_ema": "#17becf", "teacher": "#d95f02", "teacher_ema": "#e6ab02"}
+LEGEND_LINES = 10  # more lines than these get a colour bar
+BINS = 80  # of the histograms, from -4 to 4 standard deviations
+
+
+def png(figure: Figure) -> bytes:
+    """Returns the figure as a PNG file."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    return buffer.getvalue()
+
+
+def draw_accuracy(run: RunFolder) -> Figure:
+    """Test and training accuracy of the run's networks over the epochs."""
+    figure = Figure(figsize=(8, 4), layout="constrained")
+    axes = figure.subplots()
+    for name in run.networks:
+        for part, style in (("test", "-"), ("train", ":")):
+            column = f"{name}_{part}_accuracy"
+            if column in run.rows[0]:
+                values = [100 * value for value in run.curve(column)]
+                _line(axes, run.curve("epoch"), values, style, color=COLORS[name], label=f"{name}, {part}")
+    _finish(axes, "accuracy (%)")
+    return figure
+
+
+def draw_losses(run: RunFolder) -> Figure:
+    """Cross entropy of the run's networks over the epochs and, where there is distillation, the student's losses."""
+    distilled = "student_loss" in run.rows[0]
+    figure = Figure(figsize=(11 if distilled else 8, 4), layout="constrained")
+    axes = figure.subplots(1, 1 + distilled, squeeze=False)[0]
+    for name in run.networks:
+        for column, part, style in ((f"{name}_test_loss", "test", "-"), (f"{name}_ce", "train", ":")):
+            if column in run.rows[0]:
+                label = f"{name}, {part}"
+                _line(axes[0], run.curve("epoch"), run.curve(column), style, color=COLORS[name], label=label)
+    _finish(axes[0], "cross entropy with the labels", log=True)
+    if distilled:
+        terms = {"student_loss": "sum as weighted", "student_ce": "labels", "imitation": "imitation", "l_mid": "L_mid"}
+        for column, label in terms.items():
+            if column in run.rows[0]:
+                _line(axes[1], run.curve("epoch"), run.curve(column), "-", label=label)
+        _finish(axes[1], "terms of the student's loss", log=True)
+    return figure
+
+
+def draw_layers(run: RunFolder) -> Figure:
+    """L_mid, ratio of gradients and variance of y_c of each matched layer over the epochs."""
+    titles = {
+        "l_mid": "L_mid",
+        "gradient_ratio": "gradient of L_mid / of the other losses",
+        "var_yc": "variance of y_c",
+    }
+    of_layer = group_rows(run.layers, ["layer"])
+    last = len(of_layer) - 1
+    colors = [colormaps["viridis"](0.9 * i / max(last, 1)) for i in range(len(of_layer))]
+    figure = Figure(figsize=(13, 4), layout="constrained")
+    panels = figure.subplots(1, len(titles))
+    for axes, (column, title) in zip(panels, titles.items(), strict=True):
+        for color, ((layer,), rows) in zip(colors, of_layer.items(), strict=True):
+            _line(axes, [row["epoch"] for row in rows], [row[column] for row in rows], "-", color=color, label=layer)
+        _finish(axes, title, log=column != "l_mid", legend=last < LEGEND_LINES and axes is panels[-1])
+    if last >= LEGEND_LINES:
+        scale = ScalarMappable(Normalize(0, last), ListedColormap(colors))
+        bar = figure.colorbar(scale, ax=panels[-1], ticks=[0, last])
+        bar.ax.set_yticklabels([layer for i, (layer,) in enumerate(of_layer) if i in (0, last)])
+    return figure
+
+
+def draw_comparison(runs: Sequence[RunFolder], by: Sequence[str]) -> Figure:
+    """Test accuracy of the networks of several runs over the epochs; runs alike in the columns `by` share a colour."""
+    figure = Figure(figsize=(9, 5), layout="constrained")
+    axes = figure.subplots()
+    run_at = {str(run.path): run for run in runs}
+    groups = group_rows([row for run in runs for row in run.results()], by)
+    for i, (key, rows) in enumerate(groups.items()):
+        named = zip(by, key, strict=True)
+        words = [v if name in ("method", "network") else f"{name} {v}" for name, v in named if v is not None]
+        style = ":" if rows[0]["network"].startswith("teacher") else "-"
+        for j, row in enumerate(rows):
+            run, label = run_at[row["run"]], None if j else ", ".join(words)
+            values = [100 * value for value in run.curve(f"{row['network']}_test_accuracy")]
+            _line(axes, run.curve("epoch"), values, style, color=colormaps["tab10"](i % 10), label=label)
+    _finish(axes, f"{runs[0].tested_on} accuracy (%)")
+    return figure
+
+
+# --- weights ---
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A density fitted to weights by maximum likelihood.
+
+    Attributes:
+        center: mean of the Gaussian, median of the Laplace density.
+        scale: standard deviation of the Gaussian, mean distance from the median of the Laplace density.
+        log_likelihood: of the weights under the fit, in nats a weight.
+    """
+
+    center: float
+    scale: float
+    log_likelihood: float
+
+
+def fit_gaussian(weights: Tensor) -> Fit:
+    r"""Returns the Gaussian fit: :math:`-\log(\sigma \sqrt{2\pi e})` nats a weight.
+
+    >>> fit_gaussian(torch.tensor([-1.0, 1.0]))
+    Fit(center=0.0, scale=1.0, log_likelihood=-1.4189385332046727)
+    """
+    center, scale = weights.double().mean().item(), weights.double().std(correction=0).item()
+    return Fit(center, scale, -0.5 * math.log(2 * math.pi * math.e * scale**2))
+
+
+def fit_laplace(weights: Tensor) -> Fit:
+    r"""Returns the Laplace fit: :math:`-\log(2 e b)` nats a weight.
+
+    >>> fit_laplace(torch.tensor([-1.0, 0.0, 1.0]))
+    Fit(center=0.0, scale=0.6666666666666666, log_likelihood=-1.2876820724517808)
+    """
+    center = weights.double().median().item()
+    scale = (weights.double() - center).abs().mean().item()
+    return Fit(center, scale, -math.log(2 * math.e * scale))
+
+
+def layer_weights(network: nn.Module) -> dict[str, dict[str, Tensor]]:
+    """Returns the weights of the layers by kind and name; layers of equal weights, which no density fits, are left out.
+
+    The kinds are 'first convolution', 'convolutions' and 'adder layers' behind it, and 'classifier'.
+    """
+    inner = matched_layers(network).items()
+    kinds = [
+        ("first convolution", *first_convolution(network)),
+        *(("adder layers" if isinstance(layer, AdderConv2d) else "convolutions", name, layer) for name, layer in inner),
+        ("classifier", *classifier(network)),
+    ]
+    found: dict[str, dict[str, Tensor]] = {}
+    for kind, name, layer in kinds:
+        weights = layer.weight.detach().flatten()
+        if weights.min() < weights.max():
+            found.setdefault(kind, {})[name] = weights
+    return found
+
+
+def draw_weights(networks: Mapping[str, nn.Module]) -> Figure:
+    """Histograms of the weights of each kind of layer, with the Gaussian and the Laplace density that fit them.
+
+    Weights are in units of their layer's standard deviation: layers of different scale, put together as they are,
+    would look like a Laplace density though each be Gaussian.
+    """
+    of_network = {name: layer_weights(network) for name, network in networks.items()}
+    columns = max(map(len, of_network.values()))
+    figure = Figure(figsize=(4 * columns, 3.4 * len(networks)), layout="constrained")
+    panels = figure.subplots(len(networks), columns, squeeze=False)
+    x = torch.linspace(-4, 4, 161)
+    for row, (name, kinds) in zip(panels, of_network.items(), strict=True):
+        for axes in row[len(kinds) :]:
+            axes.set_axis_off()
+        for axes, (kind, layers) in zip(row, kinds.items(), strict=False):
+            weights = torch.cat([(w - w.mean()) / w.std(correction=0) for w in layers.values()])
+            density = torch.histc(weights, BINS, -4, 4) * BINS / (8 * len(weights))
+            axes.stairs(density, torch.linspace(-4, 4, BINS + 1), fill=True, color=COLORS[name], alpha=0.4)
+            gaussian, laplace = fit_gaussian(weights), fit_laplace(weights)
+            z, scale = (x - gaussian.center) / gaussian.scale, gaussian.scale * math.sqrt(2 * math.pi)
+            label = f"Gaussian: {gaussian.log_likelihood:.3f} nats"
+            axes.plot(x, (-z.square() / 2).exp() / scale, "-", color="black", label=label)
+            z, scale = (x - laplace.center) / laplace.scale, 2 * laplace.scale
+            label = f"Laplace: {laplace.log_likelihood:.3f} nats"
+            axes.plot(x, (-z.abs()).exp() / scale, "--", color="black", label=label)
+            axes.set(title=f"{name}: {kind}", xlabel="weight / standard deviation of its layer", ylabel="density")
+            axes.set_ylim(top=1.3 * axes.get_ylim()[1])  # room for the legend
+            axes.legend(fontsize="small", loc="upper right")
+    return figure
+
+
+# --- axes ---
+
+
+def _line(axes: Axes, epochs: Sequence[float], values: Sequence[float], style: str, **options) -> None:
+    # points, as long as they can be told apart: of a run's first epoch there is no line
+    axes.plot(epochs, values, style, marker="." if len(epochs) <= 20 else None, **options)
+
+
+def _finish(axes: Axes, title: str, log: bool = False, legend: bool = True) -> None:
+    axes.set(title=title, xlabel="epoch")
+    axes.set_xlim(left=0)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.grid(alpha=0.3)
+    values = [value for line in axes.lines for value in line.get_ydata()]
+    if log and 0 < 10 * min(values) < max(values):
+        axes.set_yscale("log")
+    if legend:
+        axes.legend(fontsize="small")

@@ -1,0 +1,244 @@
+"""What a run folder holds: configuration, log, and the networks of a finished run."""
+
+import csv
+import pickle
+import zipfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from adderops.distill.build import KIND_OF_ROLE, load_data_of
+from adderops.distill.config import MACHINE, Config
+from adderops.distill.data.idx import SIDE
+from adderops.distill.data.sources import find_source
+from adderops.models import classifier, create_model, input_size
+
+NETWORKS = ("student", "student_ema", "teacher", "teacher_ema")
+LOG_COLUMNS = ("epoch", "images_per_second", "seconds")
+LAYER_COLUMNS = ("epoch", "layer", "l_mid", "gradient_ratio", "var_yc")
+# `root` is where the data lie, `recipe` no more than the values of other options, and frozen teachers are one a seed.
+NOT_COMPARED = {*MACHINE, "root", "recipe", "teacher_checkpoint"}
+# Options without effect on the runs of the other methods.
+OF_DISTILLATION = (
+    "teacher",
+    "teacher_checkpoint",
+    "features",
+    "logits",
+    "alpha",
+    "beta",
+    "temperature",
+    "width",
+    "shared_width",
+    "teacher_linear",
+    "mid_norm",
+    "mid_reduction",
+)
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """A run as its files tell it, finished or still in training.
+
+    Attributes:
+        path: of the folder.
+        config: of the run.
+        rows: log.csv: numbers by name, a dict an epoch; at least one.
+        layers: layers.csv: a dict an epoch and matched layer; empty where nothing was matched.
+        finished: whether the last epoch is over and the networks are saved.
+    """
+
+    path: Path
+    config: Config
+    rows: list[dict[str, float]]
+    layers: list[dict[str, Any]]
+    finished: bool
+
+    @classmethod
+    def load(cls, path: Path) -> "RunFolder":
+        """Reads a run folder.
+
+        Raises:
+            FileNotFoundError: not a run folder, or no epoch is over yet.
+            ValueError: a damaged file, or the folder of a comparison, which holds two run folders.
+        """
+        if not (path / "config.json").is_file():
+            raise FileNotFoundError(f"{path}: expected a run folder, got one without a config.json")
+        config = Config.load(path / "config.json")
+        if config.method == "compare":
+            raise ValueError(f"{path}: expected the folder of one run, got a comparison: take its pkkd or plain")
+        if not (path / "log.csv").is_file():
+            raise FileNotFoundError(f"{path}: expected a run of at least one epoch, got a folder without a log.csv")
+        rows = _read_csv(path / "log.csv", LOG_COLUMNS)
+        layers = _read_csv(path / "layers.csv", LAYER_COLUMNS) if (path / "layers.csv").is_file() else []
+        run = cls(path, config, rows, layers, (path / "summary.json").is_file())
+        if not run.networks:
+            raise ValueError(f"{path / 'log.csv'}: expected a column with a test accuracy, got {', '.join(rows[0])}")
+        return run
+
+    @property
+    def title(self) -> str:
+        config = self.config
+        return f"{Path(config.data).name}, {config.arch}, {config.method}, seed {config.seed}"
+
+    @property
+    def tested_on(self) -> str:
+        """What the 'test' of the log is: 'test' or 'validation' images."""
+        return "validation" if self.config.validation else "test"
+
+    @property
+    def networks(self) -> list[str]:
+        """Names of the networks that the run tests and saves, the one that it is about first."""
+        return [name for name in NETWORKS if f"{name}_test_accuracy" in self.rows[0]]
+
+    def curve(self, name: str) -> list[float]:
+        """Returns a column of log.csv, a number an epoch."""
+        return [row[name] for row in self.rows]
+
+    def results(self) -> list[dict[str, Any]]:
+        """Returns a row for each network: all options of the run, and what came of it.
+
+        The latter: run (folder), network, finished, epochs_done, test_accuracy (of the last epoch), best_test_accuracy
+        and best_epoch (the first one that reaches it), train_accuracy (None for an average of weights),
+        images_per_second (mean over the epochs), hours.  Accuracies are shares.  Options of distillation are None for
+        the other methods.
+        """
+        options = asdict(self.config)
+        if self.config.method != "pkkd":
+            options |= dict.fromkeys(OF_DISTILLATION)
+        results = []
+        for name in self.networks:
+            accuracies = self.curve(f"{name}_test_accuracy")
+            best = max(accuracies)
+            results.append(
+                {
+                    **options,
+                    "run": str(self.path),
+                    "network": name,
+                    "finished": self.finished,
+                    "epochs_done": len(self.rows),
+                    "test_accuracy": accuracies[-1],
+                    "best_test_accuracy": best,
+                    "best_epoch": accuracies.index(best) + 1,
+                    "train_accuracy": self.rows[-1].get(f"{name}_train_accuracy"),
+                    "images_per_second": sum(self.curve("images_per_second")) / len(self.rows),
+                    "hours": sum(self.curve("seconds")) / 3600,
+                }
+            )
+        return results
+
+    def require_finished(self) -> None:
+        """Raises ValueError where the run is not finished: its networks are not saved yet."""
+        if not self.finished:
+            raise ValueError(
+                f"{self.path}: expected a finished run, got one after epoch {len(self.rows)} of {self.config.epochs} "
+                f"without a summary.json; continue it with --resume {self.path}"
+            )
+
+    def network(self, name: str) -> nn.Module:
+        """Returns a network of a finished run, on the CPU and in evaluation mode.
+
+        Args:
+            name: one of `networks`.
+
+        Raises:
+            ValueError: the run has no such network or is not finished, or the file is damaged.
+            FileNotFoundError: the file is missing.
+        """
+        if name not in self.networks:
+            raise ValueError(f"weights: expected {' or '.join(self.networks)} for {self.path}, got {name}")
+        self.require_finished()
+        path = self.path / f"{name}.pt"
+        state = _read_state_dict(path)
+        kind = KIND_OF_ROLE[name.removesuffix("_ema")]
+        try:
+            network = create_model(self.config.arch, kind, *_sizes(self.config.arch, state))
+            network.load_state_dict(state)
+        except (RuntimeError, KeyError) as error:
+            raise ValueError(f"{path}: expected a state_dict of {self.config.arch}, got another: {error}") from error
+        return network.eval()
+
+    def input_shape(self, network: nn.Module) -> tuple[int, int, int]:
+        """Returns (C, H, W) of the images that a network of the run takes.
+
+        Raises:
+            FileNotFoundError: a run on a folder of the user, which is gone.
+        """
+        source = find_source(self.config.data, Path(self.config.root), download=False)
+        side = (self.config.side or input_size(self.config.arch)) if source.of_files else SIDE
+        name, layer = first_convolution(network)
+        return layer.in_channels, side, side
+
+    def preprocessing(self) -> tuple[list[float], list[float]]:
+        """Returns mean and standard deviation of each channel, for pixels from 0 to 1: x = (pixel - mean) / std.
+
+        Where they were measured on the training images these are read again.
+
+        Raises:
+            FileNotFoundError, ValueError: as `load_data`.
+        """
+        source = find_source(self.config.data, Path(self.config.root), download=False)
+        if source.statistics is not None:
+            return tuple(map(list, source.statistics))
+        images = load_data_of(self.config).train
+        return (images.mean / 255).flatten().tolist(), (images.std / 255).flatten().tolist()
+
+
+def differing_options(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Returns the options in which rows of `RunFolder.results` differ, but for those that do not make another run.
+
+    >>> common = dict(method="pkkd", threads=1)
+    >>> differing_options([{**common, "beta": 0.1}, {**common, "beta": 0.5, "threads": 2}])
+    ['beta']
+    """
+    differing = []
+    for name in (f.name for f in fields(Config) if f.name not in NOT_COMPARED):
+        values = {row.get(name) for row in rows if name not in OF_DISTILLATION or row["method"] == "pkkd"}
+        if len(values) > 1:
+            differing.append(name)
+    return differing
+
+
+def first_convolution(network: nn.Module) -> tuple[str, nn.Conv2d]:
+    return next((name, m) for name, m in network.named_modules() if isinstance(m, nn.Conv2d))
+
+
+def _sizes(arch: str, state: dict[str, Tensor]) -> tuple[int, int]:
+    """Returns the channels of the images and the number of classes of the network whose state_dict this is."""
+    with torch.device("meta"):
+        like = create_model(arch, "cnn")
+    name, layer = first_convolution(like)
+    return state[f"{name}.weight"].size(1) * layer.groups, state[f"{classifier(like)[0]}.weight"].size(0)
+
+
+def _read_state_dict(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()  # torch.load does not look at the checksums
+        if damaged is not None:
+            raise ValueError(f"wrong checksum of {damaged}")
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, zipfile.BadZipFile, pickle.UnpicklingError) as error:
+        raise ValueError(f"{path}: expected a whole state_dict, got a damaged file ({error})") from error
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise ValueError(f"{path}: expected a state_dict, got something else")
+    return state
+
+
+def _read_csv(path: Path, columns: Sequence[str]) -> list[dict[str, Any]]:
+    """Returns the rows of a log, at least one, which has the columns named and maybe more; 'layer' is text."""
+    try:
+        with open(path, newline="") as file:
+            rows = list(csv.DictReader(file))
+        rows = [{name: v if name == "layer" else float(v) for name, v in row.items()} for row in rows]
+    except (csv.Error, TypeError, ValueError) as error:  # TypeError: too few or too many fields
+        raise ValueError(f"{path}: expected a number in each column, got a damaged file ({error})") from error
+    if not rows or not set(columns) <= rows[0].keys():
+        found = ", ".join(rows[0]) if rows else "no rows"
+        raise ValueError(f"{path}: expected rows with {', '.join(columns)}, got {found}")
+    return rows
