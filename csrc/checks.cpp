@@ -65,7 +65,7 @@ int64_t out_size(const char* op, const char* axis, int64_t size, int64_t before,
 enum class Order { kOther, kChannelsFirst, kChannelsLast };
 Order order(const Operand& o, int64_t C, int64_t H, int64_t W) {
   const int64_t* s = o.stride;
-  if ((W == 1 || s[3] == 1) && (H == 1 || s[2] == W) && s[1] == H * W) return Order::kChannelsFirst;
+  if ((W == 1 || s[3] == 1) && (H == 1 || s[2] == W) && (C == 1 || s[1] == H * W)) return Order::kChannelsFirst;
   if ((W == 1 || s[3] == C) && (H == 1 || s[2] == W * C) && s[1] == 1) return Order::kChannelsLast;
   return Order::kOther;
 }
@@ -111,6 +111,15 @@ Conv2dArgs check_conv2d(const char* op, const Tensor& x, const Tensor& w, const 
   args.x = operand(x);
   args.w = operand(w);
   return args;
+}
+
+void check_images(const char* op, const char* name, const Tensor& images, bool in_pieces) {
+  STD_TORCH_CHECK(images.is_cpu() && images.scalar_type() == ScalarType::Float, op, ": ", name,
+                  ": expected float32 on the CPU, got ", name_of(images.scalar_type()));
+  STD_TORCH_CHECK(images.dim() == 4 && images.numel() > 0, op, ": ", name,
+                  ": expected shape (N, C, H, W) without zeros, got ", shape_of(images));
+  STD_TORCH_CHECK(!in_pieces || order(operand(images), images.size(1), images.size(2), images.size(3)) != Order::kOther,
+                  op, ": ", name, ": expected images that are contiguous or channels_last, got other strides");
 }
 
 Operand operand(const Tensor& tensor) {

@@ -26,6 +26,9 @@ Conv2dArgs check_conv2d(const char* op, const Tensor& x, const Tensor& w, const 
 void check_tensor(const char* op, const char* name, const Tensor& tensor, const Tensor& x,
                   const std::vector<int64_t>& shape);
 
+// Checks float32 images on the CPU, (N, C, H, W), of which none is 0; `in_pieces`: each image is one piece of memory.
+void check_images(const char* op, const char* name, const Tensor& images, bool in_pieces = false);
+
 Operand operand(const Tensor& tensor);
 
 // A kernel as large as its input is a linear layer: (C_in, H, W) become C_in*H*W channels of a single pixel, where x, w

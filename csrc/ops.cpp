@@ -17,6 +17,17 @@ STABLE_TORCH_LIBRARY(adderops, m) {
   m.def(
       "adder_conv2d_grad_w(Tensor grad_y, Tensor x, Tensor w, int[] stride, int[] padding, int[] dilation, int groups)"
       " -> Tensor");
+  // What adderops.distill computes on the CPU, float32 alone; csrc/moments_args.h has the formulas.
+  // -> (2C + 1, 2C): E[z z^T], and E[z] as the last row
+  m.def(
+      "_kernel_moments(Tensor student, Tensor teacher, float scale_a, float scale_c, float centre_a, float centre_c, "
+      "bool exponential) -> Tensor");
+  // weights (2C + 1, C) -> (N, C, H, W) in the format of student
+  m.def(
+      "_kernel_moments_grad(Tensor weights, Tensor student, Tensor teacher, float scale_a, float scale_c, "
+      "float centre_a, float centre_c, bool exponential) -> Tensor");
+  // (N, C, H, W), contiguous or channels_last -> (N)
+  m.def("_abs_sum(Tensor x) -> Tensor");
   // the CPU instruction set that the next call uses, and all that this machine runs, weakest first
   m.def("_cpu_isa() -> str");
   m.def("_cpu_isas() -> str[]");

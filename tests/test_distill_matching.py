@@ -32,9 +32,9 @@ def conv_like(n: int, h: int, w: int, channels: int = CHANNELS) -> Tensor:
 
 def written_out(y: Tensor, c: Tensor, match: FeatureMatch, features: str, norm: str, reduction: str, widths) -> Tensor:
     """The formula with all tensors at their full size; `widths` of student and teacher."""
-    [layer] = match.layers
+    [linear] = match.linears
     compared = []
-    for output, width, sign, weight in ((y, widths[0], 1, layer.w_a), (c, widths[1], -1, layer.w_c)):
+    for output, width, sign, weight in ((y, widths[0], 1, linear.w_a[0]), (c, widths[1], -1, linear.w_c[0])):
         feature = (sign * output / width).exp() if "kernel" in features else output / width
         feature = torch.einsum("dc,nchw->ndhw", weight, feature)
         if norm == "batchnorm":
@@ -48,7 +48,7 @@ def written_out(y: Tensor, c: Tensor, match: FeatureMatch, features: str, norm: 
 
 def make_match(*args, **kwargs) -> FeatureMatch:
     match = FeatureMatch([CHANNELS], *args, **kwargs).double()
-    for weight in (match.layers[0].w_a, match.layers[0].w_c):
+    for weight in (match.linears[0].w_a, match.linears[0].w_c):
         if weight.requires_grad:
             torch.nn.init.normal_(weight)
     return match
@@ -102,12 +102,12 @@ def test_which_1x1_is_trained():
     for features, teacher_linear in itertools.product(
         ["1x1", "kernel", "kernel+1x1"], ["trained", "identity", "random"]
     ):
-        [layer] = FeatureMatch([CHANNELS], features, teacher_linear=teacher_linear).layers
+        [layer] = FeatureMatch([CHANNELS], features, teacher_linear=teacher_linear).linears
         linear = features != "kernel"
-        assert torch.equal(layer.w_a, eye) and layer.w_a.requires_grad == linear
+        assert torch.equal(layer.w_a[0], eye) and layer.w_a.requires_grad == linear
         assert layer.w_c.requires_grad == (linear and teacher_linear == "trained")
-        assert torch.equal(layer.w_c, eye) != (linear and teacher_linear == "random")
-        torch.testing.assert_close(layer.w_c @ layer.w_c.T, eye)
+        assert torch.equal(layer.w_c[0], eye) != (linear and teacher_linear == "random")
+        torch.testing.assert_close(layer.w_c[0] @ layer.w_c[0].T, eye)
 
 
 def test_learned_width_gets_the_gradient_of_the_formula():
@@ -160,22 +160,22 @@ def test_teacher_gets_no_gradient():
     assert c.grad is None and y.grad is not None
 
 
-def test_layers_are_averaged_whatever_their_size():
-    shapes = [(2, 3, 4, 4), (2, 7, 1, 1)]
+def test_layers_are_averaged_whatever_their_size_and_order():
+    shapes = [(2, 3, 4, 4), (2, 7, 1, 1), (2, 3, 2, 2)]  # layers of one size are computed together
     ys, cs = [adder_like(n, h, w, c) for n, c, h, w in shapes], [conv_like(n, h, w, c) for n, c, h, w in shapes]
-    both, watched = FeatureMatch([3, 7]).double()(ys, cs)
+    both, watched = FeatureMatch([3, 7, 3]).double()(ys, cs)
     alone = [FeatureMatch([y.size(1)]).double()([y], [c])[0].item() for y, c in zip(ys, cs, strict=True)]
     assert watched["l_mid"].tolist() == pytest.approx(alone)
-    assert both.item() == pytest.approx(sum(alone) / 2)
-    summed, _ = FeatureMatch([3, 7], reduction="sum").double()(ys, cs)
-    assert summed.item() == pytest.approx(alone[0] * 48 + alone[1] * 7)
+    assert both.item() == pytest.approx(sum(alone) / 3)
+    summed, _ = FeatureMatch([3, 7, 3], reduction="sum").double()(ys, cs)
+    assert summed.item() == pytest.approx(alone[0] * 48 + alone[1] * 7 + alone[2] * 12)
 
 
 def test_watched_variance_is_that_of_the_teachers_features():
     y, c = adder_like(3, 4, 2), conv_like(3, 4, 2)
     match = make_match()
     _, watched = match([y], [c])
-    feature = torch.einsum("dc,nchw->ndhw", match.layers[0].w_c, (-c / batch_widths(y, c)[1]).exp())
+    feature = torch.einsum("dc,nchw->ndhw", match.linears[0].w_c[0], (-c / batch_widths(y, c)[1]).exp())
     assert watched["var_yc"].item() == pytest.approx(feature.var((0, 2, 3), correction=0).mean().item())
 
 
@@ -184,7 +184,7 @@ def test_scaling_both_1x1_does_not_shrink_the_loss():
     y, c, match = adder_like(8, 4, 4), conv_like(8, 4, 4), FeatureMatch([CHANNELS]).double()
     before = match([y], [c])[0].item()
     with torch.no_grad():
-        for weight in (match.layers[0].w_a, match.layers[0].w_c):
+        for weight in (match.linears[0].w_a, match.linears[0].w_c):
             weight *= 0.5
     # exact but for the eps = 1e-5 of BatchNorm beside variances of 0.5^2 * 0.01 and more
     assert match([y], [c])[0].item() == pytest.approx(before, rel=2e-2)

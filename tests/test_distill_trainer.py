@@ -79,9 +79,9 @@ def test_options_reach_the_match(config, options, expected):
     if expected is None:
         assert match is None
         return
-    layer, widths = match.layers[0], match.widths[0]
-    linear = (layer.w_a.requires_grad, layer.w_c.requires_grad)
-    assert (layer.kernel, *linear, layer.norm, match.reduction, widths.source, widths.shared) == expected
+    linear, widths = match.linears[0], match.widths[0]
+    trained = (linear.w_a.requires_grad, linear.w_c.requires_grad)
+    assert (match.kernel, *trained, linear.norm, match.reduction, widths.source, widths.shared) == expected
 
 
 def test_options_reach_the_task(config):

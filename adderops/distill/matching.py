@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from adderops.distill.distributed import global_mean
-from adderops.distill.moments import moments
+from adderops.distill.moments import mean_abs, moments
 
 FEATURES = ("none", "1x1", "kernel", "kernel+1x1")
 WIDTHS = ("batch", "learned", "fixed")
@@ -58,66 +58,63 @@ class KernelWidths(nn.Module):
         return widths.expand(len(magnitudes))
 
 
-class LayerMatch(nn.Module):
-    r"""The term of one layer in L_mid: the mean over channels and pixels of :math:`(y_a - y_c)^2`.
+class LinearMatch(nn.Module):
+    r"""What L_mid does behind the kernels, for layers of the same number of channels.
 
-    .. math:: y_a = BN(W_a g), \quad y_c = BN(W_c h)
+    .. math:: y_a = BN(W_a g), \quad y_c = BN(W_c h), \quad (y_a - y_c)^2
 
-    computed from means and covariances (`adderops.distill.moments`).  The BatchNorms have no parameters and use the
-    statistics of the batch: with a free W and nothing behind it, W = 0 would be the trivial optimum.  Without
-    kernel, g and h are the outputs in units of their width.
+    Computed from means and covariances (`adderops.distill.moments`).  The BatchNorms have no parameters and use the
+    statistics of the batch: with a free W and nothing behind it, W = 0 would be the trivial optimum.
 
     Args:
-        channels: of the layer's output.
-        kernel, linear: whether there is a kernel and a 1x1 convolution.  The student's starts at the identity and
-            is trained by L_mid.
-        teacher_linear: the teacher's 1x1 convolution: 'trained' likewise, 'identity', or 'random' (orthogonal), fixed.
+        layers, channels: their numbers.
+        linear: whether there are 1x1 convolutions; the student's starts at the identity and is trained by L_mid.
+        teacher_linear: the teacher's: 'trained' likewise, 'identity', or 'random' (orthogonal), fixed.
         norm: 'batchnorm', or 'none' for the literal form.
     """
 
-    def __init__(self, channels: int, kernel: bool, linear: bool, teacher_linear: str, norm: str) -> None:
+    def __init__(self, layers: int, channels: int, linear: bool, teacher_linear: str, norm: str) -> None:
         super().__init__()
-        self.kernel, self.norm = kernel, norm
-        w_c = torch.eye(channels)
+        self.norm = norm
+        w_a, w_c = (torch.eye(channels).repeat(layers, 1, 1) for _ in range(2))
         if linear and teacher_linear == "random":
-            nn.init.orthogonal_(w_c)
-        self.w_a = nn.Parameter(torch.eye(channels), requires_grad=linear)
+            for matrix in w_c:
+                nn.init.orthogonal_(matrix)
+        self.w_a = nn.Parameter(w_a, requires_grad=linear)
         self.w_c = nn.Parameter(w_c, requires_grad=linear and teacher_linear == "trained")
 
-    def forward(self, student: Tensor, teacher: Tensor, widths: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Returns the layer's term and numbers to watch.
+    def forward(self, mean: Tensor, second: Tensor, centres: tuple[float, float]) -> tuple[Tensor, Tensor]:
+        """Returns for each layer the mean of the squares, and that of the variances of W_c h, over channels and pixels.
 
         Args:
-            student, teacher: outputs (N, C, H, W).
-            widths: (2), 2 sigma^2 of student and teacher.
+            mean, second: (layers, 2C) and (layers, 2C, 2C), of `moments` with these centres.
         """
-        scales = torch.stack([1 / widths[0], -1 / widths[1] if self.kernel else 1 / widths[1]])
-        centres = (math.exp(-1 / STUDENT_FACTOR), 1.0) if self.kernel else (-1 / STUDENT_FACTOR, 0.0)
-        mean, second = moments(student, teacher, scales, centres, self.kernel)
-        mean, second = global_mean(mean, len(student)), global_mean(second, len(student))
-        cov, c = second - torch.outer(mean, mean), len(self.w_a)
-        mixed_a = self.w_a @ cov[:c]
-        var_a = (mixed_a[:, :c] * self.w_a).sum(1).clamp(min=0)
-        cov_ac = (mixed_a[:, c:] * self.w_c).sum(1)
-        var_c = ((self.w_c @ cov[c:, c:]) * self.w_c).sum(1).clamp(min=0)
+        c = self.w_a.size(1)
+        cov = second - mean.unsqueeze(2) * mean.unsqueeze(1)
+        mixed_a = self.w_a @ cov[:, :c]
+        var_a = (mixed_a[..., :c] * self.w_a).sum(2).clamp(min=0)
+        cov_ac = (mixed_a[..., c:] * self.w_c).sum(2)
+        var_c = ((self.w_c @ cov[:, c:, c:]) * self.w_c).sum(2).clamp(min=0)
         if self.norm == "batchnorm":
             inv_a, inv_c = (var_a + BATCHNORM_EPS).rsqrt(), (var_c + BATCHNORM_EPS).rsqrt()
             squares = var_a * inv_a.square() + var_c * inv_c.square() - 2 * cov_ac * inv_a * inv_c
         else:
-            means = self.w_a @ (mean[:c] + centres[0]) - self.w_c @ (mean[c:] + centres[1])
-            squares = var_a + var_c - 2 * cov_ac + means.square()
-        return squares.mean(), {"var_yc": var_c.detach().mean(), "width_a": widths[0], "width_c": widths[1]}
+            of_a, of_c = (mean.unsqueeze(2).split(c, dim=1)[i] + centres[i] for i in range(2))
+            squares = var_a + var_c - 2 * cov_ac + (self.w_a @ of_a - self.w_c @ of_c).squeeze(2).square()
+        return squares.mean(1), var_c.detach().mean(1)
 
 
 class FeatureMatch(nn.Module):
     r"""L_mid over all matched layers.
+
+    Without kernel, g and h are the outputs in units of their width.
 
     Args:
         channels: of each layer's output.
         features: '1x1', 'kernel' or 'kernel+1x1': what stands between outputs and comparison.
         width: see `KernelWidths`.
         shared_width: one width for all layers of a network.
-        teacher_linear, norm: see `LayerMatch`.
+        teacher_linear, norm: see `LinearMatch`.
         reduction: 'mean' over layers, channels and pixels; 'sum' over them, and the mean over the images.
 
     Source: PKKD, arXiv 2009.13044, section 3.1.
@@ -139,9 +136,14 @@ class FeatureMatch(nn.Module):
         reduction: str = "mean",
     ) -> None:
         super().__init__()
-        kernel, linear = "kernel" in features, "1x1" in features
-        self.reduction = reduction
-        self.layers = nn.ModuleList(LayerMatch(c, kernel, linear, teacher_linear, norm) for c in channels)
+        self.channels, self.reduction = channels, reduction
+        self.kernel = "kernel" in features
+        # layers of the same size together: 20 layers of small matrices would take their time one by one
+        self.indices = [[i for i, c in enumerate(channels) if c == size] for size in dict.fromkeys(channels)]
+        self.linears = nn.ModuleList(
+            LinearMatch(len(indices), channels[indices[0]], "1x1" in features, teacher_linear, norm)
+            for indices in self.indices
+        )
         self.widths = nn.ModuleList(
             KernelWidths(len(channels), factor, width, shared_width) for factor in (STUDENT_FACTOR, TEACHER_FACTOR)
         )
@@ -153,24 +155,34 @@ class FeatureMatch(nn.Module):
             student, teacher: outputs (N, C, H, W) of each layer; those of the teacher get no gradient.
         """
         student, teacher = ([_not_half(output) for output in outputs] for outputs in (student, teacher))
+        images = len(student[0])
         with torch.no_grad():
-            magnitudes = torch.stack([torch.stack([_mean_abs(y) for y in outputs]) for outputs in (student, teacher)])
-            magnitudes = global_mean(magnitudes, len(student[0]))
+            magnitudes = torch.stack([mean_abs(output) for output in (*student, *teacher)]).view(2, -1)
+            magnitudes = global_mean(magnitudes, images)
         widths = torch.stack([w(m) for w, m in zip(self.widths, magnitudes, strict=True)])
-        terms, watched = [], []
-        for i, layer in enumerate(self.layers):
-            term, numbers = layer(student[i], teacher[i], widths[:, i])
-            terms.append(term * student[i][0].numel() if self.reduction == "sum" else term)
-            watched.append(numbers)
-        of_layers = {name: torch.stack([w[name].detach() for w in watched]) for name in watched[0]}
-        stacked = torch.stack(terms)
-        return stacked.sum() if self.reduction == "sum" else stacked.mean(), {"l_mid": stacked.detach(), **of_layers}
+        scales = 1 / widths
+        centres = (-1 / STUDENT_FACTOR, 0.0)
+        if self.kernel:
+            scales = scales * scales.new_tensor([[1.0], [-1.0]])
+            centres = (math.exp(centres[0]), math.exp(centres[1]))
+        found = [
+            moments(y, c, scale, centres, self.kernel) for y, c, scale in zip(student, teacher, scales.T, strict=True)
+        ]
+        terms, variances = [], []
+        for indices, linear in zip(self.indices, self.linears, strict=True):
+            mean, second = (global_mean(torch.stack([found[i][k] for i in indices]), images) for k in range(2))
+            of_group, var_c = linear(mean, second, centres)
+            terms.append(of_group)
+            variances.append(var_c)
+        order = torch.tensor([i for indices in self.indices for i in indices], device=scales.device).argsort()
+        terms, variances = torch.cat(terms)[order], torch.cat(variances)[order]
+        watched = {"l_mid": terms, "var_yc": variances, "width_a": widths[0], "width_c": widths[1]}
+        if self.reduction == "sum":
+            terms = terms * terms.new_tensor([output[0].numel() for output in student])
+            watched["l_mid"] = terms
+        l_mid = terms.sum() if self.reduction == "sum" else terms.mean()
+        return l_mid, {name: value.detach() for name, value in watched.items()}
 
 
 def _not_half(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def _mean_abs(x: Tensor) -> Tensor:
-    # image by image: sums of fewer numbers round less, and their order does not depend on the number of threads
-    return torch.linalg.vector_norm(x, 1, dim=(1, 2, 3)).mean() / x[0].numel()

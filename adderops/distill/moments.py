@@ -11,6 +11,8 @@ Therefore no tensor of the outputs' size is needed but z itself.  `adderops.dist
 import torch
 from torch import Tensor
 
+from adderops import _ops
+
 # Ten widths above zero is reached only where something has gone wrong.
 MAX_EXPONENT = 10.0
 # With fewer pixels in an image, one matrix product for each image costs more than bringing the channels last.
@@ -81,6 +83,25 @@ class _Moments(torch.autograd.Function):
         return grad_student, None, grad_scales, None, None
 
 
+class _NativeMoments(torch.autograd.Function):
+    """The same by the kernels of csrc/cpu/moments.inc: float32 on the CPU, scales without gradient; keeps no z."""
+
+    @staticmethod
+    def forward(ctx, student, teacher, scales, centres, kernel):
+        ctx.save_for_backward(student, teacher)
+        ctx.numbers = (*scales.tolist(), *centres, kernel)
+        both = _ops.kernel_moments(student, teacher, *ctx.numbers)
+        return both[-1], both[:-1]
+
+    @staticmethod
+    def backward(ctx, grad_mean, grad_second):
+        student, teacher = ctx.saved_tensors
+        c = student.size(1)
+        factor = ctx.numbers[0] / (student.numel() / c)
+        weights = torch.cat([(grad_second + grad_second.T)[:, :c], grad_mean[None, :c]]) * factor
+        return _ops.kernel_moments_grad(weights, student, teacher, *ctx.numbers), None, None, None, None
+
+
 def moments(
     student: Tensor, teacher: Tensor, scales: Tensor, centres: tuple[float, float], kernel: bool
 ) -> tuple[Tensor, Tensor]:
@@ -108,4 +129,19 @@ def moments(
     """
     if student.shape != teacher.shape:
         raise ValueError(f"moments: teacher: expected shape {tuple(student.shape)}, got {tuple(teacher.shape)}")
-    return _Moments.apply(student, teacher.detach(), scales, centres, kernel)
+    native = student.device.type == "cpu" and student.dtype == teacher.dtype == torch.float32
+    function = _NativeMoments if native and not scales.requires_grad else _Moments
+    return function.apply(student, teacher.detach(), scales, centres, kernel)
+
+
+def mean_abs(x: Tensor) -> Tensor:
+    """Returns mean |x| of a tensor (N, C, H, W), without gradient.
+
+    >>> mean_abs(torch.tensor([[[[-1.0, 3.0]]]]))
+    tensor(2.)
+    """
+    x = x.detach()
+    dense = x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)
+    if dense and x.device.type == "cpu" and x.dtype == torch.float32:
+        return _ops.abs_sum(x).mean() / x[0].numel()
+    return x.abs().mean()

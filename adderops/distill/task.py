@@ -105,10 +105,11 @@ class PKKDTask(nn.Module):
         if match is not None:
             self._outputs = {role: IntermediateOutputs(network) for role, network in self.networks.items()}
             channels = {role: [m.out_channels for m in o.layers] for role, o in self._outputs.items()}
-            expected = [len(layer.w_a) for layer in match.layers]
             for role, found in channels.items():
-                if found != expected:
-                    raise ValueError(f"PKKDTask: {role}: expected matched layers of {expected} channels, got {found}")
+                if found != match.channels:
+                    raise ValueError(
+                        f"PKKDTask: {role}: expected matched layers of {match.channels} channels, got {found}"
+                    )
             self.layer_names = self._outputs["student"].names
             self._keep_outputs(False)
         teacher.requires_grad_(not frozen)

@@ -6,6 +6,7 @@
 // Kernels allocate nothing: the binding hands them `shared` (one block for the call) and `worker` (one per thread).
 #pragma once
 #include "../conv2d_problem.h"
+#include "../moments_args.h"
 
 namespace adderops {
 namespace cpu {
@@ -17,14 +18,16 @@ struct Plan {
   int64_t tasks[3];
 };
 
+template <typename Args>
 struct Pass {
-  Plan (*plan)(const Conv2dArgs&);
-  void (*run)(const Conv2dArgs&, int stage, int64_t task, char* shared, char* worker);
+  Plan (*plan)(const Args&);
+  void (*run)(const Args&, int stage, int64_t task, char* shared, char* worker);
 };
 
 struct Kernels {
   const char* name;
-  Pass forward, grad_x, grad_w;
+  Pass<Conv2dArgs> forward, grad_x, grad_w;
+  Pass<MomentsArgs> moments, moments_gradient, abs_sum;  // float32 alone: none among the definitions
 };
 
 // Plain loops over the definition: float64, and the yardstick of the others.
