@@ -122,9 +122,7 @@ def test_ema_is_the_moving_average_of_the_weights(config, data, tmp_path, monkey
 
 def test_initial_weights_are_those_of_the_file(config, data, tmp_path):
     state = lenet5("adder", 1, 4).state_dict()
-    torch.save(
-        {f"module.{name.replace('weight', 'weight')}": value for name, value in state.items()}, tmp_path / "w.pt"
-    )
+    torch.save({f"module.{name}": value for name, value in state.items()}, tmp_path / "w.pt")
     task = build_task(replace(config, initial=str(tmp_path / "w.pt")).resolve(), 1, 4, torch.device("cpu"))
     assert_same_state(dict(task.networks["student"].state_dict()), dict(state))
 

@@ -72,8 +72,9 @@ def build_task(config: Config, in_channels: int, num_classes: int, device: torch
         role = main_role(config)
         return SingleTask(network(role), role).to(device)
     teacher, student = network("teacher"), network("student")
-    if config.teacher == "frozen":
-        load_weights(teacher, Path(config.teacher_checkpoint))
+    frozen = config.teacher == "frozen"
+    if config.teacher_checkpoint is not None:
+        load_weights(teacher, Path(config.teacher_checkpoint), any_classifier=not frozen)
     match = None
     if config.features != "none":
         torch.manual_seed(config.seed)
@@ -87,7 +88,6 @@ def build_task(config: Config, in_channels: int, num_classes: int, device: torch
             config.mid_reduction,
         )
     temperature = config.temperature if config.logits else None
-    frozen = config.teacher == "frozen"
     return PKKDTask(teacher, student, match, config.alpha, config.beta, temperature, frozen).to(device)
 
 

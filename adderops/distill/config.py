@@ -75,11 +75,11 @@ class Config:
     )
     teacher: str = _option(
         "progressive",
-        "pkkd: progressive: trained beside the student; frozen: that of --teacher-checkpoint; none: as plain",
+        "pkkd: progressive: trained beside the student; frozen: stays as --teacher-checkpoint; none: as plain",
         choices=TEACHERS,
     )
     teacher_checkpoint: str | None = _option(
-        None, "state_dict of the frozen teacher, as teacher.pt of a run folder", type=str
+        None, "pkkd: state_dict that the teacher starts from, or stays at when frozen; teacher.pt of a run", type=str
     )
     features: str = _option("kernel+1x1", "pkkd: what matches the inner layers", choices=FEATURES)
     logits: bool = _option(True, "pkkd: imitate the teacher's logits")

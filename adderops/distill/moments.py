@@ -1,11 +1,11 @@
-r"""Mean and covariance of the kernels of two layers, in few passes over their outputs and one matrix product.
+r"""Mean and covariance of the kernels of two layers, in one pass over their outputs.
 
 PKKD compares a student's layer with its teacher's through kernels, a 1x1 convolution and a BatchNorm each.  Behind the
 kernels z all of that is linear or made of mean and covariance, and so is the mean squared difference:
 
 .. math:: y = W z, \quad mean(y) = W\,mean(z), \quad cov(y) = W\,cov(z)\,W^T
 
-Therefore no tensor of the outputs' size is needed but z itself.  `adderops.distill.matching` makes the loss of them.
+Therefore no tensor of the outputs' size is kept.  `adderops.distill.matching` makes the loss of mean and covariance.
 """
 
 import torch
@@ -36,27 +36,36 @@ def _as_images(matrices: Tensor, per_image: bool, shape: torch.Size) -> Tensor:
     return matrices.reshape(shape) if per_image else matrices.transpose(1, 2).reshape(n, h, w, c).permute(0, 3, 1, 2)
 
 
+def _features(student, teacher, scales, centres, kernel) -> Tensor:
+    """Returns z as matrices, student above teacher."""
+    per_image = _one_matrix_per_image(student)
+    n, c, p = _as_matrices(student, per_image).shape
+    z = student.new_empty((n, 2 * c, p)) if per_image else student.new_empty((n, p, 2 * c)).transpose(1, 2)
+    halves = z.chunk(2, dim=1)
+    for half, output, scale in zip(halves, (student, teacher), scales, strict=True):
+        torch.mul(_as_matrices(output, per_image), scale, out=half)
+    if kernel:
+        z.clamp_(max=MAX_EXPONENT).exp_()
+    for half, centre in zip(halves, centres, strict=True):
+        half.sub_(centre)
+    return z
+
+
 class _Moments(torch.autograd.Function):
+    """On any device and in any type.  Keeps no z: it is made again in the backward pass."""
+
     @staticmethod
     def forward(ctx, student, teacher, scales, centres, kernel):
-        per_image = _one_matrix_per_image(student)
-        n, c, p = _as_matrices(student, per_image).shape
-        z = student.new_empty((n, 2 * c, p)) if per_image else student.new_empty((n, p, 2 * c)).transpose(1, 2)
-        halves = z.chunk(2, dim=1)
-        for half, output, scale in zip(halves, (student, teacher), scales, strict=True):
-            torch.mul(_as_matrices(output, per_image), scale, out=half)
-        if kernel:
-            z.clamp_(max=MAX_EXPONENT).exp_()
-        for half, centre in zip(halves, centres, strict=True):
-            half.sub_(centre)
-        ctx.save_for_backward(student, teacher, scales, z)
+        ctx.save_for_backward(student, teacher, scales)
         ctx.centres, ctx.kernel = centres, kernel
-        return z.mean((0, 2)), (z @ z.transpose(1, 2)).sum(0) / (n * p)
+        z = _features(student, teacher, scales, centres, kernel)
+        return z.mean((0, 2)), (z @ z.transpose(1, 2)).sum(0) / (z.size(0) * z.size(2))
 
     @staticmethod
     def backward(ctx, grad_mean, grad_second):
-        student, teacher, scales, z = ctx.saved_tensors
+        student, teacher, scales = ctx.saved_tensors
         per_image = _one_matrix_per_image(student)
+        z = _features(student, teacher, scales, ctx.centres, ctx.kernel)
         n, channels, p = z.shape
         c = channels // 2
         rows = channels if ctx.needs_input_grad[2] else c  # of the teacher only the scale ever wants a gradient
@@ -66,10 +75,7 @@ class _Moments(torch.autograd.Function):
         factors = factors.repeat_interleave(c)[:rows, None]
         matrix = (grad_second + grad_second.T)[:rows] * factors
         vector = grad_mean[:rows, None] * factors
-        if per_image:
-            grad = torch.baddbmm(vector.expand(n, rows, 1), matrix.expand(n, rows, channels), z)
-        else:
-            grad = torch.addmm(vector.T, z[0].T, matrix.T).T[None]
+        grad = torch.baddbmm(vector.expand(n, rows, 1), matrix.expand(n, rows, channels), z)
         halves = grad.split(c, dim=1)
         if ctx.kernel:
             for half, feature, centre in zip(halves, z.split(c, dim=1), ctx.centres, strict=False):
