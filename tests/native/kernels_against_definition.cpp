@@ -1,6 +1,7 @@
-// Runs every kernel set that this machine has against the plain loops of definition.h, without torch: proof that the
-// kernels need none, and a way to execute them for another architecture under an emulator.
-// Integer-valued data make every sum exact, so the results must be equal bit for bit.  Exit status 0: all equal.
+// Runs every kernel set that this machine has against plain loops, of definition.h and here, without torch: proof that
+// the kernels need none, and a way to execute them for another architecture under an emulator. Integer-valued data make
+// every sum exact, so the results must be equal bit for bit.  Exit status 0: all equal.
+#include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -35,7 +36,8 @@ struct Tensor {
   }
 };
 
-void run(const cpu::Pass& pass, const Conv2dArgs& args) {
+template <typename Args>
+void run(const cpu::Pass<Args>& pass, const Args& args) {
   const cpu::Plan plan = pass.plan(args);
   // sizes that aligned_alloc accepts, and never zero
   char* shared = static_cast<char*>(std::aligned_alloc(64, (plan.shared_bytes / 64 + 1) * 64));
@@ -46,8 +48,8 @@ void run(const cpu::Pass& pass, const Conv2dArgs& args) {
   std::free(worker);
 }
 
-bool check(const char* isa, const char* name, const cpu::Pass& pass, const cpu::Pass& definition, Conv2dArgs args,
-           const Tensor& like) {
+bool check(const char* isa, const char* name, const cpu::Pass<Conv2dArgs>& pass,
+           const cpu::Pass<Conv2dArgs>& definition, Conv2dArgs args, const Tensor& like) {
   Tensor got = like, expected = like;
   got.operand.data = got.data.data(), expected.operand.data = expected.data.data();
   args.out = got.operand;
@@ -63,6 +65,70 @@ bool check(const char* isa, const char* name, const cpu::Pass& pass, const cpu::
       return false;
     }
   return true;
+}
+
+// Moments of two layers of the shape of x, their gradient and sum |x|, against loops in double.  Exact without
+// exponential; with it within what its polynomial and the rounding of a sum of a few hundred numbers allow.
+bool check_moments(const cpu::Kernels& kernels, const Conv2dProblem& p, const Tensor& student, const Tensor& teacher,
+                   const std::vector<float>& weights, bool exponential) {
+  const int64_t C = p.C_in, D = 2 * C, pixels = p.N * p.H * p.W;
+  Tensor out = student;
+  out.operand.data = out.data.data();
+  std::vector<float> mean(D), second(D * D), sums(p.N);
+  MomentsArgs args{p.N,         C,           p.H,         p.W,         student.operand, teacher.operand, out.operand,
+                   {1.f, -.5f}, {.25f, 1.f}, exponential, mean.data(), second.data(),   weights.data()};
+  run(kernels.moments, args);
+  run(kernels.moments_gradient, args);
+  args.mean = sums.data();
+  run(kernels.abs_sum, args);
+
+  std::vector<double> z(pixels * D), expected_sums(p.N);
+  auto at = [](const Tensor& t, int64_t n, int64_t c, int64_t h, int64_t w) {
+    const int64_t* s = t.operand.stride;
+    return static_cast<double>(t.data[n * s[0] + c * s[1] + h * s[2] + w * s[3]]);
+  };
+  bool right = true;
+  auto expect = [&](double got, double expected, double bound) { right &= std::abs(got - expected) <= bound; };
+  int64_t q = 0;
+  for (int64_t n = 0; n < p.N; ++n)
+    for (int64_t h = 0; h < p.H; ++h)
+      for (int64_t w = 0; w < p.W; ++w, ++q)
+        for (int64_t c = 0; c < C; ++c) {
+          const double a = at(student, n, c, h, w), b = -.5 * at(teacher, n, c, h, w);
+          expected_sums[n] += std::abs(a);
+          z[q * D + c] = (exponential ? std::exp(a) : a) - .25;
+          z[q * D + C + c] = (exponential ? std::exp(b) : b) - 1.;
+        }
+  for (int64_t n = 0; n < p.N; ++n) expect(sums[n], expected_sums[n], 0);
+  const float inverse = 1.f / static_cast<float>(pixels);
+  for (int64_t j = 0; j < D; ++j)
+    for (int64_t k = 0; k < D; ++k) {
+      double sum = 0, size = 0, first = 0;
+      for (q = 0; q < pixels; ++q) {
+        sum += z[q * D + j] * z[q * D + k], first += z[q * D + j];
+        size += (std::abs(z[q * D + j]) + 1) * (std::abs(z[q * D + k]) + 1);
+      }
+      const double bound = exponential ? 4e-6 * size / pixels : 0;
+      expect(second[j * D + k], exponential ? sum / pixels : static_cast<float>(sum) * inverse, bound);
+      if (k == 0) expect(mean[j], exponential ? first / pixels : static_cast<float>(first) * inverse, bound);
+    }
+  q = 0;
+  for (int64_t n = 0; n < p.N; ++n)
+    for (int64_t h = 0; h < p.H; ++h)
+      for (int64_t w = 0; w < p.W; ++w, ++q)
+        for (int64_t c = 0; c < C; ++c) {
+          double sum = weights[D * C + c], size = std::abs(sum);
+          for (int64_t j = 0; j < D; ++j) {
+            sum += weights[j * C + c] * z[q * D + j];
+            size += std::abs(weights[j * C + c]) * (std::abs(z[q * D + j]) + 1);
+          }
+          const double slope = exponential ? z[q * D + c] + .25 : 1;
+          expect(at(out, n, c, h, w), sum * slope, exponential ? 4e-6 * size * (slope + 1) : 0);
+        }
+  if (!right)
+    std::printf("%s moments: N %d, C %d, %dx%d, exponential %d\n", kernels.name, int(p.N), int(C), int(p.H), int(p.W),
+                exponential);
+  return right;
 }
 
 }  // namespace
@@ -86,7 +152,8 @@ int main(int argc, char** argv) {
 
     Tensor x({p.N, p.C_in, p.H, p.W}, random.below(2)), w({p.C_out, p.C_in / p.groups, p.KH, p.KW}, random.below(2));
     Tensor y({p.N, p.C_out, p.OH, p.OW}, random.below(2)), bias({1, p.C_out, 1, 1}, false);
-    for (Tensor* t : {&x, &w, &y, &bias}) t->fill(&random);
+    Tensor teacher({p.N, p.C_in, p.H, p.W}, random.below(2)), weights({1, 2 * p.C_in + 1, p.C_in, 1}, false);
+    for (Tensor* t : {&x, &w, &y, &bias, &teacher, &weights}) t->fill(&random);
     Conv2dArgs forward{p, ElementType::kFloat32, x.operand, w.operand, {}, {}, bias.data.data()};
     Conv2dArgs backward{p, ElementType::kFloat32, x.operand, w.operand, y.operand, {}, nullptr};
     for (int k = 0; k < count; ++k) {
@@ -94,6 +161,7 @@ int main(int argc, char** argv) {
       failed += !check(kernels.name, "forward", kernels.forward, definition.forward, forward, y);
       failed += !check(kernels.name, "grad_x", kernels.grad_x, definition.grad_x, backward, x);
       failed += !check(kernels.name, "grad_w", kernels.grad_w, definition.grad_w, backward, w);
+      failed += !check_moments(kernels, p, x, teacher, weights.data, i % 2);
     }
   }
   for (int k = 0; k < count; ++k) std::printf("%s ", all[k]->name);
