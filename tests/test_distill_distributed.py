@@ -89,7 +89,8 @@ def test_a_signal_stops_both_and_one_continues(one_batch, tmp_path):
     messages = process.communicate(timeout=120)[1]
     assert "stopped by SIGTERM; " in messages and process.returncode != 0
     done = torch.load(run / "checkpoint.pt", weights_only=True)["epoch"]
-    assert 1 <= done < 40 and len(rows_of(run / "log.csv")) == done
+    assert 1 <= done < 40
+    assert len(rows_of(run / "log.csv")) == done
     assert main(["--resume", str(run)]) == 0
     found = errors(run, tmp_path / "whole")
     assert len(found) == 40 and found[0] < 1e-5 and max(found[:4]) < 1e-4
