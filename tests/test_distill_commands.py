@@ -148,7 +148,7 @@ def saved(content: object) -> bytes:
     "file, change, message",
     [
         ("summary.json", None, "expected a finished run, got one after epoch 3 of 3"),
-        ("student.pt", None, "student.pt: no such file"),
+        ("student.pt", None, "student.pt: no state_dict"),
         ("student.pt", cut, "student.pt: expected a whole state_dict, got a damaged file"),
         ("student.pt", flip, "student.pt: expected a whole state_dict, got a damaged file (wrong checksum of"),
         ("student.pt", saved([1]), "student.pt: expected a state_dict, got something else"),

@@ -223,7 +223,7 @@ def test_damaged_checkpoint(options, tmp_path, capsys, damage):
     assert main([*options, "--method", "plain", "--output", str(run)]) == 0
     checkpoint = run / "checkpoint.pt"
     content = bytearray(checkpoint.read_bytes())
-    expected = "expected a whole checkpoint, got a damaged one"
+    expected = "expected a whole checkpoint, got a damaged file"
     if damage == "cut":
         checkpoint.write_bytes(content[: len(content) // 2])
     elif damage == "flipped":

@@ -1,14 +1,14 @@
 """From a configuration to images, networks, task and optimizer."""
 
-import pickle
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from adderops import _ops
+from adderops.distill.checkpoint import load_state_dict
 from adderops.distill.config import Config
 from adderops.distill.data import Data, load_data
 from adderops.distill.distributed import synchronize_batchnorm
@@ -101,15 +101,7 @@ def load_weights(network: nn.Module, path: Path, any_classifier: bool = False) -
         FileNotFoundError: no such file.
         ValueError: not a state_dict, or not one of this network.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
-        raise ValueError(f"{path}: expected a state_dict, got a file that does not load ({error})") from error
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise ValueError(f"{path}: expected a state_dict, got something else")
-    state = {name.removeprefix("module."): value for name, value in state.items()}
+    state = {name.removeprefix("module."): value for name, value in load_state_dict(path).items()}
     own = network.state_dict()
     if any_classifier:
         # what stands behind the classifier (a BatchNorm on the logits) goes with it

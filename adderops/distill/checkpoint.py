@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from adderops.files import write_atomically
 
@@ -48,17 +49,35 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         FileNotFoundError: there is none.
         ValueError: damaged, or not one of ours.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no checkpoint")
-    try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()  # torch.load does not look at the checksums
-        if damaged is not None:
-            raise ValueError(f"wrong checksum of {damaged}")
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, zipfile.BadZipFile, pickle.UnpicklingError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"{path}: expected a whole checkpoint, got a damaged one ({reason})") from error
+    content = _load_tensors(path, "checkpoint")
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise ValueError(f"{path}: expected a checkpoint of format {FORMAT}, got something else")
     return content
+
+
+def load_state_dict(path: Path) -> dict[str, Tensor]:
+    """Loads a state_dict; executes no code from the file.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: damaged, or not a state_dict.
+    """
+    state = _load_tensors(path, "state_dict")
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise ValueError(f"{path}: expected a state_dict, got something else")
+    return state
+
+
+def _load_tensors(path: Path, what: str) -> Any:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no {what}")
+    try:
+        if zipfile.is_zipfile(path):  # old files of PyTorch, the reference's among them, are not
+            with zipfile.ZipFile(path) as archive:
+                damaged = archive.testzip()  # torch.load does not look at the checksums
+            if damaged is not None:
+                raise ValueError(f"wrong checksum of {damaged}")
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, zipfile.BadZipFile, pickle.UnpicklingError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"{path}: expected a whole {what}, got a damaged file ({reason})") from error

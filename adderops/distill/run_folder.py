@@ -1,8 +1,6 @@
 """What a run folder holds: configuration, log, and the networks of a finished run."""
 
 import csv
-import pickle
-import zipfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -12,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from adderops.distill.build import KIND_OF_ROLE, load_data_of
+from adderops.distill.checkpoint import load_state_dict
 from adderops.distill.config import MACHINE, Config
 from adderops.distill.data.idx import SIDE
 from adderops.distill.data.sources import find_source
@@ -152,7 +151,7 @@ class RunFolder:
             raise ValueError(f"weights: expected {' or '.join(self.networks)} for {self.path}, got {name}")
         self.require_finished()
         path = self.path / f"{name}.pt"
-        state = _read_state_dict(path)
+        state = load_state_dict(path)
         kind = KIND_OF_ROLE[name.removesuffix("_ema")]
         try:
             network = create_model(self.config.arch, kind, *_sizes(self.config.arch, state))
@@ -212,22 +211,6 @@ def _sizes(arch: str, state: dict[str, Tensor]) -> tuple[int, int]:
         like = create_model(arch, "cnn")
     name, layer = first_convolution(like)
     return state[f"{name}.weight"].size(1) * layer.groups, state[f"{classifier(like)[0]}.weight"].size(0)
-
-
-def _read_state_dict(path: Path) -> dict[str, Tensor]:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
-    try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()  # torch.load does not look at the checksums
-        if damaged is not None:
-            raise ValueError(f"wrong checksum of {damaged}")
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, zipfile.BadZipFile, pickle.UnpicklingError) as error:
-        raise ValueError(f"{path}: expected a whole state_dict, got a damaged file ({error})") from error
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise ValueError(f"{path}: expected a state_dict, got something else")
-    return state
 
 
 def _read_csv(path: Path, columns: Sequence[str]) -> list[dict[str, Any]]:
