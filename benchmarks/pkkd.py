@@ -82,6 +82,8 @@ EXPERIMENTS = {
             **{f"beta {beta}": f"{_PKKD} --beta {beta}" for beta in ("0.1", "1", "10", "100")},
             **{f"alpha {alpha}": f"{_PKKD} --alpha {alpha}" for alpha in ("0.1", "10")},
             "temperature 4": f"{_PKKD} --temperature 4",
+            "logits, temperature 4": f"{_PKKD} --features none --temperature 4",
+            "identity, temperature 4": f"{_PKKD} --beta 10 --teacher-linear identity --temperature 4",
             "teacher's 1x1 identity": f"{_PKKD} --beta 10 --teacher-linear identity",
             "teacher's 1x1 random": f"{_PKKD} --beta 10 --teacher-linear random",
             "width learned": f"{_PKKD} --beta 10 --width learned",
