@@ -39,6 +39,7 @@ CUDA_KERNELS_MISSING = _load_cuda_kernels()
 adder_conv2d = torch.ops.adderops.adder_conv2d.default
 adder_conv2d_grad_x = torch.ops.adderops.adder_conv2d_grad_x.default
 adder_conv2d_grad_w = torch.ops.adderops.adder_conv2d_grad_w.default
+adder_conv2d_int8 = torch.ops.adderops.adder_conv2d_int8.default
 kernel_moments = torch.ops.adderops._kernel_moments.default
 kernel_moments_grad = torch.ops.adderops._kernel_moments_grad.default
 abs_sum = torch.ops.adderops._abs_sum.default
@@ -58,13 +59,24 @@ def _empty_in_format_of(like: Tensor, shape: Sequence[int]) -> Tensor:
     return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=memory_format)
 
 
-@torch.library.register_fake("adderops::adder_conv2d")
-def _(x, w, bias, stride, padding, dilation, groups):
+def output_shape(x, w, stride, padding, dilation) -> tuple[int, ...]:
     height, width = (
         (x.size(2 + i) + padding[2 * i] + padding[2 * i + 1] - dilation[i] * (w.size(2 + i) - 1) - 1) // stride[i] + 1
         for i in range(2)
     )
-    return _empty_in_format_of(x, (x.size(0), w.size(0), height, width))
+    return x.size(0), w.size(0), height, width
+
+
+@torch.library.register_fake("adderops::adder_conv2d")
+def _(x, w, bias, stride, padding, dilation, groups):
+    return _empty_in_format_of(x, output_shape(x, w, stride, padding, dilation))
+
+
+@torch.library.register_fake("adderops::adder_conv2d_int8")
+def _(x, w, scale, offset, residual, residual_scale, relu, quantize, zero_point, padding_value, *geometry):
+    dtype = torch.int32 if scale is None else torch.uint8 if quantize else torch.float32
+    shape = output_shape(x, w, *geometry[:3])
+    return torch.empty(shape, dtype=dtype, device=x.device, memory_format=torch.channels_last)
 
 
 @torch.library.register_fake("adderops::adder_conv2d_grad_x")

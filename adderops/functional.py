@@ -1,6 +1,7 @@
-"""The adder convolution as a function, with the argument rules of `torch.nn.functional.conv2d`."""
+"""The adder convolution as functions, of floats and of bytes, with the argument rules of `F.conv2d`."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from operator import index
 
 import torch
@@ -55,25 +56,6 @@ def adder_conv2d(
     >>> adder_conv2d(torch.tensor([[[1.0, 5.0, 3.0]]]), torch.tensor([[[[3.0, 3.0]]]]))
     tensor([[[-4., -2.]]])
     """
-    _check_tensors(input, weight, bias, groups)
-    stride = _pair("stride", stride, least=1)
-    dilation = _pair("dilation", dilation, least=1)
-    sides = _four_sides(padding, weight, stride, dilation)
-    for axis, name in ((0, "height"), (1, "width")):
-        size = input.size(axis - 2) + sides[2 * axis] + sides[2 * axis + 1]
-        span = dilation[axis] * (weight.size(2 + axis) - 1) + 1
-        if span > size:
-            raise _bad("weight", f"a kernel no larger than the padded input in {name}", f"{span} > {size}")
-    if input.dim() == 4:
-        return _ops.adder_conv2d(input, weight, bias, stride, sides, dilation, groups)
-    return _ops.adder_conv2d(input.unsqueeze(0), weight, bias, stride, sides, dilation, groups).squeeze(0)
-
-
-def _bad(argument: str, expected: str, got: object, error: type[Exception] = ValueError) -> Exception:
-    return error(f"adder_conv2d: {argument}: expected {expected}, got {got}")
-
-
-def _check_tensors(input: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> None:
     for name, tensor in (("input", input), ("weight", weight), ("bias", bias)):
         if tensor is None and name == "bias":
             continue
@@ -84,50 +66,172 @@ def _check_tensors(input: Tensor, weight: Tensor, bias: Tensor | None, groups: i
         # autocast brings the dtypes together behind this check
         if tensor.dtype != input.dtype and not torch.is_autocast_enabled(input.device.type):
             raise _bad(name, f"the dtype of input, {input.dtype}", tensor.dtype, TypeError)
-        if tensor.device != input.device:
-            raise _bad(name, f"the device of input, {input.device}", tensor.device)
-    if input.device.type == "cuda" and _ops.CUDA_KERNELS_MISSING:
-        raise _bad("input", f"a tensor on the CPU (no CUDA kernels: {_ops.CUDA_KERNELS_MISSING})", input.device)
-    if input.device.type not in ("cpu", "cuda", "meta"):
-        raise _bad("input", "a tensor on the CPU or a CUDA device", input.device)
+    _check_devices(input=input, weight=weight, bias=bias)
+    geometry = _geometry(input, weight, stride, padding, dilation, groups)
+    if bias is not None and bias.shape != (weight.size(0),):
+        raise _bad("bias", f"shape ({weight.size(0)},)", tuple(bias.shape))
+    if input.dim() == 4:
+        return _ops.adder_conv2d(input, weight, bias, *geometry)
+    return _ops.adder_conv2d(input.unsqueeze(0), weight, bias, *geometry).squeeze(0)
 
+
+def adder_conv2d_int8(
+    input: Tensor,
+    weight: Tensor,
+    scale: Tensor | None = None,
+    offset: Tensor | None = None,
+    residual: Tensor | None = None,
+    residual_scale: float = 1.0,
+    *,
+    relu: bool = False,
+    dtype: torch.dtype | None = None,
+    zero_point: int = 0,
+    padding_value: int = 0,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] | str = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+) -> Tensor:
+    r"""Returns the adder convolution of bytes, exactly, or what follows it in a network: an affine map, a sum, a ReLU.
+
+    .. math:: Y[n,co,p] = -\sum_k |X[n,k,p] - W[co,k]|, \quad z = (b[co] + a[co] Y) + r R
+
+    One step of the grid must mean the same for `input` and `weight`: with x = s (X - Z) and w = s (W - Z),
+    `-sum |x - w| = s Y` whatever the zero point Z. A convolution has no such form in one instruction; bytes are what an
+    adder network is fastest on.  For inference: no gradient is defined.
+
+    Args:
+        input: X, uint8, (N, C_in, H, W); any strides, channels_last is what the kernels read without a copy.
+        weight: W, uint8, (C_out, C_in/groups, KH, KW).
+        scale, offset: a and b, float32, (C_out); both or neither.
+        residual: R, uint8, of the shape of the result.
+        residual_scale: r.
+        relu: bounds the result from below by 0, or by `zero_point` in uint8.
+        dtype: of the result: int32 is Y (the default without scale), float32 is z (the default with scale), uint8 is
+            the nearest integer to z from 0 to 255, ties to even: the input of the next layer.
+        zero_point: which byte of the result stands for 0; only `relu` asks.
+        padding_value: which byte of `input` stands for 0: what is outside of it.
+        stride, padding, dilation, groups: as in `adder_conv2d`.
+
+    Returns:
+        (N, C_out, OH, OW), channels_last.  The same bits for every instruction set, device and number of threads: sums
+        are exact, and z is computed in float32 in the order of the formula.
+
+    Raises:
+        TypeError: wrong type or dtype of an argument.
+        ValueError: sizes, shapes, devices or options that do not fit together.
+
+    >>> import torch
+    >>> from adderops.functional import adder_conv2d_int8
+    >>> x, w = (torch.tensor(v, dtype=torch.uint8) for v in ([[[[10, 50, 30]]]], [[[[30, 30]]]]))
+    >>> adder_conv2d_int8(x, w)
+    tensor([[[[-40, -20]]]], dtype=torch.int32)
+    >>> adder_conv2d_int8(x, w, torch.tensor([0.25]), torch.tensor([8.0]), dtype=torch.uint8)
+    tensor([[[[0, 3]]]], dtype=torch.uint8)
+    """
+    bad = partial(_bad, operator="adder_conv2d_int8")
+    bytes_ = {"input": input, "weight": weight, "residual": residual}
+    floats = {"scale": scale, "offset": offset}
+    for expected, tensors in ((torch.uint8, bytes_), (torch.float32, floats)):
+        for name, tensor in tensors.items():
+            if tensor is None and name not in ("input", "weight"):
+                continue
+            if not isinstance(tensor, Tensor):
+                raise bad(name, "a tensor", type(tensor).__name__, TypeError)
+            if tensor.dtype != expected:
+                raise bad(name, f"dtype {expected}", tensor.dtype, TypeError)
+    _check_devices("adder_conv2d_int8", **bytes_, **floats)
+    geometry = _geometry(input, weight, stride, padding, dilation, groups, "adder_conv2d_int8")
+    if input.dim() != 4:
+        raise bad("input", "shape (N, C_in, H, W)", tuple(input.shape))
+    if (scale is None) != (offset is None):
+        raise bad("offset", "both scale and offset or neither", "one")
+    for name, tensor in floats.items():
+        if tensor is not None and tensor.shape != (weight.size(0),):
+            raise bad(name, f"shape ({weight.size(0)},)", tuple(tensor.shape))
+    results = (torch.int32,) if scale is None else (torch.float32, torch.uint8)
+    if dtype not in (None, *results):
+        with_or_without = "without" if scale is None else "with"
+        raise bad("dtype", f"{' or '.join(map(str, results))} {with_or_without} scale", dtype)
+    if scale is None and (relu or residual is not None):
+        raise bad("scale", "a tensor with relu or residual", "None")
+    for name, value in (("zero_point", zero_point), ("padding_value", padding_value)):
+        if not isinstance(value, int) or not 0 <= value <= 255:
+            raise bad(name, "an integer from 0 to 255", repr(value), ValueError)
+    quantize = dtype == torch.uint8
+    epilogue = (scale, offset, residual, float(residual_scale), relu, quantize, zero_point, padding_value)
+    shape = _ops.output_shape(input, weight, *geometry[:3])
+    if residual is not None and residual.shape != shape:
+        raise bad("residual", f"shape {shape}", tuple(residual.shape))
+    return _ops.adder_conv2d_int8(input, weight, *epilogue, *geometry)
+
+
+def _bad(
+    argument: str, expected: str, got: object, error: type[Exception] = ValueError, operator: str = "adder_conv2d"
+) -> Exception:
+    return error(f"{operator}: {argument}: expected {expected}, got {got}")
+
+
+def _check_devices(operator: str = "adder_conv2d", *, input: Tensor, **others: Tensor | None) -> None:
+    bad = partial(_bad, operator=operator)
+    for name, tensor in others.items():
+        if tensor is not None and tensor.device != input.device:
+            raise bad(name, f"the device of input, {input.device}", tensor.device)
+    if input.device.type == "cuda" and _ops.CUDA_KERNELS_MISSING:
+        raise bad("input", f"a tensor on the CPU (no CUDA kernels: {_ops.CUDA_KERNELS_MISSING})", input.device)
+    if input.device.type not in ("cpu", "cuda", "meta"):
+        raise bad("input", "a tensor on the CPU or a CUDA device", input.device)
+
+
+def _geometry(
+    input: Tensor, weight: Tensor, stride, padding, dilation, groups: int, operator: str = "adder_conv2d"
+) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int]:
+    """stride, padding (top, bottom, left, right), dilation and groups as the operators take them."""
+    bad = partial(_bad, operator=operator)
     if input.dim() not in (3, 4):
-        raise _bad("input", "shape (N, C_in, H, W) or (C_in, H, W)", tuple(input.shape))
+        raise bad("input", "shape (N, C_in, H, W) or (C_in, H, W)", tuple(input.shape))
     if weight.dim() != 4 or weight.numel() == 0:
-        raise _bad("weight", "shape (C_out, C_in/groups, KH, KW) without zeros", tuple(weight.shape))
+        raise bad("weight", "shape (C_out, C_in/groups, KH, KW) without zeros", tuple(weight.shape))
     if not isinstance(groups, int):
-        raise _bad("groups", "an integer", type(groups).__name__, TypeError)
+        raise bad("groups", "an integer", type(groups).__name__, TypeError)
     channels_in, channels_out = input.size(-3), weight.size(0)
     if groups < 1 or channels_in % groups or channels_out % groups:
-        raise _bad("groups", f"a positive divisor of C_in = {channels_in} and C_out = {channels_out}", groups)
+        raise bad("groups", f"a positive divisor of C_in = {channels_in} and C_out = {channels_out}", groups)
     if weight.size(1) * groups != channels_in:
-        raise _bad("weight", f"C_in/groups = {channels_in // groups} input channels", tuple(weight.shape))
-    if bias is not None and bias.shape != (channels_out,):
-        raise _bad("bias", f"shape ({channels_out},)", tuple(bias.shape))
+        raise bad("weight", f"C_in/groups = {channels_in // groups} input channels", tuple(weight.shape))
+    stride = _pair("stride", stride, 1, bad)
+    dilation = _pair("dilation", dilation, 1, bad)
+    sides = _four_sides(padding, weight, stride, dilation, bad)
+    for axis, name in ((0, "height"), (1, "width")):
+        size = input.size(axis - 2) + sides[2 * axis] + sides[2 * axis + 1]
+        span = dilation[axis] * (weight.size(2 + axis) - 1) + 1
+        if span > size:
+            raise bad("weight", f"a kernel no larger than the padded input in {name}", f"{span} > {size}")
+    return stride, sides, dilation, groups
 
 
-def _pair(name: str, value: int | Sequence[int], least: int) -> tuple[int, int]:
+def _pair(name: str, value: int | Sequence[int], least: int, bad: Callable[..., Exception]) -> tuple[int, int]:
     """(height, width) of an argument given as one integer or as a sequence of one or two."""
     expected = f"an integer or a pair of integers, at least {least}"
     try:
         values = (index(value),) if not isinstance(value, (tuple, list)) else tuple(index(v) for v in value)
     except TypeError:
-        raise _bad(name, expected, repr(value), TypeError) from None
+        raise bad(name, expected, repr(value), TypeError) from None
     if len(values) not in (1, 2) or any(v < least for v in values):
-        raise _bad(name, expected, value)
+        raise bad(name, expected, value)
     return values[0], values[-1]
 
 
-def _four_sides(padding, weight: Tensor, stride: tuple[int, int], dilation: tuple[int, int]) -> tuple[int, ...]:
+def _four_sides(padding, weight: Tensor, stride, dilation, bad: Callable[..., Exception]) -> tuple[int, ...]:
     """(top, bottom, left, right)."""
     if not isinstance(padding, str):
-        vertical, horizontal = _pair("padding", padding, least=0)
+        vertical, horizontal = _pair("padding", padding, 0, bad)
         return vertical, vertical, horizontal, horizontal
     if padding == "valid":
         return 0, 0, 0, 0
     if padding != "same":
-        raise _bad("padding", "numbers, 'same' or 'valid'", repr(padding))
+        raise bad("padding", "numbers, 'same' or 'valid'", repr(padding))
     if stride != (1, 1):
-        raise _bad("stride", "1 with padding='same'", stride)
+        raise bad("stride", "1 with padding='same'", stride)
     total = [dilation[axis] * (weight.size(2 + axis) - 1) for axis in range(2)]
     return total[0] // 2, total[0] - total[0] // 2, total[1] // 2, total[1] - total[1] // 2

@@ -1,8 +1,9 @@
 """The definition of the operators in plain PyTorch: slow, readable, any floating dtype, any device.
 
-Every backend is tested against these three functions run in float64.  Arguments are those of the compiled operators:
-`stride` (h, w), `padding` (top, bottom, left, right), `dilation` (h, w).  One tap k = (ci, kh, kw) is taken at a time,
-so that no temporary is larger than the output.  None of them records a graph.
+Every backend is tested against the first three functions run in float64, and against the last one bit for bit.
+Arguments are those of the compiled operators: `stride` (h, w), `padding` (top, bottom, left, right), `dilation` (h, w).
+One tap k = (ci, kh, kw) is taken at a time, so that no temporary is larger than the output.  None of them records a
+graph.
 """
 
 from collections.abc import Iterator, Sequence
@@ -12,7 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def _taps(x: Tensor, w: Tensor, stride, padding, dilation, groups) -> Iterator[tuple[tuple, tuple, Tensor, Tensor]]:
+def _taps(
+    x: Tensor, w: Tensor, stride, padding, dilation, groups, padding_value: int = 0
+) -> Iterator[tuple[tuple, tuple, Tensor, Tensor]]:
     """Yields (where in x, where in w, x_k, w_k) for every tap k.
 
     x_k (N, groups, 1, OH, OW) and w_k (groups, C_out/groups, 1, 1) broadcast to the output, which is
@@ -20,7 +23,7 @@ def _taps(x: Tensor, w: Tensor, stride, padding, dilation, groups) -> Iterator[t
     w, seen as (groups, C_out/groups, C_in/groups, KH, KW).
     """
     top, bottom, left, right = padding
-    x = F.pad(x, (left, right, top, bottom)).unflatten(1, (groups, -1))
+    x = F.pad(x, (left, right, top, bottom), value=padding_value).unflatten(1, (groups, -1))
     w = w.unflatten(0, (groups, -1))
     KH, KW = w.shape[-2:]
     spans = [d * (k - 1) for d, k in zip(dilation, (KH, KW), strict=True)]
@@ -111,3 +114,43 @@ def adder_conv2d_grad_w(
     for _, at_w, x_k, w_k in _taps(x, w, stride, padding, dilation, groups):
         sums[at_w] = (grad_y * (x_k - w_k)).sum((0, 3, 4))
     return grad_w
+
+
+@torch.no_grad()
+def adder_conv2d_int8(
+    x: Tensor,
+    w: Tensor,
+    scale: Tensor | None = None,
+    offset: Tensor | None = None,
+    residual: Tensor | None = None,
+    residual_scale: float = 1.0,
+    relu: bool = False,
+    quantize: bool = False,
+    zero_point: int = 0,
+    padding_value: int = 0,
+    stride: Sequence[int] = (1, 1),
+    padding: Sequence[int] = (0, 0, 0, 0),
+    dilation: Sequence[int] = (1, 1),
+    groups: int = 1,
+) -> Tensor:
+    """Returns Y[n,co,p] = -sum_k |X[n,k,p] - W[co,k]| of uint8, in int32, or what `scale` and `offset` make of it.
+
+    z = (offset[co] + scale[co] * Y) + residual_scale * residual, in float32 in this order; `relu` bounds it from below
+    by 0, or by `zero_point` where `quantize` turns it into the nearest byte, ties to even, NaN to 255.
+    Shapes: x (N, C_in, H, W), w (C_out, C_in/groups, KH, KW), scale and offset (C_out) -> (N, C_out, OH, OW).
+
+    >>> adder_conv2d_int8(torch.tensor([[[[1, 5]]]], dtype=torch.uint8), torch.tensor([[[[3, 3]]]], dtype=torch.uint8))
+    tensor([[[[-4]]]], dtype=torch.int32)
+    """
+    y = 0
+    for _, _, x_k, w_k in _taps(x.int(), w.int(), stride, padding, dilation, groups, padding_value):
+        y = y - (x_k - w_k).abs()
+    y = y.flatten(1, 2)
+    if scale is None:
+        return y
+    z = offset[:, None, None] + scale[:, None, None] * y.float()
+    if residual is not None:
+        z = z + torch.tensor(residual_scale, dtype=torch.float32) * residual.float()
+    if not quantize:
+        return z.clamp(min=0) if relu else z
+    return z.clamp(zero_point if relu else 0, 255).nan_to_num(255).round().to(torch.uint8)

@@ -30,6 +30,7 @@ std::string name_of(ScalarType type) {
     case ScalarType::Double: return "float64";
     case ScalarType::BFloat16: return "bfloat16";
     case ScalarType::Half: return "float16";
+    case ScalarType::Byte: return "uint8";
     default: return "scalar type " + std::to_string(static_cast<int>(type));
   }
 }
@@ -72,18 +73,10 @@ Order order(const Operand& o, int64_t C, int64_t H, int64_t W) {
 
 }  // namespace
 
-void check_tensor(const char* op, const char* name, const Tensor& tensor, const Tensor& x,
-                  const std::vector<int64_t>& shape) {
-  STD_TORCH_CHECK(tensor.is_cpu() == x.is_cpu() && tensor.get_device() == x.get_device(), op, ": ", name,
-                  ": expected the device of x, got another");
-  STD_TORCH_CHECK(tensor.scalar_type() == x.scalar_type(), op, ": ", name, ": expected the dtype of x, ",
-                  name_of(x.scalar_type()), ", got ", name_of(tensor.scalar_type()));
-  bool same = tensor.dim() == static_cast<int64_t>(shape.size());
-  for (size_t i = 0; same && i < shape.size(); ++i) same = tensor.size(static_cast<int64_t>(i)) == shape[i];
-  STD_TORCH_CHECK(same, op, ": ", name, ": expected shape ", list(shape), ", got ", shape_of(tensor));
-}
+namespace {
 
-Conv2dArgs check_conv2d(const char* op, const Tensor& x, const Tensor& w, const Geometry& geometry) {
+// x, w and the geometry of any convolution.
+Conv2dProblem check_problem(const char* op, const Tensor& x, const Tensor& w, const Geometry& geometry) {
   STD_TORCH_CHECK(x.dim() == 4, op, ": x: expected 4 dimensions (N, C_in, H, W), got shape ", shape_of(x));
   STD_TORCH_CHECK(w.dim() == 4, op, ": w: expected 4 dimensions (C_out, C_in/groups, KH, KW), got shape ", shape_of(w));
   check_list(op, "stride", geometry.stride, 2, 1);
@@ -97,9 +90,7 @@ Conv2dArgs check_conv2d(const char* op, const Tensor& x, const Tensor& w, const 
                   ": w: expected no empty dimension, got shape ", shape_of(w));
   check_tensor(op, "w", w, x, {w.size(0), x.size(1) / groups, w.size(2), w.size(3)});
 
-  Conv2dArgs args{};
-  args.type = element_type(op, x);
-  Conv2dProblem& p = args.problem;
+  Conv2dProblem p{};
   p.N = x.size(0), p.C_in = x.size(1), p.H = x.size(2), p.W = x.size(3);
   p.C_out = w.size(0), p.KH = w.size(2), p.KW = w.size(3);
   p.stride_h = geometry.stride[0], p.stride_w = geometry.stride[1];
@@ -108,9 +99,94 @@ Conv2dArgs check_conv2d(const char* op, const Tensor& x, const Tensor& w, const 
   p.groups = groups;
   p.OH = out_size(op, "height", p.H, p.pad_top, geometry.padding[1], p.KH, p.dilation_h, p.stride_h);
   p.OW = out_size(op, "width", p.W, p.pad_left, geometry.padding[3], p.KW, p.dilation_w, p.stride_w);
+  return p;
+}
+
+// One number for each filter, float32, beside x.
+Tensor per_filter(const char* op, const char* name, const Tensor& tensor, const Tensor& x, int64_t C_out) {
+  STD_TORCH_CHECK(tensor.is_cpu() == x.is_cpu() && tensor.get_device() == x.get_device(), op, ": ", name,
+                  ": expected the device of x, got another");
+  STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Float, op, ": ", name, ": expected dtype float32, got ",
+                  name_of(tensor.scalar_type()));
+  STD_TORCH_CHECK(tensor.dim() == 1 && tensor.size(0) == C_out, op, ": ", name, ": expected shape ", list({C_out}),
+                  ", got ", shape_of(tensor));
+  return torch::stable::contiguous(tensor);
+}
+
+void check_byte(const char* op, const char* name, int64_t value) {
+  STD_TORCH_CHECK(value >= 0 && value <= 255, op, ": ", name, ": expected an integer from 0 to 255, got ", value);
+}
+
+}  // namespace
+
+void check_tensor(const char* op, const char* name, const Tensor& tensor, const Tensor& x,
+                  const std::vector<int64_t>& shape) {
+  STD_TORCH_CHECK(tensor.is_cpu() == x.is_cpu() && tensor.get_device() == x.get_device(), op, ": ", name,
+                  ": expected the device of x, got another");
+  STD_TORCH_CHECK(tensor.scalar_type() == x.scalar_type(), op, ": ", name, ": expected the dtype of x, ",
+                  name_of(x.scalar_type()), ", got ", name_of(tensor.scalar_type()));
+  bool same = tensor.dim() == static_cast<int64_t>(shape.size());
+  for (size_t i = 0; same && i < shape.size(); ++i) same = tensor.size(static_cast<int64_t>(i)) == shape[i];
+  STD_TORCH_CHECK(same, op, ": ", name, ": expected shape ", list(shape), ", got ", shape_of(tensor));
+}
+
+Conv2dArgs check_conv2d(const char* op, const Tensor& x, const Tensor& w, const Geometry& geometry) {
+  Conv2dArgs args{};
+  args.problem = check_problem(op, x, w, geometry);
+  args.type = element_type(op, x);
   args.x = operand(x);
   args.w = operand(w);
   return args;
+}
+
+Int8Call check_conv2d_int8(const char* op, const Tensor& x, const Tensor& w, const Geometry& geometry,
+                           const Int8Options& options) {
+  STD_TORCH_CHECK(x.scalar_type() == ScalarType::Byte, op, ": x: expected dtype uint8, got ", name_of(x.scalar_type()));
+  Int8Call call{};
+  Int8Args& args = call.args;
+  const Conv2dProblem& p = args.problem = check_problem(op, x, w, geometry);
+  const int64_t terms = p.C_in / p.groups * p.KH * p.KW;
+  STD_TORCH_CHECK(terms <= std::numeric_limits<int32_t>::max() / 255, op, ": w: expected at most ",
+                  std::numeric_limits<int32_t>::max() / 255, " terms, whose sum fits 32 bits, got ", terms);
+  check_byte(op, "padding_value", options.padding_value);
+  check_byte(op, "zero_point", options.zero_point);
+  STD_TORCH_CHECK(options.scale.has_value() == options.offset.has_value(), op,
+                  ": offset: expected both scale and offset or neither, got one");
+  STD_TORCH_CHECK(options.scale || !(options.residual || options.relu || options.quantize), op,
+                  ": scale: expected a tensor with residual, relu or quantize, got none");
+  auto keep = [&](const Tensor& tensor) {
+    call.owners.push_back(tensor);
+    return call.owners.back().data_ptr();
+  };
+  auto bytes = [&](const Tensor& tensor) {
+    return static_cast<const uint8_t*>(
+        keep(torch::stable::contiguous(tensor, torch::headeronly::MemoryFormat::ChannelsLast)));
+  };
+  args.x = bytes(x);
+  args.w = bytes(w);
+  if (options.scale) {
+    args.scale = static_cast<const float*>(keep(per_filter(op, "scale", *options.scale, x, p.C_out)));
+    args.offset = static_cast<const float*>(keep(per_filter(op, "offset", *options.offset, x, p.C_out)));
+    args.output = options.quantize ? Int8Output::kUInt8 : Int8Output::kFloat32;
+  }
+  if (options.residual) {
+    check_tensor(op, "residual", *options.residual, x, {p.N, p.C_out, p.OH, p.OW});
+    args.residual = bytes(*options.residual);
+    args.residual_scale = static_cast<float>(options.residual_scale);
+  }
+  const float zero = options.quantize ? static_cast<float>(options.zero_point) : 0.f;
+  args.least = options.relu ? zero : options.quantize ? 0.f : -std::numeric_limits<float>::infinity();
+  args.padding = static_cast<uint8_t>(options.padding_value);
+  return call;
+}
+
+Tensor empty_int8_output(const Tensor& x, const Int8Args& args) {
+  const ScalarType type = args.output == Int8Output::kSums      ? ScalarType::Int
+                          : args.output == Int8Output::kFloat32 ? ScalarType::Float
+                                                                : ScalarType::Byte;
+  const Conv2dProblem& p = args.problem;
+  return torch::stable::empty({p.N, p.C_out, p.OH, p.OW}, type, std::nullopt, x.device(), std::nullopt,
+                              torch::headeronly::MemoryFormat::ChannelsLast);
 }
 
 void check_images(const char* op, const char* name, const Tensor& images, bool in_pieces) {

@@ -2,10 +2,12 @@
 #pragma once
 #include <torch/csrc/stable/tensor.h>
 
+#include <optional>
 #include <string>
 #include <vector>
 
 #include "conv2d_problem.h"
+#include "int8_args.h"
 
 namespace adderops {
 
@@ -21,6 +23,25 @@ struct Geometry {
 
 // Checks x, w and the geometry, and fills everything of the result but grad_y, out and bias.
 Conv2dArgs check_conv2d(const char* op, const Tensor& x, const Tensor& w, const Geometry& geometry);
+
+// What the int8 convolution takes beside x, w and the geometry; csrc/ops.cpp has the schema.
+struct Int8Options {
+  const std::optional<Tensor>&scale, &offset, &residual;
+  double residual_scale;
+  bool relu, quantize;
+  int64_t zero_point, padding_value;
+};
+
+// Checks an int8 call, makes its tensors dense in channels_last, and fills everything but y.
+struct Int8Call {
+  Int8Args args;
+  std::vector<Tensor> owners;  // of the memory that args points to
+};
+Int8Call check_conv2d_int8(const char* op, const Tensor& x, const Tensor& w, const Geometry& geometry,
+                           const Int8Options& options);
+
+// y of the call, channels_last.
+Tensor empty_int8_output(const Tensor& x, const Int8Args& args);
 
 // Checks one more tensor of the call: same device and dtype as x, and this shape.
 void check_tensor(const char* op, const char* name, const Tensor& tensor, const Tensor& x,

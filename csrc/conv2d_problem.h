@@ -5,6 +5,7 @@
 // As a matrix: M = C_out, P = N*OH*OW, K = C_in/groups*KH*KW.
 #pragma once
 #if defined(__CUDACC_RTC__)  // NVRTC has no C headers
+typedef unsigned char uint8_t;
 typedef unsigned short uint16_t;
 typedef int int32_t;
 typedef unsigned int uint32_t;

@@ -11,6 +11,7 @@
 #pragma once
 #include "conv2d_problem.h"
 #include "elements.h"
+#include "int8_args.h"
 
 namespace adderops {
 namespace definition {
@@ -92,6 +93,39 @@ ADDEROPS_SHARED_CODE typename Sum<T>::type grad_w(const Conv2dArgs& args, int64_
       if (sum != sum) return sum;
     }
   return sum;
+}
+
+// The int8 convolution (int8_args.h): the sum of |x - w|, and what becomes of it; `at` counts elements of y.
+ADDEROPS_SHARED_CODE int32_t int8_sum(const Int8Args& args, int64_t n, int64_t co, int64_t oh, int64_t ow) {
+  const Conv2dProblem& p = args.problem;
+  const int64_t channels = p.C_in / p.groups, c0 = co / (p.C_out / p.groups) * channels;
+  const uint8_t* w = args.w + co * p.KH * p.KW * channels;
+  int32_t sum = 0;
+  for (int64_t kh = 0; kh < p.KH; ++kh)
+    for (int64_t kw = 0; kw < p.KW; ++kw, w += channels) {
+      const int64_t ih = oh * p.stride_h + kh * p.dilation_h - p.pad_top;
+      const int64_t iw = ow * p.stride_w + kw * p.dilation_w - p.pad_left;
+      const bool inside = ih >= 0 && ih < p.H && iw >= 0 && iw < p.W;
+      const uint8_t* x = args.x + ((n * p.H + ih) * p.W + iw) * p.C_in + c0;
+      for (int64_t ci = 0; ci < channels; ++ci) {
+        const int32_t d = (inside ? x[ci] : args.padding) - w[ci];
+        sum += d < 0 ? -d : d;
+      }
+    }
+  return sum;
+}
+ADDEROPS_SHARED_CODE void int8_finish(const Int8Args& args, int32_t sum, int64_t co, int64_t at) {
+  if (args.output == Int8Output::kSums) {
+    static_cast<int32_t*>(args.y)[at] = -sum;
+    return;
+  }
+  float z = args.offset[co] - args.scale[co] * static_cast<float>(sum);
+  if (args.residual) z = z + args.residual_scale * static_cast<float>(args.residual[at]);
+  z = z < args.least ? args.least : z;
+  if (args.output == Int8Output::kFloat32)
+    static_cast<float*>(args.y)[at] = z;
+  else
+    static_cast<uint8_t*>(args.y)[at] = rounded_byte(z < 255.f ? z : 255.f);
 }
 
 }  // namespace definition

@@ -17,6 +17,13 @@ STABLE_TORCH_LIBRARY(adderops, m) {
   m.def(
       "adder_conv2d_grad_w(Tensor grad_y, Tensor x, Tensor w, int[] stride, int[] padding, int[] dilation, int groups)"
       " -> Tensor");
+  // uint8, one scale for x and w; x is padding_value outside the image: -> (N, C_out, OH, OW), channels_last:
+  //   the sums -sum |x - w| as int32;  with scale and offset (C_out): (offset + scale * sums) + residual_scale *
+  //   residual as float32, at least 0 with relu, or rounded to uint8 with quantize, at least zero_point with relu
+  m.def(
+      "adder_conv2d_int8(Tensor x, Tensor w, Tensor? scale, Tensor? offset, Tensor? residual, float residual_scale, "
+      "bool relu, bool quantize, int zero_point, int padding_value, int[] stride, int[] padding, int[] dilation, "
+      "int groups) -> Tensor");
   // What adderops.distill computes on the CPU, float32 alone; csrc/moments_args.h has the formulas.
   // -> (2C + 1, 2C): E[z z^T], and E[z] as the last row
   m.def(

@@ -6,6 +6,7 @@
 // Kernels allocate nothing: the binding hands them `shared` (one block for the call) and `worker` (one per thread).
 #pragma once
 #include "../conv2d_problem.h"
+#include "../int8_args.h"
 #include "../moments_args.h"
 
 namespace adderops {
@@ -27,6 +28,7 @@ struct Pass {
 struct Kernels {
   const char* name;
   Pass<Conv2dArgs> forward, grad_x, grad_w;
+  Pass<Int8Args> int8;
   Pass<MomentsArgs> moments, moments_gradient, abs_sum;  // float32 alone: none among the definitions
 };
 

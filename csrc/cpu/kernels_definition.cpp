@@ -48,6 +48,16 @@ struct GradW {
   }
 };
 
+Plan int8_plan(const Int8Args& args) { return {0, 0, 1, {args.problem.N * args.problem.C_out, 0, 0}}; }
+void int8_run(const Int8Args& args, int, int64_t task, char*, char*) {
+  const Conv2dProblem& p = args.problem;
+  const int64_t n = task / p.C_out, co = task % p.C_out;
+  for (int64_t oh = 0; oh < p.OH; ++oh)
+    for (int64_t ow = 0; ow < p.OW; ++ow)
+      definition::int8_finish(args, definition::int8_sum(args, n, co, oh, ow), co,
+                              ((n * p.OH + oh) * p.OW + ow) * p.C_out + co);
+}
+
 template <typename P>
 Plan plan(const Conv2dArgs& args) {
   return {0, 0, 1, {P::tasks(args.problem), 0, 0}};
@@ -65,8 +75,11 @@ void run(const Conv2dArgs& args, int, int64_t task, char*, char*) {
 
 }  // namespace
 
-extern const Kernels kDefinitionKernels = {
-    "definition", {plan<Forward>, run<Forward>}, {plan<GradX>, run<GradX>}, {plan<GradW>, run<GradW>}};
+extern const Kernels kDefinitionKernels = {"definition",
+                                           {plan<Forward>, run<Forward>},
+                                           {plan<GradX>, run<GradX>},
+                                           {plan<GradW>, run<GradW>},
+                                           {int8_plan, int8_run}};
 
 }  // namespace cpu
 }  // namespace adderops

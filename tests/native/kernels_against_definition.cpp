@@ -131,6 +131,47 @@ bool check_moments(const cpu::Kernels& kernels, const Conv2dProblem& p, const Te
   return right;
 }
 
+// Random bytes, and the epilogue of each kind; the sums and every rounding must be the same.
+bool check_int8(const cpu::Kernels& kernels, const Conv2dProblem& p, Random* random) {
+  auto bytes = [&](int64_t count) {
+    std::vector<uint8_t> data(count);
+    for (uint8_t& v : data) v = static_cast<uint8_t>(random->below(256));
+    return data;
+  };
+  const int64_t size = p.N * p.OH * p.OW * p.C_out;
+  const std::vector<uint8_t> x = bytes(p.N * p.H * p.W * p.C_in), residual = bytes(size);
+  const std::vector<uint8_t> w = bytes(p.C_out * p.KH * p.KW * (p.C_in / p.groups));
+  std::vector<float> scale(p.C_out), offset(p.C_out);
+  const float terms = static_cast<float>(p.KH * p.KW * (p.C_in / p.groups));
+  for (float& v : scale) v = static_cast<float>(1 + random->below(64)) / (32.f * terms);
+  for (float& v : offset) v = static_cast<float>(random->below(400));
+  bool right = true;
+  for (Int8Output output : {Int8Output::kSums, Int8Output::kFloat32, Int8Output::kUInt8}) {
+    const size_t element = output == Int8Output::kUInt8 ? 1 : 4;
+    std::vector<char> got(size * element, 1), expected(size * element, 2);
+    Int8Args args{p,
+                  x.data(),
+                  w.data(),
+                  got.data(),
+                  random->below(2) ? residual.data() : nullptr,
+                  scale.data(),
+                  offset.data(),
+                  .375f,
+                  static_cast<float>(random->below(40)),
+                  static_cast<uint8_t>(random->below(256)),
+                  output};
+    run(kernels.int8, args);
+    args.y = expected.data();
+    run(cpu::kDefinitionKernels.int8, args);
+    right &= got == expected;
+  }
+  if (!right)
+    std::printf("%s int8: N %d, C_in %d, %dx%d, C_out %d, kernel %dx%d, stride %dx%d, groups %d\n", kernels.name,
+                int(p.N), int(p.C_in), int(p.H), int(p.W), int(p.C_out), int(p.KH), int(p.KW), int(p.stride_h),
+                int(p.stride_w), int(p.groups));
+  return right;
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -162,6 +203,7 @@ int main(int argc, char** argv) {
       failed += !check(kernels.name, "grad_x", kernels.grad_x, definition.grad_x, backward, x);
       failed += !check(kernels.name, "grad_w", kernels.grad_w, definition.grad_w, backward, w);
       failed += !check_moments(kernels, p, x, teacher, weights.data, i % 2);
+      failed += !check_int8(kernels, p, &random);
     }
   }
   for (int k = 0; k < count; ++k) std::printf("%s ", all[k]->name);
