@@ -10,6 +10,13 @@ from torch import Tensor
 from adderops import _ops
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_INT8_DTYPES = {
+    "input": (torch.uint8,),
+    "weight": (torch.uint8,),
+    "scale": (torch.float32,),
+    "offset": (torch.float32,),
+    "residual": (torch.uint8, torch.float32),
+}
 
 
 def adder_conv2d(
@@ -104,7 +111,7 @@ def adder_conv2d_int8(
         input: X, uint8, (N, C_in, H, W); any strides, channels_last is what the kernels read without a copy.
         weight: W, uint8, (C_out, C_in/groups, KH, KW).
         scale, offset: a and b, float32, (C_out); both or neither.
-        residual: R, uint8, of the shape of the result.
+        residual: R, uint8 or float32, of the shape of the result.
         residual_scale: r.
         relu: bounds the result from below by 0, or by `zero_point` in uint8.
         dtype: of the result: int32 is Y (the default without scale), float32 is z (the default with scale), uint8 is
@@ -130,17 +137,17 @@ def adder_conv2d_int8(
     tensor([[[[0, 3]]]], dtype=torch.uint8)
     """
     bad = partial(_bad, operator="adder_conv2d_int8")
-    bytes_ = {"input": input, "weight": weight, "residual": residual}
     floats = {"scale": scale, "offset": offset}
-    for expected, tensors in ((torch.uint8, bytes_), (torch.float32, floats)):
-        for name, tensor in tensors.items():
-            if tensor is None and name not in ("input", "weight"):
-                continue
-            if not isinstance(tensor, Tensor):
-                raise bad(name, "a tensor", type(tensor).__name__, TypeError)
-            if tensor.dtype != expected:
-                raise bad(name, f"dtype {expected}", tensor.dtype, TypeError)
-    _check_devices("adder_conv2d_int8", **bytes_, **floats)
+    tensors = {"input": input, "weight": weight, **floats, "residual": residual}
+    for name, tensor in tensors.items():
+        if tensor is None and name not in ("input", "weight"):
+            continue
+        if not isinstance(tensor, Tensor):
+            raise bad(name, "a tensor", type(tensor).__name__, TypeError)
+        expected = _INT8_DTYPES[name]
+        if tensor.dtype not in expected:
+            raise bad(name, f"dtype {' or '.join(map(str, expected))}", tensor.dtype, TypeError)
+    _check_devices("adder_conv2d_int8", **tensors)
     geometry = _geometry(input, weight, stride, padding, dilation, groups, "adder_conv2d_int8")
     if input.dim() != 4:
         raise bad("input", "shape (N, C_in, H, W)", tuple(input.shape))

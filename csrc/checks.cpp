@@ -104,12 +104,9 @@ Conv2dProblem check_problem(const char* op, const Tensor& x, const Tensor& w, co
 
 // One number for each filter, float32, beside x.
 Tensor per_filter(const char* op, const char* name, const Tensor& tensor, const Tensor& x, int64_t C_out) {
-  STD_TORCH_CHECK(tensor.is_cpu() == x.is_cpu() && tensor.get_device() == x.get_device(), op, ": ", name,
-                  ": expected the device of x, got another");
   STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Float, op, ": ", name, ": expected dtype float32, got ",
                   name_of(tensor.scalar_type()));
-  STD_TORCH_CHECK(tensor.dim() == 1 && tensor.size(0) == C_out, op, ": ", name, ": expected shape ", list({C_out}),
-                  ", got ", shape_of(tensor));
+  check_shape(op, name, tensor, x, {C_out});
   return torch::stable::contiguous(tensor);
 }
 
@@ -121,10 +118,15 @@ void check_byte(const char* op, const char* name, int64_t value) {
 
 void check_tensor(const char* op, const char* name, const Tensor& tensor, const Tensor& x,
                   const std::vector<int64_t>& shape) {
-  STD_TORCH_CHECK(tensor.is_cpu() == x.is_cpu() && tensor.get_device() == x.get_device(), op, ": ", name,
-                  ": expected the device of x, got another");
   STD_TORCH_CHECK(tensor.scalar_type() == x.scalar_type(), op, ": ", name, ": expected the dtype of x, ",
                   name_of(x.scalar_type()), ", got ", name_of(tensor.scalar_type()));
+  check_shape(op, name, tensor, x, shape);
+}
+
+void check_shape(const char* op, const char* name, const Tensor& tensor, const Tensor& x,
+                 const std::vector<int64_t>& shape) {
+  STD_TORCH_CHECK(tensor.is_cpu() == x.is_cpu() && tensor.get_device() == x.get_device(), op, ": ", name,
+                  ": expected the device of x, got another");
   bool same = tensor.dim() == static_cast<int64_t>(shape.size());
   for (size_t i = 0; same && i < shape.size(); ++i) same = tensor.size(static_cast<int64_t>(i)) == shape[i];
   STD_TORCH_CHECK(same, op, ": ", name, ": expected shape ", list(shape), ", got ", shape_of(tensor));
@@ -158,20 +160,22 @@ Int8Call check_conv2d_int8(const char* op, const Tensor& x, const Tensor& w, con
     call.owners.push_back(tensor);
     return call.owners.back().data_ptr();
   };
-  auto bytes = [&](const Tensor& tensor) {
-    return static_cast<const uint8_t*>(
-        keep(torch::stable::contiguous(tensor, torch::headeronly::MemoryFormat::ChannelsLast)));
+  auto channels_last = [&](const Tensor& tensor) {
+    return keep(torch::stable::contiguous(tensor, torch::headeronly::MemoryFormat::ChannelsLast));
   };
-  args.x = bytes(x);
-  args.w = bytes(w);
+  args.x = static_cast<const uint8_t*>(channels_last(x));
+  args.w = static_cast<const uint8_t*>(channels_last(w));
   if (options.scale) {
     args.scale = static_cast<const float*>(keep(per_filter(op, "scale", *options.scale, x, p.C_out)));
     args.offset = static_cast<const float*>(keep(per_filter(op, "offset", *options.offset, x, p.C_out)));
     args.output = options.quantize ? Int8Output::kUInt8 : Int8Output::kFloat32;
   }
   if (options.residual) {
-    check_tensor(op, "residual", *options.residual, x, {p.N, p.C_out, p.OH, p.OW});
-    args.residual = bytes(*options.residual);
+    args.float_residual = options.residual->scalar_type() == ScalarType::Float;
+    check_shape(op, "residual", *options.residual, x, {p.N, p.C_out, p.OH, p.OW});
+    STD_TORCH_CHECK(args.float_residual || options.residual->scalar_type() == ScalarType::Byte, op,
+                    ": residual: expected dtype uint8 or float32, got ", name_of(options.residual->scalar_type()));
+    args.residual = channels_last(*options.residual);
     args.residual_scale = static_cast<float>(options.residual_scale);
   }
   const float zero = options.quantize ? static_cast<float>(options.zero_point) : 0.f;

@@ -50,6 +50,10 @@ void check_tensor(const char* op, const char* name, const Tensor& tensor, const 
 // Checks float32 images on the CPU, (N, C, H, W), of which none is 0; `in_pieces`: each image is one piece of memory.
 void check_images(const char* op, const char* name, const Tensor& images, bool in_pieces = false);
 
+// The same for a tensor of any dtype.
+void check_shape(const char* op, const char* name, const Tensor& tensor, const Tensor& x,
+                 const std::vector<int64_t>& shape);
+
 Operand operand(const Tensor& tensor);
 
 // A kernel as large as its input is a linear layer: (C_in, H, W) become C_in*H*W channels of a single pixel, where x, w

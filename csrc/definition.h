@@ -120,7 +120,10 @@ ADDEROPS_SHARED_CODE void int8_finish(const Int8Args& args, int32_t sum, int64_t
     return;
   }
   float z = args.offset[co] - args.scale[co] * static_cast<float>(sum);
-  if (args.residual) z = z + args.residual_scale * static_cast<float>(args.residual[at]);
+  if (args.residual)
+    z = z + args.residual_scale * (args.float_residual
+                                       ? static_cast<const float*>(args.residual)[at]
+                                       : static_cast<float>(static_cast<const uint8_t*>(args.residual)[at]));
   z = z < args.least ? args.least : z;
   if (args.output == Int8Output::kFloat32)
     static_cast<float*>(args.y)[at] = z;

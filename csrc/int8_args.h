@@ -15,11 +15,12 @@ enum class Int8Output : int { kSums, kFloat32, kUInt8 };
 // Every tensor in one piece, channels last.
 struct Int8Args {
   Conv2dProblem problem;
-  const uint8_t* x;         // (N, H, W, C_in)
-  const uint8_t* w;         // (C_out, KH, KW, C_in/groups)
-  void* y;                  // (N, OH, OW, C_out): int32, float32 or uint8
-  const uint8_t* residual;  // like y, or null
+  const uint8_t* x;             // (N, H, W, C_in)
+  const uint8_t* w;             // (C_out, KH, KW, C_in/groups)
+  void* y;                      // (N, OH, OW, C_out): int32, float32 or uint8
+  const void* residual;         // (N, OH, OW, C_out), uint8 or float32, or null
   const float *scale, *offset;  // (C_out); null for sums
+  bool float_residual;          // else uint8
   float residual_scale, least;
   uint8_t padding;
   Int8Output output;

@@ -18,8 +18,9 @@ STABLE_TORCH_LIBRARY(adderops, m) {
       "adder_conv2d_grad_w(Tensor grad_y, Tensor x, Tensor w, int[] stride, int[] padding, int[] dilation, int groups)"
       " -> Tensor");
   // uint8, one scale for x and w; x is padding_value outside the image: -> (N, C_out, OH, OW), channels_last:
-  //   the sums -sum |x - w| as int32;  with scale and offset (C_out): (offset + scale * sums) + residual_scale *
-  //   residual as float32, at least 0 with relu, or rounded to uint8 with quantize, at least zero_point with relu
+  //   the sums -sum |x - w| as int32; with scale and offset (C_out): (offset + scale * sums) + residual_scale *
+  //   residual (uint8 or float32) as float32, at least 0 with relu; rounded to uint8 with quantize, at least zero_point
+  //   then
   m.def(
       "adder_conv2d_int8(Tensor x, Tensor w, Tensor? scale, Tensor? offset, Tensor? residual, float residual_scale, "
       "bool relu, bool quantize, int zero_point, int padding_value, int[] stride, int[] padding, int[] dilation, "

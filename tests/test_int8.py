@@ -27,6 +27,8 @@ class Bytes:
         if output == "sums":
             return None, None, None, 1.0, False, False, 0, seed * 37 % 256
         residual, relu = (self.residual, 0.3) if seed % 2 else (None, 1.0), seed // 2 % 2 == 1
+        if seed % 4 == 3:
+            residual = self.residual.float() / 8 - 20, 1.7
         return self.scale, self.offset, *residual, relu, output == "bytes", seed * 11 % 90, seed * 37 % 256
 
 
@@ -182,6 +184,11 @@ WRONG = {
     "channels": (dict(weight=W[:, :3]), ValueError, "weight: expected C_in/groups = 4 input channels, got"),
     "scale alone": (dict(offset=None), ValueError, "offset: expected both scale and offset or neither, got one"),
     "length": (dict(offset=B[:7]), ValueError, r"offset: expected shape \(8,\), got \(7,\)"),
+    "residual dtype": (
+        dict(residual=X.double()),
+        TypeError,
+        "residual: expected dtype torch.uint8 or torch.float32, got torch.float64",
+    ),
     "residual": (dict(residual=X), ValueError, r"residual: expected shape \(2, 8, 3, 4\), got \(2, 4, 5, 6\)"),
     "integers": (dict(dtype=torch.int32), ValueError, "dtype: expected torch.float32 or torch.uint8 with scale, got"),
     "bytes": (
@@ -211,7 +218,10 @@ WRONG_OPERATOR_CALLS = {
     "no scale": (dict(scale=None, offset=None), "scale: expected a tensor with residual, relu or quantize, got none"),
     "scale dtype": (dict(scale=A.double()), "scale: expected dtype float32, got float64"),
     "offset shape": (dict(offset=B[:7]), r"offset: expected shape \(8\), got \(7\)"),
-    "residual dtype": (dict(residual=X.float()), "residual: expected the dtype of x, uint8, got float32"),
+    "residual dtype": (
+        dict(residual=torch.ones(2, 8, 3, 4).double()),
+        "residual: expected dtype uint8 or float32, got float64",
+    ),
     "residual shape": (dict(residual=X), r"residual: expected shape \(2, 8, 3, 4\), got \(2, 4, 5, 6\)"),
     "zero point": (dict(zero_point=-1), "zero_point: expected an integer from 0 to 255, got -1"),
     "padding value": (dict(padding_value=300), "padding_value: expected an integer from 0 to 255, got 300"),

@@ -139,7 +139,9 @@ bool check_int8(const cpu::Kernels& kernels, const Conv2dProblem& p, Random* ran
     return data;
   };
   const int64_t size = p.N * p.OH * p.OW * p.C_out;
-  const std::vector<uint8_t> x = bytes(p.N * p.H * p.W * p.C_in), residual = bytes(size);
+  const std::vector<uint8_t> x = bytes(p.N * p.H * p.W * p.C_in);
+  std::vector<float> residual(size);  // its bytes serve as uint8 too
+  for (float& v : residual) v = static_cast<float>(random->below(256));
   const std::vector<uint8_t> w = bytes(p.C_out * p.KH * p.KW * (p.C_in / p.groups));
   std::vector<float> scale(p.C_out), offset(p.C_out);
   const float terms = static_cast<float>(p.KH * p.KW * (p.C_in / p.groups));
@@ -156,6 +158,7 @@ bool check_int8(const cpu::Kernels& kernels, const Conv2dProblem& p, Random* ran
                   random->below(2) ? residual.data() : nullptr,
                   scale.data(),
                   offset.data(),
+                  random->below(2) == 1,
                   .375f,
                   static_cast<float>(random->below(40)),
                   static_cast<uint8_t>(random->below(256)),
