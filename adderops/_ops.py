@@ -40,6 +40,7 @@ adder_conv2d = torch.ops.adderops.adder_conv2d.default
 adder_conv2d_grad_x = torch.ops.adderops.adder_conv2d_grad_x.default
 adder_conv2d_grad_w = torch.ops.adderops.adder_conv2d_grad_w.default
 adder_conv2d_int8 = torch.ops.adderops.adder_conv2d_int8.default
+quantize = torch.ops.adderops.quantize.default
 kernel_moments = torch.ops.adderops._kernel_moments.default
 kernel_moments_grad = torch.ops.adderops._kernel_moments_grad.default
 abs_sum = torch.ops.adderops._abs_sum.default
@@ -77,6 +78,11 @@ def _(x, w, scale, offset, residual, residual_scale, relu, quantize, zero_point,
     dtype = torch.int32 if scale is None else torch.uint8 if quantize else torch.float32
     shape = output_shape(x, w, *geometry[:3])
     return torch.empty(shape, dtype=dtype, device=x.device, memory_format=torch.channels_last)
+
+
+@torch.library.register_fake("adderops::quantize")
+def _(x, scale, zero_point):
+    return torch.empty(x.shape, dtype=torch.uint8, device=x.device, memory_format=torch.channels_last)
 
 
 @torch.library.register_fake("adderops::adder_conv2d_grad_x")

@@ -173,6 +173,43 @@ def adder_conv2d_int8(
     return _ops.adder_conv2d_int8(input, weight, *epilogue, *geometry)
 
 
+def quantize(input: Tensor, scale: float, zero_point: int = 0) -> Tensor:
+    r"""Returns the bytes of a grid: X = round(x / scale + zero_point), ties to even, bounded by 0 and 255.
+
+    x / scale is x times the inverse of scale in float32; a NaN becomes 255.
+
+    Args:
+        input: x, (N, C, H, W), float32, bfloat16 or float16, any strides.
+        scale: what one step of the grid is in x; positive.
+        zero_point: which byte stands for 0.
+
+    Returns:
+        uint8, channels_last: what `adder_conv2d_int8` reads.
+
+    Raises:
+        TypeError: wrong type or dtype of an argument.
+        ValueError: a shape, device or number out of range.
+
+    >>> import torch
+    >>> from adderops.functional import quantize
+    >>> quantize(torch.tensor([[[[-1.0, 0.0, 0.3, 100.0]]]]), 0.1, 5)
+    tensor([[[[  0,   5,   8, 255]]]], dtype=torch.uint8)
+    """
+    bad = partial(_bad, operator="quantize")
+    if not isinstance(input, Tensor):
+        raise bad("input", "a tensor", type(input).__name__, TypeError)
+    if input.dtype not in _DTYPES or input.dtype == torch.float64:
+        raise bad("input", "dtype float32, bfloat16 or float16", input.dtype, TypeError)
+    _check_devices("quantize", input=input)
+    if input.dim() != 4:
+        raise bad("input", "shape (N, C, H, W)", tuple(input.shape))
+    if not 2**-126 <= scale <= 2**126:
+        raise bad("scale", "a positive number whose inverse is one in float32", scale)
+    if not isinstance(zero_point, int) or not 0 <= zero_point <= 255:
+        raise bad("zero_point", "an integer from 0 to 255", repr(zero_point))
+    return _ops.quantize(input, float(scale), zero_point)
+
+
 def _bad(
     argument: str, expected: str, got: object, error: type[Exception] = ValueError, operator: str = "adder_conv2d"
 ) -> Exception:

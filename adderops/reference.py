@@ -1,6 +1,6 @@
 """The definition of the operators in plain PyTorch: slow, readable, any floating dtype, any device.
 
-Every backend is tested against the first three functions run in float64, and against the last one bit for bit.
+Every backend is tested against the first three functions run in float64, and against the last two bit for bit.
 Arguments are those of the compiled operators: `stride` (h, w), `padding` (top, bottom, left, right), `dilation` (h, w).
 One tap k = (ci, kh, kw) is taken at a time, so that no temporary is larger than the output.  None of them records a
 graph.
@@ -154,3 +154,14 @@ def adder_conv2d_int8(
     if not quantize:
         return z.clamp(min=0) if relu else z
     return z.clamp(zero_point if relu else 0, 255).nan_to_num(255).round().to(torch.uint8)
+
+
+@torch.no_grad()
+def quantize(x: Tensor, scale: float, zero_point: int) -> Tensor:
+    """Returns the nearest byte to x * (1/scale) + zero_point in float32, ties to even; 255 for NaN.
+
+    >>> quantize(torch.tensor([[[[-1.0, 0.0, 0.3, 100.0]]]]), 0.1, 5)
+    tensor([[[[  0,   5,   8, 255]]]], dtype=torch.uint8)
+    """
+    inverse = torch.tensor(1 / scale, dtype=torch.float32, device=x.device)
+    return (x.float() * inverse + zero_point).clamp(0, 255).nan_to_num(255).round().to(torch.uint8)

@@ -4,6 +4,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <cmath>
 #include <initializer_list>
 #include <limits>
 
@@ -182,6 +183,18 @@ Int8Call check_conv2d_int8(const char* op, const Tensor& x, const Tensor& w, con
   args.least = options.relu ? zero : options.quantize ? 0.f : -std::numeric_limits<float>::infinity();
   args.padding = static_cast<uint8_t>(options.padding_value);
   return call;
+}
+
+QuantizeArgs check_quantize(const char* op, const Tensor& x, double scale, int64_t zero_point) {
+  STD_TORCH_CHECK(x.dim() == 4, op, ": x: expected 4 dimensions (N, C, H, W), got shape ", shape_of(x));
+  QuantizeArgs args{x.size(0), x.size(1), x.size(2), x.size(3), element_type(op, x), operand(x), nullptr, 0, 0};
+  STD_TORCH_CHECK(args.type != ElementType::kFloat64, op,
+                  ": x: expected dtype float32, bfloat16 or float16, got float64");
+  args.inverse_scale = static_cast<float>(1 / scale), args.zero_point = static_cast<float>(zero_point);
+  STD_TORCH_CHECK(scale > 0 && std::isfinite(scale) && args.inverse_scale > 0 && std::isfinite(args.inverse_scale), op,
+                  ": scale: expected a positive number whose inverse is one in float32, got ", scale);
+  check_byte(op, "zero_point", zero_point);
+  return args;
 }
 
 Tensor empty_int8_output(const Tensor& x, const Int8Args& args) {

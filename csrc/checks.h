@@ -43,6 +43,9 @@ Int8Call check_conv2d_int8(const char* op, const Tensor& x, const Tensor& w, con
 // y of the call, channels_last.
 Tensor empty_int8_output(const Tensor& x, const Int8Args& args);
 
+// Everything of a call of quantize but y.
+QuantizeArgs check_quantize(const char* op, const Tensor& x, double scale, int64_t zero_point);
+
 // Checks one more tensor of the call: same device and dtype as x, and this shape.
 void check_tensor(const char* op, const char* name, const Tensor& tensor, const Tensor& x,
                   const std::vector<int64_t>& shape);

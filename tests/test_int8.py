@@ -5,10 +5,10 @@ from functools import cache
 
 import pytest
 import torch
-from cases import CASES, FORMATS, SELECTED, Case, assert_same, case, generator, one_thread, random_case
+from cases import CASES, FORMATS, SELECTED, VIEWS, Case, assert_same, case, generator, one_thread, random_case
 
 from adderops import reference
-from adderops.functional import adder_conv2d_int8
+from adderops.functional import adder_conv2d_int8, quantize
 
 OP = torch.ops.adderops.adder_conv2d_int8.default
 OUTPUTS = ("sums", "floats", "bytes")
@@ -145,6 +145,56 @@ def test_one_grid_means_the_distance_of_the_floats():
     x, w = (s * (t.double() - z) for t in (b.x, b.w))
     want = reference.adder_conv2d(x, w, None, *c.geometry)
     assert torch.equal(s * adder_conv2d_int8(b.x, b.w, padding=1, padding_value=z).double(), want)
+
+
+@pytest.mark.parametrize("form", [*FORMATS, *VIEWS])
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16), ids=str)
+def test_quantize(dtype, form, backend, set_threads):
+    """Bytes of every size of image; ties, infinities and NaN among the numbers."""
+    for i, c in enumerate([*SELECTED, case("tall", (2, 3, 90, 80), 1), case("wide", (1, 9, 2, 2000), 1)]):
+        set_threads(1 + i % 3)
+        x = torch.randn(c.x_shape, generator=generator(c)) * 40
+        x.view(-1)[0] = float("nan")
+        x.view(-1)[-1] = float("inf")
+        x = {**FORMATS, **VIEWS}[form](x.mul(2).round().div(2).to(dtype))
+        for scale, zero_point in ((1.0, 0), (0.37, 100), (2.0, 255)):
+            got = quantize(x, scale, zero_point)
+            assert_same(got, reference.quantize(x, scale, zero_point), f"{c!r}, {form}, {scale}, {zero_point}")
+            assert got.is_contiguous(memory_format=torch.channels_last)
+
+
+WRONG_TO_QUANTIZE = {
+    "integers": (dict(input=torch.ones(1, 1, 2, 2).int()), TypeError, "input: expected dtype float32, bfloat16 or"),
+    "no tensor": (dict(input=1.0), TypeError, "input: expected a tensor, got float"),
+    "three dimensions": (dict(input=torch.ones(1, 2, 2)), ValueError, "input: expected shape .N, C, H, W., got"),
+    "scale of 0": (dict(scale=0.0), ValueError, "scale: expected a positive number .*, got 0.0"),
+    "NaN": (dict(scale=float("nan")), ValueError, "scale: expected a positive number .*, got nan"),
+    "zero point": (dict(zero_point=256), ValueError, "zero_point: expected an integer from 0 to 255, got 256"),
+}
+
+
+@pytest.mark.parametrize("changed, error, message", WRONG_TO_QUANTIZE.values(), ids=WRONG_TO_QUANTIZE)
+def test_wrong_input_to_quantize(changed, error, message):
+    with pytest.raises(error, match=f"quantize: {message}"):
+        quantize(**{"input": torch.ones(1, 1, 2, 2), "scale": 1.0, "zero_point": 0, **changed})
+
+
+def test_what_quantize_itself_refuses():
+    op, x = torch.ops.adderops.quantize.default, torch.ones(1, 1, 2, 2)
+    for arguments, message in (
+        ((x.double(), 1.0, 0), "x: expected dtype float32, bfloat16 or float16, got float64"),
+        ((x[0], 1.0, 0), "x: expected 4 dimensions"),
+        ((x, -1.0, 0), "scale: expected a positive number"),
+        ((x, 1.0, 256), "zero_point: expected an integer from 0 to 255, got 256"),
+    ):
+        with pytest.raises(RuntimeError, match=f"quantize: {message}"):
+            op(*arguments)
+
+
+def test_quantize_opcheck():
+    for how in FORMATS.values():
+        x = how(torch.randn(2, 3, 4, 5))
+        assert set(torch.library.opcheck(torch.ops.adderops.quantize.default, (x, 0.1, 7)).values()) == {"SUCCESS"}
 
 
 def test_empty_batch(backend):

@@ -60,20 +60,6 @@ Tensor adder_conv2d_grad_w(const Tensor& grad_y, const Tensor& x, const Tensor& 
   return grad_w;
 }
 
-Tensor adder_conv2d_int8(const Tensor& x, const Tensor& w, const std::optional<Tensor>& scale,
-                         const std::optional<Tensor>& offset, const std::optional<Tensor>& residual,
-                         double residual_scale, bool relu, bool quantize, int64_t zero_point, int64_t padding_value,
-                         Ints stride, Ints padding, Ints dilation, int64_t groups) {
-  const char* op = "adder_conv2d_int8";
-  Int8Call call =
-      check_conv2d_int8(op, x, w, {stride, padding, dilation, groups},
-                        {scale, offset, residual, residual_scale, relu, quantize, zero_point, padding_value});
-  Tensor y = empty_int8_output(x, call.args);
-  call.args.y = y.data_ptr();
-  if (y.numel()) execute(kernels_for(op, ElementType::kFloat32).int8, call.args);
-  return y;
-}
-
 std::string cpu_isa() { return kernels_for("_cpu_isa", ElementType::kFloat32).name; }
 
 std::vector<std::string> cpu_isas() {
@@ -90,7 +76,6 @@ STABLE_TORCH_LIBRARY_IMPL(adderops, CPU, m) {
   m.impl("adder_conv2d", TORCH_BOX(&adder_conv2d));
   m.impl("adder_conv2d_grad_x", TORCH_BOX(&adder_conv2d_grad_x));
   m.impl("adder_conv2d_grad_w", TORCH_BOX(&adder_conv2d_grad_w));
-  m.impl("adder_conv2d_int8", TORCH_BOX(&adder_conv2d_int8));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(adderops, CompositeExplicitAutograd, m) {

@@ -29,6 +29,7 @@ struct Kernels {
   const char* name;
   Pass<Conv2dArgs> forward, grad_x, grad_w;
   Pass<Int8Args> int8;
+  Pass<QuantizeArgs> quantize;
   Pass<MomentsArgs> moments, moments_gradient, abs_sum;  // float32 alone: none among the definitions
 };
 
