@@ -74,14 +74,14 @@ def _(x, w, bias, stride, padding, dilation, groups):
 
 
 @torch.library.register_fake("adderops::adder_conv2d_int8")
-def _(x, w, scale, offset, residual, residual_scale, relu, quantize, zero_point, padding_value, *geometry):
+def _(x, w, scale, offset, residual, residual_scale, relu, quantize, zero_point, quant_max, padding_value, *geometry):
     dtype = torch.int32 if scale is None else torch.uint8 if quantize else torch.float32
     shape = output_shape(x, w, *geometry[:3])
     return torch.empty(shape, dtype=dtype, device=x.device, memory_format=torch.channels_last)
 
 
 @torch.library.register_fake("adderops::quantize")
-def _(x, scale, zero_point):
+def _(x, scale, zero_point, quant_max):
     return torch.empty(x.shape, dtype=torch.uint8, device=x.device, memory_format=torch.channels_last)
 
 

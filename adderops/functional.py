@@ -93,6 +93,7 @@ def adder_conv2d_int8(
     relu: bool = False,
     dtype: torch.dtype | None = None,
     zero_point: int = 0,
+    quant_max: int = 255,
     padding_value: int = 0,
     stride: int | Sequence[int] = 1,
     padding: int | Sequence[int] | str = 0,
@@ -115,8 +116,9 @@ def adder_conv2d_int8(
         residual_scale: r.
         relu: bounds the result from below by 0, or by `zero_point` in uint8.
         dtype: of the result: int32 is Y (the default without scale), float32 is z (the default with scale), uint8 is
-            the nearest integer to z from 0 to 255, ties to even: the input of the next layer.
+            the nearest integer to z from 0 to `quant_max`, ties to even: the input of the next layer.
         zero_point: which byte of the result stands for 0; only `relu` asks.
+        quant_max: largest byte of the result; less than 255 for a grid of fewer bits.
         padding_value: which byte of `input` stands for 0: what is outside of it.
         stride, padding, dilation, groups: as in `adder_conv2d`.
 
@@ -162,26 +164,27 @@ def adder_conv2d_int8(
         raise bad("dtype", f"{' or '.join(map(str, results))} {with_or_without} scale", dtype)
     if scale is None and (relu or residual is not None):
         raise bad("scale", "a tensor with relu or residual", "None")
-    for name, value in (("zero_point", zero_point), ("padding_value", padding_value)):
-        if not isinstance(value, int) or not 0 <= value <= 255:
-            raise bad(name, "an integer from 0 to 255", repr(value), ValueError)
+    _check_byte("quant_max", quant_max, bad, least=1)
+    _check_byte("zero_point", zero_point, bad, most=quant_max)
+    _check_byte("padding_value", padding_value, bad)
     quantize = dtype == torch.uint8
-    epilogue = (scale, offset, residual, float(residual_scale), relu, quantize, zero_point, padding_value)
+    epilogue = (scale, offset, residual, float(residual_scale), relu, quantize, zero_point, quant_max, padding_value)
     shape = _ops.output_shape(input, weight, *geometry[:3])
     if residual is not None and residual.shape != shape:
         raise bad("residual", f"shape {shape}", tuple(residual.shape))
     return _ops.adder_conv2d_int8(input, weight, *epilogue, *geometry)
 
 
-def quantize(input: Tensor, scale: float, zero_point: int = 0) -> Tensor:
-    r"""Returns the bytes of a grid: X = round(x / scale + zero_point), ties to even, bounded by 0 and 255.
+def quantize(input: Tensor, scale: float, zero_point: int = 0, quant_max: int = 255) -> Tensor:
+    r"""Returns the bytes of a grid: X = round(x / scale + zero_point), ties to even, from 0 to quant_max.
 
-    x / scale is x times the inverse of scale in float32; a NaN becomes 255.
+    x / scale is x times the inverse of scale in float32; a NaN becomes quant_max.
 
     Args:
         input: x, (N, C, H, W), float32, bfloat16 or float16, any strides.
         scale: what one step of the grid is in x; positive.
         zero_point: which byte stands for 0.
+        quant_max: the largest byte; less than 255 for a grid of fewer bits.
 
     Returns:
         uint8, channels_last: what `adder_conv2d_int8` reads.
@@ -205,15 +208,20 @@ def quantize(input: Tensor, scale: float, zero_point: int = 0) -> Tensor:
         raise bad("input", "shape (N, C, H, W)", tuple(input.shape))
     if not 2**-126 <= scale <= 2**126:
         raise bad("scale", "a positive number whose inverse is one in float32", scale)
-    if not isinstance(zero_point, int) or not 0 <= zero_point <= 255:
-        raise bad("zero_point", "an integer from 0 to 255", repr(zero_point))
-    return _ops.quantize(input, float(scale), zero_point)
+    _check_byte("quant_max", quant_max, bad, least=1)
+    _check_byte("zero_point", zero_point, bad, most=quant_max)
+    return _ops.quantize(input, float(scale), zero_point, quant_max)
 
 
 def _bad(
     argument: str, expected: str, got: object, error: type[Exception] = ValueError, operator: str = "adder_conv2d"
 ) -> Exception:
     return error(f"{operator}: {argument}: expected {expected}, got {got}")
+
+
+def _check_byte(name: str, value: int, bad: Callable[..., Exception], least: int = 0, most: int = 255) -> None:
+    if not isinstance(value, int) or not least <= value <= most:
+        raise bad(name, f"an integer from {least} to {most}", repr(value))
 
 
 def _check_devices(operator: str = "adder_conv2d", *, input: Tensor, **others: Tensor | None) -> None:

@@ -127,6 +127,7 @@ def adder_conv2d_int8(
     relu: bool = False,
     quantize: bool = False,
     zero_point: int = 0,
+    quant_max: int = 255,
     padding_value: int = 0,
     stride: Sequence[int] = (1, 1),
     padding: Sequence[int] = (0, 0, 0, 0),
@@ -136,7 +137,8 @@ def adder_conv2d_int8(
     """Returns Y[n,co,p] = -sum_k |X[n,k,p] - W[co,k]| of uint8, in int32, or what `scale` and `offset` make of it.
 
     z = (offset[co] + scale[co] * Y) + residual_scale * residual, in float32 in this order; `relu` bounds it from below
-    by 0, or by `zero_point` where `quantize` turns it into the nearest byte, ties to even, NaN to 255.
+    by 0, or by `zero_point` where `quantize` turns it into the nearest integer up to
+    `quant_max`, ties to even.
     Shapes: x (N, C_in, H, W), w (C_out, C_in/groups, KH, KW), scale and offset (C_out) -> (N, C_out, OH, OW).
 
     >>> adder_conv2d_int8(torch.tensor([[[[1, 5]]]], dtype=torch.uint8), torch.tensor([[[[3, 3]]]], dtype=torch.uint8))
@@ -153,15 +155,15 @@ def adder_conv2d_int8(
         z = z + torch.tensor(residual_scale, dtype=torch.float32) * residual.float()
     if not quantize:
         return z.clamp(min=0) if relu else z
-    return z.clamp(zero_point if relu else 0, 255).nan_to_num(255).round().to(torch.uint8)
+    return z.clamp(zero_point if relu else 0, quant_max).nan_to_num(quant_max).round().to(torch.uint8)
 
 
 @torch.no_grad()
-def quantize(x: Tensor, scale: float, zero_point: int) -> Tensor:
-    """Returns the nearest byte to x * (1/scale) + zero_point in float32, ties to even; 255 for NaN.
+def quantize(x: Tensor, scale: float, zero_point: int, quant_max: int = 255) -> Tensor:
+    """Returns the nearest integer to x * (1/scale) + zero_point in float32, from 0 to quant_max; quant_max for NaN.
 
     >>> quantize(torch.tensor([[[[-1.0, 0.0, 0.3, 100.0]]]]), 0.1, 5)
     tensor([[[[  0,   5,   8, 255]]]], dtype=torch.uint8)
     """
     inverse = torch.tensor(1 / scale, dtype=torch.float32, device=x.device)
-    return (x.float() * inverse + zero_point).clamp(0, 255).nan_to_num(255).round().to(torch.uint8)
+    return (x.float() * inverse + zero_point).clamp(0, quant_max).nan_to_num(quant_max).round().to(torch.uint8)

@@ -111,8 +111,9 @@ Tensor per_filter(const char* op, const char* name, const Tensor& tensor, const 
   return torch::stable::contiguous(tensor);
 }
 
-void check_byte(const char* op, const char* name, int64_t value) {
-  STD_TORCH_CHECK(value >= 0 && value <= 255, op, ": ", name, ": expected an integer from 0 to 255, got ", value);
+void check_byte(const char* op, const char* name, int64_t value, int64_t least = 0, int64_t most = 255) {
+  STD_TORCH_CHECK(value >= least && value <= most, op, ": ", name, ": expected an integer from ", least, " to ", most,
+                  ", got ", value);
 }
 
 }  // namespace
@@ -152,7 +153,8 @@ Int8Call check_conv2d_int8(const char* op, const Tensor& x, const Tensor& w, con
   STD_TORCH_CHECK(terms <= std::numeric_limits<int32_t>::max() / 255, op, ": w: expected at most ",
                   std::numeric_limits<int32_t>::max() / 255, " terms, whose sum fits 32 bits, got ", terms);
   check_byte(op, "padding_value", options.padding_value);
-  check_byte(op, "zero_point", options.zero_point);
+  check_byte(op, "quant_max", options.quant_max, 1);
+  check_byte(op, "zero_point", options.zero_point, 0, options.quant_max);
   STD_TORCH_CHECK(options.scale.has_value() == options.offset.has_value(), op,
                   ": offset: expected both scale and offset or neither, got one");
   STD_TORCH_CHECK(options.scale || !(options.residual || options.relu || options.quantize), op,
@@ -181,19 +183,22 @@ Int8Call check_conv2d_int8(const char* op, const Tensor& x, const Tensor& w, con
   }
   const float zero = options.quantize ? static_cast<float>(options.zero_point) : 0.f;
   args.least = options.relu ? zero : options.quantize ? 0.f : -std::numeric_limits<float>::infinity();
+  args.most = static_cast<float>(options.quant_max);
   args.padding = static_cast<uint8_t>(options.padding_value);
   return call;
 }
 
-QuantizeArgs check_quantize(const char* op, const Tensor& x, double scale, int64_t zero_point) {
+QuantizeArgs check_quantize(const char* op, const Tensor& x, double scale, int64_t zero_point, int64_t quant_max) {
   STD_TORCH_CHECK(x.dim() == 4, op, ": x: expected 4 dimensions (N, C, H, W), got shape ", shape_of(x));
-  QuantizeArgs args{x.size(0), x.size(1), x.size(2), x.size(3), element_type(op, x), operand(x), nullptr, 0, 0};
+  QuantizeArgs args{x.size(0), x.size(1), x.size(2), x.size(3), element_type(op, x), operand(x), nullptr, 0, 0, 0};
   STD_TORCH_CHECK(args.type != ElementType::kFloat64, op,
                   ": x: expected dtype float32, bfloat16 or float16, got float64");
   args.inverse_scale = static_cast<float>(1 / scale), args.zero_point = static_cast<float>(zero_point);
   STD_TORCH_CHECK(scale > 0 && std::isfinite(scale) && args.inverse_scale > 0 && std::isfinite(args.inverse_scale), op,
                   ": scale: expected a positive number whose inverse is one in float32, got ", scale);
-  check_byte(op, "zero_point", zero_point);
+  check_byte(op, "quant_max", quant_max, 1);
+  check_byte(op, "zero_point", zero_point, 0, quant_max);
+  args.most = static_cast<float>(quant_max);
   return args;
 }
 

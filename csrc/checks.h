@@ -29,7 +29,7 @@ struct Int8Options {
   const std::optional<Tensor>&scale, &offset, &residual;
   double residual_scale;
   bool relu, quantize;
-  int64_t zero_point, padding_value;
+  int64_t zero_point, quant_max, padding_value;
 };
 
 // Checks an int8 call, makes its tensors dense in channels_last, and fills everything but y.
@@ -44,7 +44,7 @@ Int8Call check_conv2d_int8(const char* op, const Tensor& x, const Tensor& w, con
 Tensor empty_int8_output(const Tensor& x, const Int8Args& args);
 
 // Everything of a call of quantize but y.
-QuantizeArgs check_quantize(const char* op, const Tensor& x, double scale, int64_t zero_point);
+QuantizeArgs check_quantize(const char* op, const Tensor& x, double scale, int64_t zero_point, int64_t quant_max);
 
 // Checks one more tensor of the call: same device and dtype as x, and this shape.
 void check_tensor(const char* op, const char* name, const Tensor& tensor, const Tensor& x,

@@ -95,10 +95,6 @@ ADDEROPS_SHARED_CODE typename Sum<T>::type grad_w(const Conv2dArgs& args, int64_
   return sum;
 }
 
-ADDEROPS_SHARED_CODE uint8_t byte_of(float z) {  // of z >= 0 or NaN
-  return rounded_byte(z < 255.f ? z : 255.f);
-}
-
 // The int8 convolution (int8_args.h): the sum of |x - w|, and what becomes of it; `at` counts elements of y.
 ADDEROPS_SHARED_CODE int32_t int8_sum(const Int8Args& args, int64_t n, int64_t co, int64_t oh, int64_t ow) {
   const Conv2dProblem& p = args.problem;
@@ -132,7 +128,7 @@ ADDEROPS_SHARED_CODE void int8_finish(const Int8Args& args, int32_t sum, int64_t
   if (args.output == Int8Output::kFloat32)
     static_cast<float*>(args.y)[at] = z;
   else
-    static_cast<uint8_t*>(args.y)[at] = byte_of(z);
+    static_cast<uint8_t*>(args.y)[at] = rounded_byte(z < args.most ? z : args.most);
 }
 
 }  // namespace definition

@@ -2,7 +2,7 @@
 //
 //   Y[n, co, oh, ow] = -sum over (ci, kh, kw) of |X[n, ci, ih, iw] - W[co, ci, kh, kw]|        exact, int32
 //   z = (offset[co] + scale[co] * Y) + residual_scale * residual                               float32, in this order
-//   y = Y, or max(z, least), or the byte of min(max(z, least), 255) rounded to nearest, ties to even; 255 for a NaN
+//   y = Y, or max(z, least), or the byte of min(max(z, least), most) rounded to nearest, ties to even; most for a NaN
 // X is `padding` outside [0,H) x [0,W).  Letters as in conv2d_problem.h.
 #pragma once
 #include "conv2d_problem.h"
@@ -21,7 +21,7 @@ struct Int8Args {
   const void* residual;         // (N, OH, OW, C_out), uint8 or float32, or null
   const float *scale, *offset;  // (C_out); null for sums
   bool float_residual;          // else uint8
-  float residual_scale, least;
+  float residual_scale, least, most;
   uint8_t padding;
   Int8Output output;
 };
@@ -32,7 +32,7 @@ struct QuantizeArgs {
   ElementType type;
   Operand x;
   uint8_t* y;  // (N, H, W, C)
-  float inverse_scale, zero_point;
+  float inverse_scale, zero_point, most;
 };
 
 // The nearest integer of 0 <= z <= 255, ties to even, in the low byte: one float32 of that size has the spacing 1.

@@ -17,16 +17,16 @@ STABLE_TORCH_LIBRARY(adderops, m) {
   m.def(
       "adder_conv2d_grad_w(Tensor grad_y, Tensor x, Tensor w, int[] stride, int[] padding, int[] dilation, int groups)"
       " -> Tensor");
-  // uint8, one scale for x and w; x is padding_value outside the image: -> (N, C_out, OH, OW), channels_last:
-  //   the sums -sum |x - w| as int32; with scale and offset (C_out): (offset + scale * sums) + residual_scale *
-  //   residual (uint8 or float32) as float32, at least 0 with relu; rounded to uint8 with quantize, at least zero_point
-  //   then
+  // uint8, one scale for x and w; x is padding_value outside the image -> (N, C_out, OH, OW), channels_last:
+  //   Y = -sum |x - w| as int32, without scale;
+  //   z = (offset + scale * Y) + residual_scale * residual as float32; scale and offset (C_out), residual uint8
+  //   or float32; with relu at least 0, or zero_point; with quantize rounded to uint8 of at most quant_max
   m.def(
       "adder_conv2d_int8(Tensor x, Tensor w, Tensor? scale, Tensor? offset, Tensor? residual, float residual_scale, "
-      "bool relu, bool quantize, int zero_point, int padding_value, int[] stride, int[] padding, int[] dilation, "
-      "int groups) -> Tensor");
+      "bool relu, bool quantize, int zero_point, int quant_max, int padding_value, int[] stride, int[] padding, "
+      "int[] dilation, int groups) -> Tensor");
   // (N, C, H, W), float32, bfloat16 or float16 -> uint8, channels_last: round(x / scale + zero_point), bounded
-  m.def("quantize(Tensor x, float scale, int zero_point) -> Tensor");
+  m.def("quantize(Tensor x, float scale, int zero_point, int quant_max) -> Tensor");
   // What adderops.distill computes on the CPU, float32 alone; csrc/moments_args.h has the formulas.
   // -> (2C + 1, 2C): E[z z^T], and E[z] as the last row
   m.def(

@@ -25,11 +25,20 @@ class Bytes:
     def epilogue(self, output: str, seed: int = 0) -> tuple:
         """scale ... padding_value of the operator; `seed` picks the options."""
         if output == "sums":
-            return None, None, None, 1.0, False, False, 0, seed * 37 % 256
+            return None, None, None, 1.0, False, False, 0, 255, seed * 37 % 256
         residual, relu = (self.residual, 0.3) if seed % 2 else (None, 1.0), seed // 2 % 2 == 1
         if seed % 4 == 3:
             residual = self.residual.float() / 8 - 20, 1.7
-        return self.scale, self.offset, *residual, relu, output == "bytes", seed * 11 % 90, seed * 37 % 256
+        return (
+            self.scale,
+            self.offset,
+            *residual,
+            relu,
+            output == "bytes",
+            seed * 11 % 90,
+            255 - seed % 3 * 60,
+            seed * 37 % 256,
+        )
 
 
 @cache
@@ -157,9 +166,9 @@ def test_quantize(dtype, form, backend, set_threads):
         x.view(-1)[0] = float("nan")
         x.view(-1)[-1] = float("inf")
         x = {**FORMATS, **VIEWS}[form](x.mul(2).round().div(2).to(dtype))
-        for scale, zero_point in ((1.0, 0), (0.37, 100), (2.0, 255)):
-            got = quantize(x, scale, zero_point)
-            assert_same(got, reference.quantize(x, scale, zero_point), f"{c!r}, {form}, {scale}, {zero_point}")
+        for grid in ((1.0, 0, 255), (0.37, 100, 255), (2.0, 255, 255), (5.0, 0, 15)):
+            got = quantize(x, *grid)
+            assert_same(got, reference.quantize(x, *grid), f"{c!r}, {form}, {grid}")
             assert got.is_contiguous(memory_format=torch.channels_last)
 
 
@@ -182,10 +191,11 @@ def test_wrong_input_to_quantize(changed, error, message):
 def test_what_quantize_itself_refuses():
     op, x = torch.ops.adderops.quantize.default, torch.ones(1, 1, 2, 2)
     for arguments, message in (
-        ((x.double(), 1.0, 0), "x: expected dtype float32, bfloat16 or float16, got float64"),
-        ((x[0], 1.0, 0), "x: expected 4 dimensions"),
-        ((x, -1.0, 0), "scale: expected a positive number"),
-        ((x, 1.0, 256), "zero_point: expected an integer from 0 to 255, got 256"),
+        ((x.double(), 1.0, 0, 255), "x: expected dtype float32, bfloat16 or float16, got float64"),
+        ((x[0], 1.0, 0, 255), "x: expected 4 dimensions"),
+        ((x, -1.0, 0, 255), "scale: expected a positive number"),
+        ((x, 1.0, 16, 15), "zero_point: expected an integer from 0 to 15, got 16"),
+        ((x, 1.0, 0, 256), "quant_max: expected an integer from 1 to 255, got 256"),
     ):
         with pytest.raises(RuntimeError, match=f"quantize: {message}"):
             op(*arguments)
@@ -194,7 +204,7 @@ def test_what_quantize_itself_refuses():
 def test_quantize_opcheck():
     for how in FORMATS.values():
         x = how(torch.randn(2, 3, 4, 5))
-        assert set(torch.library.opcheck(torch.ops.adderops.quantize.default, (x, 0.1, 7)).values()) == {"SUCCESS"}
+        assert set(torch.library.opcheck(torch.ops.adderops.quantize.default, (x, 0.1, 7, 255)).values()) == {"SUCCESS"}
 
 
 def test_empty_batch(backend):
@@ -274,6 +284,7 @@ WRONG_OPERATOR_CALLS = {
     ),
     "residual shape": (dict(residual=X), r"residual: expected shape \(2, 8, 3, 4\), got \(2, 4, 5, 6\)"),
     "zero point": (dict(zero_point=-1), "zero_point: expected an integer from 0 to 255, got -1"),
+    "largest byte": (dict(quant_max=0), "quant_max: expected an integer from 1 to 255, got 0"),
     "padding value": (dict(padding_value=300), "padding_value: expected an integer from 0 to 255, got 300"),
     "groups": (dict(groups=3), "groups: expected a positive divisor"),
 }
@@ -284,4 +295,4 @@ def test_what_the_operator_itself_refuses(changed, message):
     arguments = dict(x=X, w=W, scale=A, offset=B, residual=None, residual_scale=1.0, relu=False, quantize=True)
     geometry = dict(stride=[1, 1], padding=[0] * 4, dilation=[1, 1], groups=1)
     with pytest.raises(RuntimeError, match=f"adder_conv2d_int8: {message}"):
-        OP(**arguments | dict(zero_point=0, padding_value=0) | geometry | changed)
+        OP(**arguments | dict(zero_point=0, quant_max=255, padding_value=0) | geometry | changed)

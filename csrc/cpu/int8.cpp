@@ -15,21 +15,21 @@ using Ints = std::vector<int64_t>;
 
 Tensor adder_conv2d_int8(const Tensor& x, const Tensor& w, const std::optional<Tensor>& scale,
                          const std::optional<Tensor>& offset, const std::optional<Tensor>& residual,
-                         double residual_scale, bool relu, bool quantize, int64_t zero_point, int64_t padding_value,
-                         Ints stride, Ints padding, Ints dilation, int64_t groups) {
+                         double residual_scale, bool relu, bool quantize, int64_t zero_point, int64_t quant_max,
+                         int64_t padding_value, Ints stride, Ints padding, Ints dilation, int64_t groups) {
   const char* op = "adder_conv2d_int8";
-  Int8Call call =
-      check_conv2d_int8(op, x, w, {stride, padding, dilation, groups},
-                        {scale, offset, residual, residual_scale, relu, quantize, zero_point, padding_value});
+  Int8Call call = check_conv2d_int8(
+      op, x, w, {stride, padding, dilation, groups},
+      {scale, offset, residual, residual_scale, relu, quantize, zero_point, quant_max, padding_value});
   Tensor y = empty_int8_output(x, call.args);
   call.args.y = y.data_ptr();
   if (y.numel()) execute(kernels_for(op, ElementType::kFloat32).int8, call.args);
   return y;
 }
 
-Tensor quantize(const Tensor& x, double scale, int64_t zero_point) {
+Tensor quantize(const Tensor& x, double scale, int64_t zero_point, int64_t quant_max) {
   const char* op = "quantize";
-  QuantizeArgs args = check_quantize(op, x, scale, zero_point);
+  QuantizeArgs args = check_quantize(op, x, scale, zero_point, quant_max);
   Tensor y = torch::stable::empty({args.N, args.C, args.H, args.W}, torch::headeronly::ScalarType::Byte, std::nullopt,
                                   x.device(), std::nullopt, torch::headeronly::MemoryFormat::ChannelsLast);
   args.y = static_cast<uint8_t*>(y.data_ptr());

@@ -161,6 +161,7 @@ bool check_int8(const cpu::Kernels& kernels, const Conv2dProblem& p, Random* ran
                   random->below(2) == 1,
                   .375f,
                   static_cast<float>(random->below(40)),
+                  static_cast<float>(random->below(2) ? 255 : 100),
                   static_cast<uint8_t>(random->below(256)),
                   output};
     run(kernels.int8, args);
