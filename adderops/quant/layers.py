@@ -1,0 +1,188 @@
+"""Layers that compute in floats what their integer counterparts will: for calibration, testing and fine-tuning."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from adderops.functional import adder_conv2d
+from adderops.nn import AdderConv2d
+from adderops.quant.grid import Grid, cluster, excess
+from adderops.quant.scheme import Scheme
+
+ENDS_BITS = 8  # of the layers that multiply
+
+
+class Quantized(nn.Module):
+    """What the layers here share: the scheme, and what was seen of the inputs, in buffers that a state_dict carries."""
+
+    scheme: Scheme
+    plain_kind: type[nn.Module]
+    input_low: Tensor
+    input_high: Tensor
+    bits: Tensor
+
+    def _stand_in_for(self, layer: nn.Module, scheme: Scheme, bits: int) -> None:
+        nn.Module.__init__(self)
+        self.__dict__ |= _attributes(layer)
+        self._parameters = dict(layer._parameters)
+        self.plain_kind = type(layer)
+        self.scheme = scheme
+        device = layer.weight.device
+        self.register_buffer("input_low", torch.zeros((), device=device))
+        self.register_buffer("input_high", torch.zeros((), device=device))
+        self.register_buffer("bits", torch.tensor(bits, device=device))
+        self.train(layer.training)
+
+    def plain(self) -> nn.Module:
+        """The layer of floats with the same parameters, in evaluation mode."""
+        layer = self.plain_kind.__new__(self.plain_kind)
+        nn.Module.__init__(layer)
+        layer.__dict__ |= {name: v for name, v in _attributes(self).items() if name not in ("plain_kind", "scheme")}
+        layer._parameters = dict(self._parameters)
+        if isinstance(layer, AdderConv2d):
+            layer.set_eta(None)
+        return layer.eval()
+
+    @property
+    def calibrated(self) -> bool:
+        return bool(self.input_high > 0)
+
+    @torch.no_grad()
+    def observe(self, x: Tensor) -> None:
+        """Widens the range to that of one more batch of inputs."""
+        magnitude = x.detach().abs().flatten().float()
+        rank = self.scheme.rank if self.scheme.method == "redistribution" else 1.0
+        covered = magnitude.kthvalue(max(1, round(rank * magnitude.numel()))).values
+        self.input_high.copy_(torch.maximum(self.input_high, covered))
+        if x.min() < 0:
+            self.input_low.copy_(-self.input_high)
+
+    def _check_calibrated(self) -> None:
+        if not self.calibrated:
+            raise RuntimeError(
+                f"{type(self).__name__}: expected a layer that has seen inputs, got a range of 0: "
+                "calibrate the model first, with inputs that are not all 0"
+            )
+
+    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors) -> None:
+        bits = state_dict.get(prefix + "bits")
+        if bits is not None and int(bits) != int(self.bits):
+            errors.append(f"{prefix}bits: expected {int(self.bits)}, got {int(bits)}")
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
+
+
+def _attributes(layer: nn.Module) -> dict[str, object]:
+    """What a layer has beside parameters, buffers and hooks: its geometry and options."""
+    return {name: value for name, value in vars(layer).items() if name not in vars(nn.Module())}
+
+
+class QuantAdderConv2d(Quantized, AdderConv2d):
+    r"""An `AdderConv2d` whose inputs and weights are rounded to one grid, with gradients straight through.
+
+    .. math:: Y = -\sum_k |Q(X) - Q(W)| - \sum_k |W - \mathrm{clip}(W)|
+
+    The clip is that of the grid, the second sum one number for each filter: what clipped weights lack of every
+    distance.  A module in evaluation gives what `adderops.quant.convert` makes of it, to the rounding of floats; in
+    training its gradients are the layer's own (AdderNet's, not the derivative) at the rounded numbers, those of inputs
+    beyond the grid 0.
+
+    Args:
+        layer: the layer to stand in for; its parameters are shared.
+        scheme: how; the grids follow from it and from the inputs given to `observe`.
+
+    Source: arXiv 2212.10200; that inputs of one sign need weights of one sign only is ours.
+    """
+
+    def __init__(self, layer: AdderConv2d, scheme: Scheme) -> None:
+        self._stand_in_for(layer, scheme, scheme.bits)
+
+    def grids(self) -> list[tuple[Tensor, Grid]]:
+        """Returns the filters of each group, and their grid."""
+        self._check_calibrated()
+        w, scheme = self.weight.detach(), self.scheme
+        low, high = self.input_low.item(), self.input_high.item()
+        if scheme.method == "shared":
+            low, high = min(low, w.min().item(), 0.0), max(high, w.max().item())
+        every = torch.arange(len(w))
+        if scheme.filter_groups == 1 or self.groups > 1:
+            return [(every, Grid.over(low, high, scheme.bits))]
+        largest = w.abs().flatten(1).amax(1).cpu()
+        group = cluster(largest, scheme.filter_groups)
+        return [
+            (every[group == g], Grid.over(max(low, -bound), min(high, bound), scheme.bits))
+            for g in range(int(group.max()) + 1)
+            for bound in [largest[group == g].max().item()]
+        ]
+
+    def input_grid(self) -> Grid:
+        """The grid in which the layer's input is stored: its own, or one of 8 bits that each group rounds again."""
+        grids = self.grids()
+        return grids[0][1] if len(grids) == 1 else Grid.over(self.input_low.item(), self.input_high.item(), 8)
+
+    def forward(self, input: Tensor) -> Tensor:
+        padding = self.padding
+        if self.padding_mode != "zeros":
+            input, padding = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode), 0
+        grids, stored, weight = self.grids(), self.input_grid(), self.rated_weight()
+        x = stored.round(input)
+        outputs = []
+        for filters, grid in grids:
+            whole = len(grids) == 1
+            w = weight if whole else weight[filters]
+            rounded = w + (grid.round(w.detach()) - w.detach())
+            constant = -excess(w.detach(), grid)
+            if self.bias is not None:
+                constant = constant + (self.bias if whole else self.bias[filters])
+            outputs.append(
+                adder_conv2d(
+                    x if grid == stored else grid.round(x),
+                    rounded,
+                    constant,
+                    self.stride,
+                    padding,
+                    self.dilation,
+                    self.groups,
+                )
+            )
+        if len(outputs) == 1:
+            return outputs[0]
+        order = torch.cat([filters for filters, _ in grids]).argsort().to(input.device)
+        return torch.cat(outputs, 1).index_select(1, order)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, {self.scheme}"
+
+
+class QuantizedEnd(Quantized):
+    """First convolution or classifier: inputs on a grid, each filter on one of its own that has 0 in the middle."""
+
+    def __init__(self, layer: nn.Conv2d | nn.Linear, scheme: Scheme) -> None:
+        self._stand_in_for(layer, scheme, ENDS_BITS)
+
+    def input_grid(self) -> Grid:
+        self._check_calibrated()
+        return Grid.over(self.input_low.item(), self.input_high.item(), ENDS_BITS)
+
+    def weight_scales(self) -> Tensor:
+        """(C_out): what one step of each filter's grid is."""
+        largest = self.weight.detach().abs().flatten(1).amax(1)
+        return largest.clamp(min=torch.finfo(torch.float32).tiny) / (2 ** (ENDS_BITS - 1) - 1)
+
+    def rounded_weight(self) -> Tensor:
+        scales = self.weight_scales().view(-1, *(1,) * (self.weight.dim() - 1))
+        w = self.weight
+        return w + ((w.detach() / scales).round() * scales - w.detach())
+
+
+class QuantConv2d(QuantizedEnd, nn.Conv2d):
+    """A convolution with inputs and weights rounded to 8 bits, gradients straight through."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self._conv_forward(self.input_grid().round(input), self.rounded_weight(), self.bias)
+
+
+class QuantLinear(QuantizedEnd, nn.Linear):
+    """A linear layer with inputs and weights rounded to 8 bits, gradients straight through."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.linear(self.input_grid().round(input), self.rounded_weight(), self.bias)
