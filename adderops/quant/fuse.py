@@ -24,6 +24,7 @@ from adderops.quant.layers import Quantized, QuantizedEnd
 
 aten = torch.ops.aten
 _ADDER = _ops.adder_conv2d
+_LAST = torch.channels_last
 _NORM = aten._native_batch_norm_legit_no_training.default
 
 
@@ -182,6 +183,9 @@ class _Fusion:
             else:
                 new_weight = self._constant(f"{name}.weight", weight * factor.view(filters))
             new_bias = None if bias is None else self._constant(f"{name}.bias", bias)
+            if node.target == aten.conv2d.default:  # bytes are channels last
+                source = self.graph.call_function(aten.contiguous.default, (source,), {"memory_format": _LAST})
+                new_weight = self.graph.call_function(aten.contiguous.default, (new_weight,), {"memory_format": _LAST})
         node.args = (source, new_weight, new_bias, *node.args[3:])
         if norm is not None:
             output.replace_all_uses_with(node)
