@@ -176,7 +176,7 @@ def adder_conv2d_int8(
 
 
 def quantize(input: Tensor, scale: float, zero_point: int = 0, quant_max: int = 255) -> Tensor:
-    r"""Returns the bytes of a grid: X = round(x / scale + zero_point), ties to even, from 0 to quant_max.
+    r"""Returns the bytes of a grid: X = round(x / scale) + zero_point, ties to even, from 0 to quant_max.
 
     x / scale is x times the inverse of scale in float32; a NaN becomes quant_max.
 

@@ -160,10 +160,10 @@ def adder_conv2d_int8(
 
 @torch.no_grad()
 def quantize(x: Tensor, scale: float, zero_point: int, quant_max: int = 255) -> Tensor:
-    """Returns the nearest integer to x * (1/scale) + zero_point in float32, from 0 to quant_max; quant_max for NaN.
+    """Returns the nearest integer to x * (1/scale), plus zero_point, from 0 to quant_max; quant_max for NaN.
 
     >>> quantize(torch.tensor([[[[-1.0, 0.0, 0.3, 100.0]]]]), 0.1, 5)
     tensor([[[[  0,   5,   8, 255]]]], dtype=torch.uint8)
     """
     inverse = torch.tensor(1 / scale, dtype=torch.float32, device=x.device)
-    return (x.float() * inverse + zero_point).clamp(0, quant_max).nan_to_num(quant_max).round().to(torch.uint8)
+    return ((x.float() * inverse).round() + zero_point).clamp(0, quant_max).nan_to_num(quant_max).to(torch.uint8)

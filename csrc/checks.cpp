@@ -193,12 +193,12 @@ QuantizeArgs check_quantize(const char* op, const Tensor& x, double scale, int64
   QuantizeArgs args{x.size(0), x.size(1), x.size(2), x.size(3), element_type(op, x), operand(x), nullptr, 0, 0, 0};
   STD_TORCH_CHECK(args.type != ElementType::kFloat64, op,
                   ": x: expected dtype float32, bfloat16 or float16, got float64");
-  args.inverse_scale = static_cast<float>(1 / scale), args.zero_point = static_cast<float>(zero_point);
+  args.inverse_scale = static_cast<float>(1 / scale);
   STD_TORCH_CHECK(scale > 0 && std::isfinite(scale) && args.inverse_scale > 0 && std::isfinite(args.inverse_scale), op,
                   ": scale: expected a positive number whose inverse is one in float32, got ", scale);
   check_byte(op, "quant_max", quant_max, 1);
   check_byte(op, "zero_point", zero_point, 0, quant_max);
-  args.most = static_cast<float>(quant_max);
+  args.zero_point = static_cast<int32_t>(zero_point), args.quant_max = static_cast<int32_t>(quant_max);
   return args;
 }
 

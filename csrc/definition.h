@@ -114,21 +114,27 @@ ADDEROPS_SHARED_CODE int32_t int8_sum(const Int8Args& args, int64_t n, int64_t c
     }
   return sum;
 }
+ADDEROPS_SHARED_CODE float int8_float(const Int8Args& args, int32_t sum, float scale, float offset, float residual) {
+  float z = offset - scale * static_cast<float>(sum);
+  if (args.residual) z = z + args.residual_scale * residual;
+  return z < args.least ? args.least : z;
+}
+ADDEROPS_SHARED_CODE uint8_t int8_byte(const Int8Args& args, float z) {
+  return rounded_byte(z < args.most ? z : args.most);
+}
 ADDEROPS_SHARED_CODE void int8_finish(const Int8Args& args, int32_t sum, int64_t co, int64_t at) {
   if (args.output == Int8Output::kSums) {
     static_cast<int32_t*>(args.y)[at] = -sum;
     return;
   }
-  float z = args.offset[co] - args.scale[co] * static_cast<float>(sum);
-  if (args.residual)
-    z = z + args.residual_scale * (args.float_residual
-                                       ? static_cast<const float*>(args.residual)[at]
-                                       : static_cast<float>(static_cast<const uint8_t*>(args.residual)[at]));
-  z = z < args.least ? args.least : z;
+  const float residual = !args.residual        ? 0.f
+                         : args.float_residual ? static_cast<const float*>(args.residual)[at]
+                                               : static_cast<float>(static_cast<const uint8_t*>(args.residual)[at]);
+  const float z = int8_float(args, sum, args.scale[co], args.offset[co], residual);
   if (args.output == Int8Output::kFloat32)
     static_cast<float*>(args.y)[at] = z;
   else
-    static_cast<uint8_t*>(args.y)[at] = rounded_byte(z < args.most ? z : args.most);
+    static_cast<uint8_t*>(args.y)[at] = int8_byte(args, z);
 }
 
 }  // namespace definition

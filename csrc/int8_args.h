@@ -26,16 +26,18 @@ struct Int8Args {
   Int8Output output;
 };
 
-// Images to bytes: round(x * inverse_scale + zero_point), bounded like y above; x has any strides and float type.
+// Images to bytes: round(x * inverse_scale) + zero_point, from 0 to quant_max, which a NaN becomes; x has any strides
+// and float type.
 struct QuantizeArgs {
   int64_t N, C, H, W;
   ElementType type;
   Operand x;
   uint8_t* y;  // (N, H, W, C)
-  float inverse_scale, zero_point, most;
+  float inverse_scale;
+  int32_t zero_point, quant_max;
 };
 
-// The nearest integer of 0 <= z <= 255, ties to even, in the low byte: one float32 of that size has the spacing 1.
+// The nearest integer of -255 <= z <= 255, ties to even, in the low byte: a float32 of this size has the spacing 1.
 constexpr float kRoundingOffset = 12582912.f;  // 1.5 * 2^23
 ADDEROPS_SHARED_CODE uint8_t rounded_byte(float z) { return uint8_t(bits_from_float(z + kRoundingOffset)); }
 

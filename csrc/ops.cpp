@@ -25,7 +25,7 @@ STABLE_TORCH_LIBRARY(adderops, m) {
       "adder_conv2d_int8(Tensor x, Tensor w, Tensor? scale, Tensor? offset, Tensor? residual, float residual_scale, "
       "bool relu, bool quantize, int zero_point, int quant_max, int padding_value, int[] stride, int[] padding, "
       "int[] dilation, int groups) -> Tensor");
-  // (N, C, H, W), float32, bfloat16 or float16 -> uint8, channels_last: round(x / scale + zero_point), bounded
+  // (N, C, H, W), float32, bfloat16 or float16 -> uint8, channels_last: round(x / scale) + zero_point, bounded
   m.def("quantize(Tensor x, float scale, int zero_point, int quant_max) -> Tensor");
   // What adderops.distill computes on the CPU, float32 alone; csrc/moments_args.h has the formulas.
   // -> (2C + 1, 2C): E[z z^T], and E[z] as the last row

@@ -16,6 +16,7 @@ from adderops.distill.matching import FeatureMatch
 from adderops.distill.task import PKKDTask, SingleTask
 from adderops.models import classifier, create_model, input_size, load_reference_checkpoint, matched_layers
 from adderops.optim import AdaptiveRateLayer
+from adderops.quant import Scheme, insert
 
 MOMENTUM = 0.9
 KIND_OF_ROLE = {"teacher": "cnn", "student": "adder"}
@@ -64,6 +65,8 @@ def build_task(config: Config, in_channels: int, num_classes: int, device: torch
                 module.set_eta(config.eta)
         if role == main_role(config) and config.initial is not None:
             load_weights(made, Path(config.initial), any_classifier=True)
+        if role == "student" and config.bits is not None:
+            made = insert(made, Scheme(config.bits))
         if config.sync_batchnorm:
             made = synchronize_batchnorm(made, device)
         return made.to(device, memory_format=torch.channels_last if config.channels_last else torch.preserve_format)

@@ -1,4 +1,4 @@
-"""`python -m adderops.distill COMMAND`: what is done with runs: eval, compare, export, report."""
+"""`python -m adderops.distill COMMAND`: what is done with runs: eval, compare, export, quantize, report."""
 
 import argparse
 import io
@@ -20,12 +20,13 @@ from adderops.distill.config import DEVICES, Config
 from adderops.distill.data import ImageSet
 from adderops.distill.evaluate import evaluate
 from adderops.distill.paired import compare_groups, group_rows
+from adderops.distill.quantize import add_options, quantize
 from adderops.distill.run_folder import NETWORKS, RunFolder, differing_options
 from adderops.export import export_onnx, export_program
 from adderops.files import write_atomically
 from adderops.models import classifier
 
-COMMANDS = ("eval", "compare", "export", "report")
+COMMANDS = ("eval", "compare", "export", "quantize", "report")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -60,6 +61,9 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--format", choices=tuple(EXPORTED), required=True, help="of the file")
     command.add_argument("--weights", choices=NETWORKS, help="network to export (default: student; of cnn: teacher)")
     command.add_argument("--output", type=Path, metavar="FILE", help="default: RUN/export/WEIGHTS.pt, .pt2 or .onnx")
+
+    command = add("quantize", quantize, "make the student of a finished run a network of bytes, and test and time it")
+    add_options(command)
 
     command = add("report", _report, "write report.html and its figures: curves, distillation, weights, operations")
     command.add_argument("folder", type=Path, metavar="RUN", help="run folder, of a finished run or not")

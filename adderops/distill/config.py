@@ -126,6 +126,14 @@ class Config:
         most=1,
     )
     initial: str | None = _option(None, "state_dict that the trained network starts from (fine-tuning)", type=str)
+    bits: int | None = _option(
+        None,
+        "round inputs and weights of the student's adder layers to grids of this many bits, which fit the network of "
+        "--initial; gradients go straight through",
+        type=int,
+        least=2,
+        most=8,
+    )
     rifle: int | None = _option(
         None, "re-draw the classifier every so many epochs, its learning rate starting anew (RIFLE)", type=int, least=1
     )
@@ -155,6 +163,8 @@ class Config:
                 raise ValueError(f"{f.name}: expected a finite number of at least {least}{upper}, got {value}")
         if self.teacher == "frozen" and self.method in ("pkkd", "compare") and self.teacher_checkpoint is None:
             raise ValueError("teacher_checkpoint: expected a file for the frozen teacher, got none")
+        if self.bits is not None and (self.initial is None or self.method == "cnn"):
+            raise ValueError("bits: expected a trained adder network to start from (initial), got none")
         if self.alpha == 0 and not self.logits:
             raise ValueError(
                 "alpha: expected a positive number without logits, got 0: nothing would train the classifier"

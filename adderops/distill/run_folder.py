@@ -15,6 +15,7 @@ from adderops.distill.config import MACHINE, Config
 from adderops.distill.data.idx import SIDE
 from adderops.distill.data.sources import find_source
 from adderops.models import classifier, create_model, input_size
+from adderops.quant import Scheme, insert
 
 NETWORKS = ("student", "student_ema", "teacher", "teacher_ema")
 LOG_COLUMNS = ("epoch", "images_per_second", "seconds")
@@ -155,6 +156,8 @@ class RunFolder:
         kind = KIND_OF_ROLE[name.removesuffix("_ema")]
         try:
             network = create_model(self.config.arch, kind, *_sizes(self.config.arch, state))
+            if self.config.bits is not None and name.startswith("student"):
+                network = insert(network, Scheme(self.config.bits))
             network.load_state_dict(state)
         except (RuntimeError, KeyError) as error:
             raise ValueError(f"{path}: expected a state_dict of {self.config.arch}, got another: {error}") from error

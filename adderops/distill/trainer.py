@@ -18,13 +18,14 @@ from adderops.distill import distributed
 from adderops.distill.build import build_average, build_optimizer, build_task, main_role
 from adderops.distill.checkpoint import load_checkpoint, save_checkpoint, save_tensors, write_json
 from adderops.distill.config import Config
-from adderops.distill.data import Data, epoch_batches
+from adderops.distill.data import Data, calibration_batches, epoch_batches
 from adderops.distill.evaluate import correct, evaluate, to_device
 from adderops.distill.interrupt import Interrupted, StopRequest, stop_request
 from adderops.distill.log import Log
 from adderops.distill.task import Losses
 from adderops.models import classifier
 from adderops.optim import AdaptiveRate, AdaptiveRateLayer
+from adderops.quant import observe
 
 try:
     from tqdm import tqdm
@@ -117,9 +118,13 @@ class _Run:
             self.log.rows, self.log.layers = state["log"], state["layers"]
             if self.writes:
                 self.log.write()
-        elif self.writes:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            write_json(self.folder / "config.json", asdict(self.config))
+        else:
+            if self.writes:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                write_json(self.folder / "config.json", asdict(self.config))
+            if self.config.bits is not None:
+                batches = (images.to(self.device) for images in calibration_batches(self.data.train))
+                observe(self.task.networks["student"], batches)
         if self.config.compile:
             for network in self.task.networks.values():
                 network.compile()

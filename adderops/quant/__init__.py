@@ -3,13 +3,15 @@
     model = calibrate(model, batches)        grids that fit the inputs of each adder layer; still floats
     reestimate_batchnorm(model, batches)     optional; or train it further
     integer = convert(model, example)        one call of adder_conv2d_int8 for adder layer, BatchNorm, sum and ReLU
+    save(integer, example, path)             load(path) needs none of this but the operators
 
 On a CPU one instruction sums eight |a - b| of bytes; a network of 8 bits has the accuracy of its floats.
 """
 
-from adderops.quant.calibration import calibrate, insert, reestimate_batchnorm
+from adderops.quant.calibration import calibrate, insert, observe, reestimate_batchnorm
+from adderops.quant.files import load, save
 from adderops.quant.fuse import convert
 from adderops.quant.grid import Grid
 from adderops.quant.scheme import Scheme
 
-__all__ = ["Grid", "Scheme", "calibrate", "convert", "insert", "reestimate_batchnorm"]
+__all__ = ["Grid", "Scheme", "calibrate", "convert", "insert", "load", "observe", "reestimate_batchnorm", "save"]

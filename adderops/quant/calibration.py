@@ -40,7 +40,6 @@ def insert(model: nn.Module, scheme: Scheme | None = None) -> nn.Module:
     return made.get(model, model)
 
 
-@torch.no_grad()
 def calibrate(model: nn.Module, batches: Iterable[Tensor], scheme: Scheme | None = None) -> nn.Module:
     """Quantizes the adder layers of a trained model to grids that fit the inputs they get, in place.
 
@@ -66,7 +65,12 @@ def calibrate(model: nn.Module, batches: Iterable[Tensor], scheme: Scheme | None
     >>> model.conv2.input_grid().zero_point, model.conv2.input_grid().quant_max
     (0, 255)
     """
-    model = insert(model, scheme)
+    return observe(insert(model, scheme), batches)
+
+
+@torch.no_grad()
+def observe(model: nn.Module, batches: Iterable[Tensor]) -> nn.Module:
+    """Gives the layers of `insert` their grids; see `calibrate`."""
     layers = quantized_layers(model)
     modes = [(module, module.training) for module in model.modules()]
     originals = {layer: layer.forward for layer in layers.values()}

@@ -10,6 +10,7 @@ epilogue, and where another adder layer follows, its output leaves as bytes on t
 
 import copy
 import operator
+from dataclasses import asdict
 
 import torch
 from torch import Tensor, nn
@@ -67,7 +68,12 @@ def convert(model: nn.Module, example: Tensor) -> GraphModule:
         root.set_submodule(name, layer.plain())
     program = export_program(root, example).run_decompositions({})  # nothing in place
     traced = program.module(check_guards=False)
-    return _Fusion(traced, {f"0.{name}" if name else "0": layer for name, layer in layers.items()}).run()
+    integer = _Fusion(traced, {f"0.{name}" if name else "0": layer for name, layer in layers.items()}).run()
+    integer.meta["adderops.quant"] = {
+        "scheme": asdict(next(iter(layers.values())).scheme),
+        "layers": {name: [asdict(grid) for _, grid in layer.grids()] for name, layer in layers.items()},
+    }
+    return integer
 
 
 class _Fusion:
@@ -92,6 +98,8 @@ class _Fusion:
                 self._adder(node)
             elif node.target in (aten.conv2d.default, aten.linear.default):
                 self._multiplying(node)
+            elif node.target == aten.view.default:  # traced on contiguous tensors; bytes come channels last
+                node.target = aten.reshape.default
         self.graph.eliminate_dead_code()
         for node, grid in self.grid_of.items():
             if node.users:
@@ -270,7 +278,7 @@ class _Fusion:
     # --- the traced network ---
 
     def _constant(self, name: str, value: Tensor) -> Node:
-        self.constants[name] = value
+        self.constants[name] = value.detach().clone()
         return self.graph.create_node("get_attr", name)
 
     def _name(self, node: Node) -> str:

@@ -14,9 +14,9 @@ class Grid:
 
     `sum |x - w| = scale * sum |X - W|` holds on no two different grids: the adder's price for integers.
 
-    >>> grid = Grid.over(0.0, 5.1, 8)
-    >>> grid.scale, grid.zero_point, grid.bytes(torch.tensor([-1.0, 0.021, 9.0])).tolist()
-    (0.02, 0, [0, 1, 255])
+    >>> grid = Grid.over(0.0, 127.5, 8)
+    >>> grid.scale, grid.zero_point, grid.bytes(torch.tensor([-1.0, 0.6, 200.0])).tolist()
+    (0.5, 0, [0, 1, 255])
     """
 
     scale: float
@@ -25,8 +25,8 @@ class Grid:
 
     @classmethod
     def over(cls, low: float, high: float, bits: int) -> "Grid":
-        """The grid from about `low` <= 0 to about `high` > 0; 0 is on it exactly."""
-        scale = (high - low) / (2**bits - 1)
+        """The grid from about `low` <= 0 to about `high` > 0; 0 is on it exactly, and its scale is a float32."""
+        scale = torch.tensor((high - low) / (2**bits - 1), dtype=torch.float32).item()
         return cls(scale, round(-low / scale), bits)
 
     @property

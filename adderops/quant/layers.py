@@ -163,6 +163,9 @@ class QuantizedEnd(Quantized):
         self._check_calibrated()
         return Grid.over(self.input_low.item(), self.input_high.item(), ENDS_BITS)
 
+    def grids(self) -> list[tuple[Tensor, Grid]]:
+        return [(torch.arange(len(self.weight)), self.input_grid())]
+
     def weight_scales(self) -> Tensor:
         """(C_out): what one step of each filter's grid is."""
         largest = self.weight.detach().abs().flatten(1).amax(1)

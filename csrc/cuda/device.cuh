@@ -55,6 +55,20 @@ __device__ __forceinline__ void cp_async_wait() {
 // clamp(a - b, 0, 1): one FADD.SAT.  A NaN becomes 0.
 __device__ __forceinline__ float saturated_difference(float a, float b) { return __saturatef(a - b); }
 
+// c + the sum of |a - b| over four unsigned bytes: one VABSDIFF4; on sm_120, which has none, four instructions of two
+// kinds (VIMNMX.U8x4 twice, VIADD.U8x4; IDP.4A), where the form with .add would be five.
+__device__ __forceinline__ uint32_t add_distances4(uint32_t a, uint32_t b, uint32_t c) {
+  uint32_t sum;
+#if __CUDA_ARCH__ >= 1200
+  asm("{\n.reg .u32 d;\nvabsdiff4.u32.u32.u32 d, %1, %2, 0;\ndp4a.u32.u32 %0, d, 0x01010101, %3;\n}"
+      : "=r"(sum)
+      : "r"(a), "r"(b), "r"(c));
+#else
+  asm("vabsdiff4.u32.u32.u32.add %0, %1, %2, %3;" : "=r"(sum) : "r"(a), "r"(b), "r"(c));
+#endif
+  return sum;
+}
+
 // The smaller of each of two packed halves; a NaN on one side gives the other side.
 template <typename T>
 __device__ __forceinline__ uint32_t minimum2(uint32_t a, uint32_t b);
@@ -106,8 +120,15 @@ struct alignas(16) Float4 {
 struct alignas(16) Words4 {
   uint32_t v[4];
 };
+struct alignas(8) Words2 {
+  uint32_t v[2];
+};
 template <typename V>
 __device__ __forceinline__ V load_16(const void* p) {
+  return *static_cast<const V*>(p);
+}
+template <typename V>
+__device__ __forceinline__ V load_8(const void* p) {
   return *static_cast<const V*>(p);
 }
 template <typename V>

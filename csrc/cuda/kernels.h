@@ -7,6 +7,7 @@
 #include <stddef.h>
 
 #include "../conv2d_problem.h"
+#include "../int8_args.h"
 #if !defined(ADDEROPS_SIMT)
 #include <cuda_runtime_api.h>
 #else
@@ -37,6 +38,11 @@ struct Pass {
 };
 
 extern const Pass kForward, kGradX, kGradW;
+
+// They need no workspace.  Of `choice` the int8 convolution knows the tile, below kForwardInt8Tiles.
+cudaError_t forward_int8(const Int8Args& args, const Device& device, const Choice& choice, cudaStream_t stream);
+extern const int kForwardInt8Tiles;
+cudaError_t quantize(const QuantizeArgs& args, cudaStream_t stream);
 
 }  // namespace cuda
 }  // namespace adderops

@@ -161,6 +161,14 @@ inline void cp_async_wait() {
   simt::copy_async_wait(Pending);
 }
 
+inline uint32_t add_distances4(uint32_t a, uint32_t b, uint32_t c) {
+  for (int i = 0; i < 32; i += 8) {
+    const int d = int(a >> i & 255) - int(b >> i & 255);
+    c += uint32_t(d < 0 ? -d : d);
+  }
+  return c;
+}
+
 inline float saturated_difference(float a, float b) {
   const float d = a - b;
   return d > 0 ? (d < 1 ? d : 1) : 0;  // a NaN compares false

@@ -10,8 +10,8 @@ except ModuleNotFoundError as missing:
     raise ModuleNotFoundError("adderops.distill needs torchvision: install the extra `adderops[distill]`") from missing
 
 from adderops.distill.data.idx import IDX_FILES, read_idx
-from adderops.distill.data.loading import ImageSet, epoch_batches
+from adderops.distill.data.loading import ImageSet, calibration_batches, epoch_batches
 from adderops.distill.data.sets import Data, load_data
 from adderops.distill.data.sources import SETS
 
-__all__ = ["IDX_FILES", "SETS", "Data", "ImageSet", "epoch_batches", "load_data", "read_idx"]
+__all__ = ["IDX_FILES", "SETS", "Data", "ImageSet", "calibration_batches", "epoch_batches", "load_data", "read_idx"]

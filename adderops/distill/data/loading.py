@@ -1,13 +1,15 @@
 """From images to batches: their order and every random crop follow from seed, epoch and image alone."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
+
+CALIBRATION_BATCH = 100
 
 
 def epoch_batches(count: int, batch_size: int, seed: int, epoch: int) -> tuple[Tensor, ...]:
@@ -103,3 +105,10 @@ class ImageSet:
                     labels.append(int(label))
             images, labels = torch.stack(images), torch.tensor(labels)
         return (images - self.mean).div_(self.std), labels
+
+
+def calibration_batches(images: ImageSet, count: int = 2000) -> Iterator[Tensor]:
+    """Yields `count` images of a set, or all that it has, without labels, in batches, the same at every call."""
+    chosen = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:count]
+    for batch, _ in images.batches(chosen.split(CALIBRATION_BATCH)):
+        yield batch

@@ -1,0 +1,20 @@
+// Host side of quantize.
+#include "quantize.cuh"
+
+#include "launch.cuh"
+
+namespace adderops {
+namespace cuda {
+
+cudaError_t quantize(const QuantizeArgs& args, cudaStream_t stream) {
+  const int64_t channels = blocks(args.C, kQuantizeChannels);
+  const dim3 grid((unsigned)blocks(args.N * args.H * args.W, kQuantizePixels),
+                  (unsigned)(channels < 65535 ? channels : 65535));
+  with_tiled_type(args.type, [&](auto element) {
+    LAUNCH((quantize_kernel<decltype(element)>), grid, dim3(kQuantizeThreads), stream, args);
+  });
+  return cudaGetLastError();
+}
+
+}  // namespace cuda
+}  // namespace adderops
