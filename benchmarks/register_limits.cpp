@@ -147,6 +147,33 @@ struct MinAdd {
   }
 };
 
+// The same bits as bytes: each lane of 32 bits compares 4 of them; the scalar is 8 bytes (4 on AArch64).
+struct SumOfDistances {
+  static constexpr const char* name = "int8: sums of |a - b| of bytes";
+  static constexpr bool kHolds = false;
+  template <int>
+  static Vec term(Vec acc, const float* row, Vec col, Vec, const Constants&) {
+#if defined(__aarch64__)
+    const uint8x16_t bytes = vreinterpretq_u8_f32(vdupq_n_f32(*row));
+    const uint16x8_t pairs = vpaddlq_u8(vabdq_u8(bytes, vreinterpretq_u8_f32(col)));
+    return vreinterpretq_f32_u32(vpadalq_u16(vreinterpretq_u32_f32(acc), pairs));
+#else
+    long long bytes;
+    __builtin_memcpy(&bytes, row, 8);
+#if VECTOR_BITS == 512
+    const __m512i sums = _mm512_sad_epu8(_mm512_set1_epi64(bytes), _mm512_castps_si512(col));
+    return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(acc), sums));
+#elif VECTOR_BITS == 256
+    const __m256i sums = _mm256_sad_epu8(_mm256_set1_epi64x(bytes), _mm256_castps_si256(col));
+    return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(acc), sums));
+#else
+    const __m128i sums = _mm_sad_epu8(_mm_set1_epi64x(bytes), _mm_castps_si128(col));
+    return _mm_castsi128_ps(_mm_add_epi32(_mm_castps_si128(acc), sums));
+#endif
+#endif
+  }
+};
+
 struct SubAbsAdd {
   static constexpr const char* name = "forward direct: sub abs add";
   static constexpr bool kHolds = false;
@@ -229,6 +256,11 @@ struct ClampRangeHalf : ClampRange<1, 2> {
 };
 #endif
 
+template <class Term>
+constexpr int kTermsOfLane = 1;
+template <>
+constexpr int kTermsOfLane<SumOfDistances> = 4;
+
 // ---- the tile ---------------------------------------------------------------------------------------------------
 
 constexpr int kLanes = sizeof(Vec) / sizeof(float);
@@ -237,7 +269,7 @@ constexpr int kMaxCols = 4;
 constexpr int kMaxRows = 12;
 
 alignas(64) thread_local float t_cols[kDepth * kMaxCols * kLanes];
-alignas(64) thread_local float t_rows[kDepth * kMaxRows];
+alignas(64) thread_local float t_rows[kDepth * kMaxRows + 1];  // the last scalar of bytes is 8 of them
 thread_local volatile float t_sink;
 
 // f(0), f(1), ... f(n - 1) with constant arguments: written as loops, GCC leaves the accumulators in memory.
@@ -287,11 +319,11 @@ double seconds(long sweeps) {
 
 struct Loop {
   const char* name;
-  int rows, cols;
+  int rows, cols, terms_of_lane;
   double (*seconds)(long);
 };
 
-#define TILE(Term, rows, cols) {Term::name, rows, cols, seconds<Term, rows, cols>}
+#define TILE(Term, rows, cols) {Term::name, rows, cols, kTermsOfLane<Term>, seconds<Term, rows, cols>}
 // Of 16 registers a tile of a plain term may fill 12, of 32 registers 24; grad_x holds x beside every accumulator.
 #if defined(__AVX512F__) || defined(__aarch64__)
 #define TILES(Term) TILE(Term, 12, 1), TILE(Term, 6, 2), TILE(Term, 12, 2), TILE(Term, 4, 4), TILE(Term, 6, 4)
@@ -306,6 +338,7 @@ const Loop kLoops[] = {
     TILES(Convolution),
     TILES(MinAdd),
     TILES(SubAbsAdd),
+    TILES(SumOfDistances),
     TILES_HELD(ClampFloat),
 #if HAS_FMA
     TILES(MinFma),
@@ -328,7 +361,8 @@ extern "C" {
 // Whether this processor runs the instruction set the library was compiled for.
 int limit_runnable() {
 #if defined(__AVX512F__)
-  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
+         __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq");
 #elif defined(__AVX2__)
   return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
 #else
@@ -339,6 +373,9 @@ int limit_count() { return static_cast<int>(sizeof(kLoops) / sizeof(kLoops[0]));
 const char* limit_name(int i) { return kLoops[i].name; }
 int limit_rows(int i) { return kLoops[i].rows; }
 int limit_cols(int i) { return kLoops[i].cols; }
-double limit_terms(int i) { return double(kDepth) * kLoops[i].rows * kLoops[i].cols * kLanes; }
+double limit_terms(int i) {
+  const Loop& loop = kLoops[i];
+  return double(kDepth) * loop.rows * loop.cols * kLanes * loop.terms_of_lane;
+}
 double limit_seconds(int i, long sweeps) { return kLoops[i].seconds(sweeps); }
 }

@@ -21,7 +21,7 @@ from pathlib import Path
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 _COMMON = ["-std=c++17", "-O3", "-ffp-contract=off", "-shared", "-fPIC"]
-_AVX512 = ["-mavx512f", "-mavx512vl", "-mavx512dq", "-mfma"]
+_AVX512 = ["-mavx512f", "-mavx512vl", "-mavx512bw", "-mavx512dq", "-mfma"]
 # label: (compiler flags, instruction sets of the operators that may use these loops)
 _VARIANTS = {
     "x86_64": {
@@ -33,7 +33,13 @@ _VARIANTS = {
     "aarch64": {"NEON": ([], ("baseline", "neon"))},
 }
 # The loops that bound a pass, by the beginning of their name.  grad_w is one fused multiply-add a term.
-PASS_LOOPS = {"forward": "forward", "grad_x": "grad_x", "grad_w": "convolution", "conv2d": "convolution"}
+PASS_LOOPS = {
+    "forward": "forward",
+    "grad_x": "grad_x",
+    "grad_w": "convolution",
+    "conv2d": "convolution",
+    "int8": "int8",
+}
 
 
 class Unavailable(Exception):

@@ -25,6 +25,7 @@ What is done with runs: python -m adderops.distill COMMAND --help, where COMMAND
   eval      test the saved networks again
   compare   table, statistics over seeds, and curves of several runs
   export    state_dict, torch.export program or ONNX file of a network
+  quantize  the student as a network of bytes: accuracy, images a second, file
   report    report.html: curves, distillation, weights, operations"""
 
 

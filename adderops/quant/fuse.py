@@ -186,8 +186,14 @@ class _Fusion:
                 floats = self.graph.call_function(aten.to.dtype, (integers, torch.float32))
                 steps = self._constant(f"{name}.scale", (scales * factor).view(filters))
                 new_weight = self.graph.call_function(aten.mul.Tensor, (floats, steps))
-                args = (source, grid.scale, grid.zero_point, 0, grid.quant_max)
-                source = self.graph.call_function(aten.fake_quantize_per_tensor_affine.default, args)
+                bounds = (-grid.zero_point, grid.quant_max - grid.zero_point)
+                for target, *arguments in (
+                    (aten.mul.Scalar, 1 / grid.scale),
+                    (aten.round.default,),
+                    (aten.clamp.default, *bounds),
+                    (aten.mul.Scalar, grid.scale),
+                ):
+                    source = self.graph.call_function(target, (source, *arguments))
             else:
                 new_weight = self._constant(f"{name}.weight", weight * factor.view(filters))
             new_bias = None if bias is None else self._constant(f"{name}.bias", bias)
