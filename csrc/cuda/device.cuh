@@ -55,14 +55,20 @@ __device__ __forceinline__ void cp_async_wait() {
 // clamp(a - b, 0, 1): one FADD.SAT.  A NaN becomes 0.
 __device__ __forceinline__ float saturated_difference(float a, float b) { return __saturatef(a - b); }
 
+// threadIdx.x, read anew: what a loop computes from it is computed again, where it would be kept in registers.
+__device__ __forceinline__ unsigned thread_index() {
+  unsigned x;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(x));
+  return x;
+}
+
 // c + the sum of |a - b| over four unsigned bytes: one VABSDIFF4; on sm_120, which has none, four instructions of two
 // kinds (VIMNMX.U8x4 twice, VIADD.U8x4; IDP.4A), where the form with .add would be five.
 __device__ __forceinline__ uint32_t add_distances4(uint32_t a, uint32_t b, uint32_t c) {
   uint32_t sum;
 #if __CUDA_ARCH__ >= 1200
-  asm("{\n.reg .u32 d;\nvabsdiff4.u32.u32.u32 d, %1, %2, 0;\ndp4a.u32.u32 %0, d, 0x01010101, %3;\n}"
-      : "=r"(sum)
-      : "r"(a), "r"(b), "r"(c));
+  asm("vabsdiff4.u32.u32.u32 %0, %1, %2, %3;" : "=r"(sum) : "r"(a), "r"(b), "r"(0));
+  sum = __dp4a(sum, 0x01010101u, c);
 #else
   asm("vabsdiff4.u32.u32.u32.add %0, %1, %2, %3;" : "=r"(sum) : "r"(a), "r"(b), "r"(c));
 #endif

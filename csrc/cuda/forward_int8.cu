@@ -1,6 +1,5 @@
 // Host side of the int8 convolution: which kernel, which tile, what grid.
 #include "forward_int8.cuh"
-
 #include "launch.cuh"
 
 namespace adderops {
@@ -9,10 +8,10 @@ namespace {
 
 constexpr TileSize kTiles[] = {{128, 128}, {64, 128}, {32, 128}, {16, 128}, {64, 64}};
 using Tile0 = Tile<128, 128, 8, 8, 2>;
-using Tile1 = Tile<64, 128, 8, 8, 4>;
-using Tile2 = Tile<32, 128, 4, 8, 5>;
-using Tile3 = Tile<16, 128, 4, 4, 6>;
-using Tile4 = Tile<64, 64, 8, 4, 5>;
+using Tile1 = Tile<64, 128, 8, 8, 3>;
+using Tile2 = Tile<32, 128, 4, 8, 4>;
+using Tile3 = Tile<16, 128, 4, 4, 5>;
+using Tile4 = Tile<64, 64, 8, 4, 4>;
 
 // Groups too narrow for a tile, and coordinates beyond a tile's?
 bool is_direct_int8(const Conv2dProblem& p) {
@@ -34,17 +33,19 @@ int piece_bytes(const Int8Args& args) {
   return fits(16) ? 16 : fits(4) ? 4 : 1;
 }
 
+Divisor divisor(int64_t d) { return {(int)d, d == 1 ? 0xffffffffu : (uint32_t)(((int64_t)1 << 32) / d)}; }
+
 Int8Walk walk_of(const Int8Args& args, int bytes) {
   const Conv2dProblem& p = args.problem;
   const int slab = bytes == 16 ? 4 : 16;  // pieces
   Int8Walk w{};
   w.row = (int)(p.W * p.C_in), w.column = (int)p.C_in;
-  w.H = (int)p.H, w.W = (int)p.W, w.KH = (int)p.KH, w.KW = (int)p.KW;
-  w.C = (int)(p.C_in / p.groups), w.M = (int)(p.C_out / p.groups), w.K = w.KH * w.KW * w.C;
+  w.H = (int)p.H, w.W = (int)p.W, w.KH = (int)p.KH;
+  w.C = (int)(p.C_in / p.groups), w.M = (int)(p.C_out / p.groups), w.K = (int)(p.KH * p.KW) * w.C;
   w.step_h = (int)p.dilation_h, w.step_w = (int)p.dilation_w;
-  w.pieces = (int)blocks(w.C, bytes == 1 ? 4 : bytes);
-  w.slabs = (int)blocks(p.KH * p.KW * w.pieces, slab);
-  w.next_c = slab % w.pieces, w.next_j = slab / w.pieces % w.KW, w.next_i = slab / w.pieces / w.KW;
+  const int64_t pieces = blocks(w.C, bytes == 1 ? 4 : bytes);
+  w.slabs = (int)blocks(p.KH * p.KW * pieces, slab);
+  w.by_pieces = divisor(pieces), w.by_KW = divisor(p.KW);
   w.padding = args.padding * 0x01010101u;
   const auto aligned = [](const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; };
   w.vectors = w.M % 4 == 0 && aligned(args.y) && aligned(args.residual);

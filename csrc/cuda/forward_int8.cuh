@@ -32,16 +32,25 @@ namespace cuda {
 
 constexpr int kInt8Slab = 16;  // words of a row
 
+// n / d and n % d for n below 2^24.
+struct Divisor {
+  int d;
+  uint32_t inverse;  // 2^32 / d, rounded down, at most 2^32 - 1: the product is at most one too small
+  __device__ __forceinline__ void divide(int n, int* quotient, int* rest) const {
+    const int q = (int)((uint64_t)n * inverse >> 32), r = n - q * d;
+    *quotient = r >= d ? q + 1 : q, *rest = r >= d ? r - d : r;
+  }
+};
+
 // What the host knows beside the call.
 struct Int8Walk {
-  int row, column;             // bytes of x from row to row, pixel to pixel
-  int H, W, KH, KW, C, M, K;   // C, M of a group
-  int step_h, step_w;          // tap (i, j) is i*step_h rows down, j*step_w pixels to the right
-  int pieces;                  // of a tap
-  int slabs;                   // of all taps
-  int next_i, next_j, next_c;  // a slab on: taps down, taps to the right, pieces
-  uint32_t padding;            // four of it
-  bool vectors;                // may four neighbouring outputs be read and stored at once?
+  int row, column;           // bytes of x from row to row, pixel to pixel
+  int H, W, KH, C, M, K;     // C, M of a group
+  int step_h, step_w;        // tap (i, j) is i*step_h rows down, j*step_w pixels to the right
+  int slabs;                 // of all taps
+  Divisor by_pieces, by_KW;  // pieces of a tap, taps of a row
+  uint32_t padding;          // four of it
+  bool vectors;              // may four neighbouring outputs be read and stored at once?
 };
 // Where the window of a pixel begins; `offset` of that place from the first byte of x.
 struct Int8Site {
@@ -56,23 +65,9 @@ struct Int8Copy {
   static constexpr int kRows = Tile::kThreads / kPieces;
   static_assert(kRows % 8 == 0, "a thread's rows have one order of words");
 
-  int at;       // words from the first of the thread's first row to its piece
-  int i, j, c;  // tap and piece of the tap
-
-  __device__ __forceinline__ explicit Int8Copy(const Int8Walk& walk) {
-    const int piece = threadIdx.x % kPieces, row = threadIdx.x / kPieces, tap = piece / walk.pieces;
-    const int word = piece * (kInt8Slab / kPieces);
-    at = row * kInt8Slab + (word / 4 ^ row / 2 % 4) * 4 + word % 4;
-    c = piece % walk.pieces, j = tap % walk.KW, i = tap / walk.KW;
-  }
-  __device__ __forceinline__ void advance(const Int8Walk& walk) {
-    c += walk.next_c, j += walk.next_j, i += walk.next_i;
-    if (c >= walk.pieces) c -= walk.pieces, ++j;
-    if (j >= walk.KW) j -= walk.KW, ++i;
-  }
-
   // `left`: channels of the tap from the piece on.
-  static __device__ __forceinline__ void copy(uint32_t* to, const uint8_t* from, bool real, int left, uint32_t padding) {
+  static __device__ __forceinline__ void copy(uint32_t* to, const uint8_t* from, bool real, int left,
+                                              uint32_t padding) {
     if constexpr (Bytes == 16) {
       if (real)
         cp_async_16(to, from, true);
@@ -98,15 +93,20 @@ struct Int8Copy {
     return r * kRows / Tile::kAcross % 4 + r * kRows / Tile::kAcross / 4 * (4 * Tile::kAcross);
   }
 
-  // The next slab of the block's `filters`, from w on, and of its pixels, in the image from x on.
-  __device__ __forceinline__ void fetch(const Int8Walk& walk, const Int8Site* sites, const uint8_t* x, const uint8_t* w,
-                                        int filters, uint32_t* s_w, uint32_t* s_x) const {
+  // A slab of the block's `filters`, from w on, and of its pixels, in the image from x on.
+  static __device__ __forceinline__ void fetch(const Int8Walk& walk, int slab, const Int8Site* sites, const uint8_t* x,
+                                               const uint8_t* w, int filters, uint32_t* s_w, uint32_t* s_x) {
     constexpr int kStep = Bytes == 1 ? 4 : Bytes;
+    const unsigned thread = thread_index(), piece = thread % kPieces, word = piece * (kInt8Slab / kPieces);
+    const unsigned row = thread / kPieces, n = row / Tile::kAcross;
+    const unsigned at = row * kInt8Slab + (word / 4 ^ row / 2 % 4) * 4 + word % 4;
+    int tap, i, j, c;
+    walk.by_pieces.divide(slab * kPieces + (int)piece, &tap, &c);
+    walk.by_KW.divide(tap, &i, &j);
     const int left = walk.C - c * kStep, down = i * walk.step_h, right = j * walk.step_w;
-    const int row = threadIdx.x / kPieces, n = row / Tile::kAcross;
-    const int lane = row % Tile::kAcross * 4 + n % 4 + n / 4 * (4 * Tile::kAcross);
+    const int lane = (int)(row % Tile::kAcross * 4 + n % 4 + n / 4 * (4 * Tile::kAcross));
     const int lanes = i < walk.KH ? filters - lane : 0;
-    const uint8_t* from = w + (lane * walk.K + (i * walk.KW + j) * walk.C + c * kStep);
+    const uint8_t* from = w + (lane * walk.K + tap * walk.C + c * kStep);
 #pragma unroll
     for (int r = 0; r < (Tile::kLanes + kRows - 1) / kRows; ++r) {
       if (Tile::kLanes % kRows && row + r * kRows >= Tile::kLanes) break;
@@ -127,34 +127,33 @@ struct Int8Copy {
 // Where a thread stands in its block's tile: its first row of either side.
 template <typename T>
 struct Int8Place {
-  int lane, column;
+  unsigned lane, column;
   __device__ __forceinline__ Int8Place() {
-    const int warp = threadIdx.x / 32, l = threadIdx.x % 32;
+    const unsigned thread = thread_index(), warp = thread / 32, l = thread % 32;
     constexpr int kWarpsAcross = T::kAcross / T::kWarpLanes;
     lane = warp % kWarpsAcross * T::kWarpLanes + l % T::kWarpLanes;
     column = warp / kWarpsAcross * T::kWarpColumns + l / T::kWarpLanes;
   }
 };
 // Where word 0 of a row's first 16 bytes is, in words; those of group g are at ^ 4*g.
-__device__ __forceinline__ int int8_row(int row) { return row * kInt8Slab + row / 2 % 4 * 4; }
+__device__ __forceinline__ unsigned int8_row(unsigned row) { return row * kInt8Slab + row / 2 % 4 * 4; }
 
 // acc[i][j] += the distance of filter i and pixel j over a slab, from the thread's first row of either side on; eight
 // bytes of each at a time, which leaves registers for the rest.
 template <typename T>
 __device__ __forceinline__ void add_slab(uint32_t (&acc)[T::kThreadLanes][T::kThreadColumns], const uint32_t* slabs,
-                                         int lanes, int columns) {
+                                         unsigned lanes, unsigned columns) {
   static_assert(T::kDown % 8 == 0 && T::kAcross % 4 == 0 && (T::kAcross & (T::kAcross - 1)) == 0, "order of words");
 #pragma unroll
   for (int g = 0; g < 8; ++g) {
     Words2 b[T::kThreadLanes];
 #pragma unroll
     for (int i = 0; i < T::kThreadLanes; ++i)  // the row i * kAcross further down
-      b[i] = load_8<Words2>(slabs + (lanes ^ (g / 2 ^ i * T::kAcross / 2 % 4) * 4) + i * T::kAcross * kInt8Slab +
-                                  g % 2 * 2);
+      b[i] = load_8<Words2>(slabs + (lanes ^ (unsigned)(g / 2 ^ i * T::kAcross / 2 % 4) * 4) +
+                            i * T::kAcross * kInt8Slab + g % 2 * 2);
 #pragma unroll
     for (int j = 0; j < T::kThreadColumns; ++j) {
-      const Words2 a =
-          load_8<Words2>(slabs + (columns ^ g / 2 * 4) + j * T::kDown * kInt8Slab + g % 2 * 2);
+      const Words2 a = load_8<Words2>(slabs + (columns ^ (unsigned)g / 2 * 4) + j * T::kDown * kInt8Slab + g % 2 * 2);
 #pragma unroll
       for (int k = 0; k < 2; ++k)
 #pragma unroll
@@ -193,8 +192,16 @@ __device__ __forceinline__ void finish_four(const Int8Args& args, const Words4& 
   *reinterpret_cast<uint32_t*>(static_cast<uint8_t*>(args.y) + at) = bytes;
 }
 
+// What is given up on sm_120, whose four instructions need more registers, is the second block of the largest tile.
+template <typename Tile>
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
+constexpr int kInt8Blocks = Tile::kThreads > 128 ? 1 : Tile::kBlocks;
+#else
+constexpr int kInt8Blocks = Tile::kBlocks;
+#endif
+
 template <typename Tile, int Bytes>
-__global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks) forward_int8_kernel(Int8Args args, Int8Walk walk) {
+__global__ void __launch_bounds__(Tile::kThreads, kInt8Blocks<Tile>) forward_int8_kernel(Int8Args args, Int8Walk walk) {
   constexpr int kWords = kInt8Slab * (Tile::kLanes + Tile::kColumns), kColumnsAt = kInt8Slab * Tile::kLanes;
   SHARED(uint32_t, s_slabs, [2 * kWords]);
   SHARED(Int8Site, s_sites, [Tile::kColumns]);
@@ -214,28 +221,28 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks) forward_int8_ke
 
   const uint8_t* const x = args.x + group * walk.C;
   const uint8_t* const w = args.w + ((int64_t)group * M + lane0) * walk.K;
-  const Int8Place<Tile> place;
   uint32_t acc[Tile::kThreadLanes][Tile::kThreadColumns] = {};
-  Int8Copy<Tile, Bytes> copy(walk);
-  copy.fetch(walk, s_sites, x, w, M - lane0, s_slabs, s_slabs + kColumnsAt);
+  using Copy = Int8Copy<Tile, Bytes>;
+  Copy::fetch(walk, 0, s_sites, x, w, M - lane0, s_slabs, s_slabs + kColumnsAt);
   cp_async_commit();
   int left = walk.slabs;
-  const int lanes = int8_row(place.lane), columns = int8_row(place.column) + kColumnsAt;
   for (int at = 0;; at = kWords - at) {
     cp_async_wait<0>();
     __syncthreads();
     if (--left) {
-      copy.advance(walk);
-      copy.fetch(walk, s_sites, x, w, M - lane0, s_slabs + kWords - at, s_slabs + kWords - at + kColumnsAt);
+      Copy::fetch(walk, walk.slabs - left, s_sites, x, w, M - lane0, s_slabs + kWords - at,
+                  s_slabs + kWords - at + kColumnsAt);
       cp_async_commit();
     }
-    add_slab<Tile>(acc, s_slabs, lanes + at, columns + at);
+    const Int8Place<Tile> place;
+    add_slab<Tile>(acc, s_slabs, at + int8_row(place.lane), at + int8_row(place.column) + kColumnsAt);
     if (!left) break;
   }
 
   // The sums of a round's pixels, [pixel][kLanes], where the slabs were; then four filters a thread.
   constexpr int kRounds = Tile::kLanes * Tile::kColumns > 2 * kWords ? 2 : 1, kRound = Tile::kThreadColumns / kRounds;
   constexpr int kRuns = Tile::kLanes / 4;
+  const Int8Place<Tile> place;
   static_assert(Tile::kLanes * Tile::kColumns / kRounds <= 2 * kWords && Tile::kThreads % kRuns == 0, "sums");
   const int lane = lane0 + threadIdx.x % kRuns * 4, count = M - lane;
   const int64_t co = (int64_t)group * M + lane;

@@ -1,7 +1,6 @@
 // Host side of quantize.
-#include "quantize.cuh"
-
 #include "launch.cuh"
+#include "quantize.cuh"
 
 namespace adderops {
 namespace cuda {

@@ -1,4 +1,6 @@
-// Floats of any strides to bytes, channels last:   y = round(min(max(x * inverse_scale + zero_point, 0), most))
+// Floats of any strides to bytes, channels last:
+//
+//   y = round(min(max(x * inverse_scale, -zero_point), quant_max - zero_point)) + zero_point
 //
 //   x  (N, C, H, W), any strides, float32, bfloat16 or float16       y  (N, H, W, C) bytes
 //
@@ -21,20 +23,21 @@ __global__ void __launch_bounds__(kQuantizeThreads) quantize_kernel(QuantizeArgs
   const int64_t pixels = args.N * args.H * args.W, first = (int64_t)blockIdx.x * kQuantizePixels;
   const int count = pixels - first < kQuantizePixels ? (int)(pixels - first) : kQuantizePixels;
   const bool dense = stride[1] == 1;
+  const float least = (float)-args.zero_point, most = (float)(args.quant_max - args.zero_point);
   if (threadIdx.x < count) {
     const int64_t pixel = first + threadIdx.x, row = pixel / args.W;
     s_pixels[threadIdx.x] = row / args.H * stride[0] + row % args.H * stride[2] + pixel % args.W * stride[3];
   }
-  for (int64_t c0 = (int64_t)blockIdx.y * kQuantizeChannels; c0 < args.C; c0 += (int64_t)gridDim.y * kQuantizeChannels) {
+  for (int64_t c0 = (int64_t)blockIdx.y * kQuantizeChannels; c0 < args.C;
+       c0 += (int64_t)gridDim.y * kQuantizeChannels) {
     const int channels = args.C - c0 < kQuantizeChannels ? (int)(args.C - c0) : kQuantizeChannels;
     __syncthreads();  // the pixels are known, the bytes of the last turn written
     for (int i = threadIdx.x; i < channels * kQuantizePixels; i += kQuantizeThreads) {
       const int c = dense ? i % channels : i / kQuantizePixels, pixel = dense ? i / channels : i % kQuantizePixels;
       if (pixel >= count) continue;
       const float x = to_float(static_cast<const T*>(args.x.data)[s_pixels[pixel] + (c0 + c) * stride[1]]);
-      const float z = x * args.inverse_scale + args.zero_point;
-      const float least = z < 0 ? 0 : z;  // a NaN stays, and becomes `most`
-      s_bytes[pixel * kPitch + c] = rounded_byte(least < args.most ? least : args.most);
+      const float z = x * args.inverse_scale, bounded = z < least ? least : z;  // a NaN stays, and becomes `most`
+      s_bytes[pixel * kPitch + c] = uint8_t(rounded_byte(bounded < most ? bounded : most) + args.zero_point);
     }
     __syncthreads();
     for (int i = threadIdx.x; i < channels * count; i += kQuantizeThreads)

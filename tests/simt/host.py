@@ -183,8 +183,8 @@ def _problem(x, w, stride, padding, dilation, groups) -> Problem:
 
 
 def library(variant: str, kernels: tuple[Path, ...] | None = None, csrc: Path = builder.CSRC) -> Path:
-    """The path of a library of the passes, of all csrc/cuda/*.cu unless other `kernels` define them."""
-    kernels = tuple(sorted((csrc / "cuda").glob("*.cu"))) if kernels is None else kernels
+    """The path of a library of the passes, of csrc/cuda/<pass>.cu unless other `kernels` define them."""
+    kernels = tuple(csrc / "cuda" / f"{name}.cu" for name in PASSES) if kernels is None else kernels
     return builder.build(variant, kernels, csrc, more=("simt_library",))
 
 

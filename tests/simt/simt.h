@@ -161,6 +161,8 @@ inline void cp_async_wait() {
   simt::copy_async_wait(Pending);
 }
 
+inline unsigned thread_index() { return threadIdx.x; }
+
 inline uint32_t add_distances4(uint32_t a, uint32_t b, uint32_t c) {
   for (int i = 0; i < 32; i += 8) {
     const int d = int(a >> i & 255) - int(b >> i & 255);
