@@ -3,7 +3,8 @@
     python benchmarks/cuda_budgets.py [--arch 80 90] [--scope budgets] [--kernel forward] [--mix] [--json FILE]
 
 prints a table per architecture.  Compiles with NVRTC (part of a CUDA build of torch), else with nvcc; reads the code
-with nvdisasm (see sass.py).  A term is one |x - w| of forward, one product of grad_x and grad_w.
+with nvdisasm (see sass.py).  A term is one |x - w| of forward and of int8, one product of grad_x and
+grad_w.
 
 `issued/term` counts every instruction of the hottest loop; `always` leaves out what a branch may jump over, such as the
 step to the next tap, what one warp of a block does, or the copies, which only the last turn goes without.
@@ -43,6 +44,12 @@ BUDGETS = {
     "forward bfloat16": 1.70,
     "grad_x float32": 2.30,
     "grad_w float32": 1.25,
+    "int8 16-byte": 0.35,
+    "int8 4-byte": 0.38,
+    "int8 1-byte": 0.53,
+    "int8 16-byte sm_120": 1.10,
+    "int8 4-byte sm_120": 1.15,
+    "int8 1-byte sm_120": 1.27,
 }
 
 _NAMESPACE = "adderops::cuda::"
@@ -118,9 +125,11 @@ def _constant(header: str, name: str) -> int:
 
 
 _SLAB, _MMA_SLAB = _constant("tile.cuh", "kSlab"), _constant("forward_half.cuh", "kMmaSlab")
+_INT8_SLAB = _constant("forward_int8.cuh", "kInt8Slab")
 _ELEMENTS = {"float": "float32", "adderops::Float16": "float16", "adderops::BFloat16": "bfloat16"}
 _HALVES = list(_ELEMENTS)[1:]
 _MMA_ARCHITECTURES = (80, 86, 89, 90, 100, 120)
+_VABSDIFF4_ARCHITECTURES = (75, 80, 86, 89, 90, 100)
 
 
 def _tiles(source: str, kind: type[Tile] | type[MmaTile], element: str) -> list:
@@ -188,6 +197,26 @@ def _gradients() -> Iterator[Instance]:
             )
 
 
+def _int8() -> Iterator[Instance]:
+    """VABSDIFF4 adds four terms; sm_120 has none, and adds them by IDP.4A behind three instructions."""
+    forms = ((_VABSDIFF4_ARCHITECTURES, "VABSDIFF4", ""), ((120,), "IDP", " sm_120"))
+    for (architectures, opcode, suffix), piece in product(forms, (16, 4, 1)):
+        for i, tile in enumerate(_tiles("forward_int8.cu", Tile, "")):
+            yield Instance(
+                "forward_int8.cuh",
+                _name("forward_int8_kernel", tile.text, str(piece)),
+                f"int8 {piece}-byte",
+                str(tile),
+                (opcode, 1 / 4),
+                4 * _INT8_SLAB * tile.thread_lanes * tile.thread_columns,
+                f"int8 {piece}-byte{suffix}" if i == 0 else "",
+                architectures,
+            )
+    yield Instance("forward_int8.cuh", f"{_NAMESPACE}direct_int8_kernel", "int8 direct")
+    for element, name in _ELEMENTS.items():
+        yield Instance("quantize.cuh", _name("quantize_kernel", element), f"int8 quantize {name}")
+
+
 def _others() -> Iterator[Instance]:
     """What has no loop over terms in registers."""
     for element, name in _ELEMENTS.items():
@@ -208,7 +237,7 @@ def _others() -> Iterator[Instance]:
         yield Instance("direct.cuh", _name("direct_grad_w_kernel", element), f"grad_w {name} direct.cuh")
 
 
-INSTANCES = [*_forward(), *_gradients(), *_others()]
+INSTANCES = [*_forward(), *_gradients(), *_int8(), *_others()]
 
 
 def units(arch: int, scope: str = "all", kernel: str = "") -> list[tuple[Instance, ...]]:
@@ -319,10 +348,12 @@ def compile_nvcc(arch: int, instances: Sequence[Instance]) -> dict[str, sass.Ker
             raise nvrtc.CompileError(done.stdout + done.stderr)
         kernels = sass.read(cubin.read_bytes())
     names = subprocess.run(["c++filt"], input="\n".join(kernels), capture_output=True, text=True, check=True).stdout
-    # "void name<...>(arguments)": the parenthesis that opens the arguments is the last one outside <>.
+    # "void name<...>(arguments)": the parenthesis that opens the arguments is the last one outside <>; without a
+    # template, "name(arguments)".
     by_name = {}
     for name, kernel in zip(names.splitlines(), kernels.values(), strict=True):
-        by_name[re.sub(r"^void ", "", name).rsplit(">(", 1)[0] + ">"] = kernel
+        template = re.sub(r"^void ", "", name).rsplit(">(", 1)
+        by_name[template[0] + ">" if len(template) == 2 else name.split("(")[0]] = kernel
     return {instance.expression: by_name[instance.expression] for instance in instances}
 
 

@@ -1,6 +1,7 @@
 """Every CUDA kernel compiles for every architecture, by NVRTC: no GPU, no nvcc, nothing of the host in the kernels."""
 
 import re
+from itertools import product
 from pathlib import Path
 
 import nvrtc
@@ -46,6 +47,14 @@ def test_instances_cover_all_tiles(budgets, source):
         label = f"{source} {element} "
         tiles = {i.tile for i in budgets.INSTANCES if i.label.startswith(label)} - {"-"}
         assert tiles == chosen
+
+
+def test_instances_cover_all_int8_tiles(budgets):
+    (chosen,) = re.findall(r"TileSize \w+\[\] = \{(.*)\};", (ROOT / "csrc/cuda/forward_int8.cu").read_text())
+    chosen = {f"{lanes}x{columns}" for lanes, columns in re.findall(r"\{(\d+), (\d+)\}", chosen)}
+    for piece, arch in product((16, 4, 1), (90, 120)):
+        instances = [i for i in budgets.INSTANCES if i.label == f"int8 {piece}-byte" and arch in i.architectures]
+        assert {i.tile for i in instances} == chosen
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)

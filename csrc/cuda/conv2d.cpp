@@ -13,7 +13,7 @@
 #include <unordered_map>
 
 #include "../checks.h"
-#include "kernels.h"
+#include "execute.h"
 
 #if !defined(ADDEROPS_CUDA_ARCHS)
 #error "ADDEROPS_CUDA_ARCHS: the architectures of the kernels, as TORCH_CUDA_ARCH_LIST names them (setup.py)"
@@ -25,10 +25,6 @@ namespace {
 
 using Ints = std::vector<int64_t>;
 namespace accelerator = torch::stable::accelerator;
-
-void check(const char* op, cudaError_t status) {
-  STD_TORCH_CHECK(status == cudaSuccess, op, ": CUDA error: ", cudaGetErrorString(status));
-}
 
 // Which of the architectures in `archs` ("8.0;9.0a;12.0+PTX") a device of this capability runs, as 10 * major + minor,
 // or 0: machine code of its generation, else the PTX nearest below it.  The choice is the driver's; its rule is
@@ -50,6 +46,12 @@ int64_t code_for(const std::string& archs, int64_t capability) {
   return machine_code ? machine_code : ptx;
 }
 
+}  // namespace
+
+void check(const char* op, cudaError_t status) {
+  STD_TORCH_CHECK(status == cudaSuccess, op, ": CUDA error: ", cudaGetErrorString(status));
+}
+
 // Asked once for each device: a call takes microseconds, and so would the questions.
 Device properties(const char* op, int index) {
   static std::mutex mutex;
@@ -67,6 +69,8 @@ Device properties(const char* op, int index) {
                   major, ".", minor, "; build adderops with TORCH_CUDA_ARCH_LIST=", major, ".", minor);
   return known[index] = {static_cast<int>(code), multiprocessors};
 }
+
+namespace {
 
 // Queues a pass on the current stream of x's device.  The workspace comes from torch's allocator, which hands it out
 // again only to work that this stream does later: it may be let go while the kernels still run.

@@ -1,0 +1,61 @@
+// The int8 convolution on a GPU (int8_args.h), and the way to its bytes: tensors to arguments, on the current stream.
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <optional>
+
+#include "../checks.h"
+#include "execute.h"
+
+namespace adderops {
+namespace cuda {
+namespace {
+
+using Ints = std::vector<int64_t>;
+namespace accelerator = torch::stable::accelerator;
+
+cudaStream_t current_stream(int index) {
+  return static_cast<cudaStream_t>(accelerator::getCurrentStream(index).nativeHandle());
+}
+
+// Tensors that the call had to make dense go when it returns, while the kernels may still run: torch's allocator hands
+// their memory out again only to work that this stream does later.
+Tensor adder_conv2d_int8(const Tensor& x, const Tensor& w, const std::optional<Tensor>& scale,
+                         const std::optional<Tensor>& offset, const std::optional<Tensor>& residual,
+                         double residual_scale, bool relu, bool quantize, int64_t zero_point, int64_t quant_max,
+                         int64_t padding_value, Ints stride, Ints padding, Ints dilation, int64_t groups) {
+  const char* op = "adder_conv2d_int8";
+  const int index = x.get_device_index();
+  const accelerator::DeviceGuard guard(index);
+  Int8Call call = check_conv2d_int8(
+      op, x, w, {stride, padding, dilation, groups},
+      {scale, offset, residual, residual_scale, relu, quantize, zero_point, quant_max, padding_value});
+  Tensor y = empty_int8_output(x, call.args);
+  call.args.y = y.data_ptr();
+  if (y.numel()) check(op, forward_int8(call.args, properties(op, index), kAutomatic, current_stream(index)));
+  return y;
+}
+
+Tensor quantize(const Tensor& x, double scale, int64_t zero_point, int64_t quant_max) {
+  const char* op = "quantize";
+  const int index = x.get_device_index();
+  const accelerator::DeviceGuard guard(index);
+  QuantizeArgs args = check_quantize(op, x, scale, zero_point, quant_max);
+  Tensor y = torch::stable::empty({args.N, args.C, args.H, args.W}, torch::headeronly::ScalarType::Byte, std::nullopt,
+                                  x.device(), std::nullopt, torch::headeronly::MemoryFormat::ChannelsLast);
+  args.y = static_cast<uint8_t*>(y.data_ptr());
+  properties(op, index);  // raises where no kernel runs
+  if (y.numel()) check(op, cuda::quantize(args, current_stream(index)));
+  return y;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(adderops, CUDA, m) {
+  m.impl("adder_conv2d_int8", TORCH_BOX(&adder_conv2d_int8));
+  m.impl("quantize", TORCH_BOX(&quantize));
+}
+
+}  // namespace cuda
+}  // namespace adderops
