@@ -23,7 +23,7 @@ from adderops.functional import adder_conv2d
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 INSTALLED = Path(adderops.__file__).resolve().parent
-OPERATORS = ("adder_conv2d", "adder_conv2d_grad_x", "adder_conv2d_grad_w")
+OPERATORS = ("adder_conv2d", "adder_conv2d_grad_x", "adder_conv2d_grad_w", "adder_conv2d_int8", "quantize")
 
 needs_kernels = pytest.mark.skipif(
     _ops.CUDA_KERNELS_MISSING is not None, reason=f"no CUDA kernels: {_ops.CUDA_KERNELS_MISSING}"
