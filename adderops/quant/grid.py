@@ -54,7 +54,8 @@ class Grid:
 
     def round(self, x: Tensor) -> Tensor:
         """The nearest numbers of the grid; the gradient goes straight through, but for x beyond the grid."""
-        return torch.fake_quantize_per_tensor_affine(x, self.scale, self.zero_point, 0, self.quant_max)
+        rounded = torch.fake_quantize_per_tensor_affine(x.float(), self.scale, self.zero_point, 0, self.quant_max)
+        return rounded.to(x.dtype)
 
 
 def excess(w: Tensor, grid: Grid) -> Tensor:

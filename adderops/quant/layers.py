@@ -123,31 +123,24 @@ class QuantAdderConv2d(Quantized, AdderConv2d):
         padding = self.padding
         if self.padding_mode != "zeros":
             input, padding = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode), 0
-        grids, stored, weight = self.grids(), self.input_grid(), self.rated_weight()
-        x = stored.round(input)
+        geometry = (self.stride, padding, self.dilation, self.groups)
+        grids, weight = self.grids(), self.rated_weight()
+        if len(grids) == 1:
+            grid = grids[0][1]
+            return adder_conv2d(grid.round(input), *self._rounded(weight, self.bias, grid), *geometry)
+        x = self.input_grid().round(input)
         outputs = []
         for filters, grid in grids:
-            whole = len(grids) == 1
-            w = weight if whole else weight[filters]
-            rounded = w + (grid.round(w.detach()) - w.detach())
-            constant = -excess(w.detach(), grid)
-            if self.bias is not None:
-                constant = constant + (self.bias if whole else self.bias[filters])
-            outputs.append(
-                adder_conv2d(
-                    x if grid == stored else grid.round(x),
-                    rounded,
-                    constant,
-                    self.stride,
-                    padding,
-                    self.dilation,
-                    self.groups,
-                )
-            )
-        if len(outputs) == 1:
-            return outputs[0]
+            bias = None if self.bias is None else self.bias[filters]
+            outputs.append(adder_conv2d(grid.round(x), *self._rounded(weight[filters], bias, grid), *geometry))
         order = torch.cat([filters for filters, _ in grids]).argsort().to(input.device)
         return torch.cat(outputs, 1).index_select(1, order)
+
+    def _rounded(self, weight: Tensor, bias: Tensor | None, grid: Grid) -> tuple[Tensor, Tensor]:
+        """The weights on the grid, their gradient straight through, and the bias with what clipping takes off."""
+        fixed = weight.detach()
+        lost = -excess(fixed, grid)
+        return weight + (grid.round(fixed) - fixed), lost if bias is None else bias + lost
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, {self.scheme}"
