@@ -51,10 +51,10 @@ def test_instances_cover_all_tiles(budgets, source):
 
 def test_instances_cover_all_int8_tiles(budgets):
     (chosen,) = re.findall(r"TileSize \w+\[\] = \{(.*)\};", (ROOT / "csrc/cuda/forward_int8.cu").read_text())
-    chosen = {f"{lanes}x{columns}" for lanes, columns in re.findall(r"\{(\d+), (\d+)\}", chosen)}
+    chosen = [f"{lanes}x{columns}" for lanes, columns in re.findall(r"\{(\d+), (\d+)\}", chosen)]
     for piece, arch in product((16, 4, 1), (90, 120)):
         instances = [i for i in budgets.INSTANCES if i.label == f"int8 {piece}-byte" and arch in i.architectures]
-        assert {i.tile for i in instances} == chosen
+        assert [i.tile for i in instances] == (chosen if piece == 16 else chosen[1:])
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)

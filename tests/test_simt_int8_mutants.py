@@ -16,7 +16,9 @@ from adderops import reference
 pytestmark = pytest.mark.skipif(not builder.compiler(), reason="no C++ compiler: set CXX, or install g++")
 
 # Two tiles: seconds to compile.
-SLIM = {"forward_int8.cu": tuple(f"    case {i}: launch<Tile{i}>(args, grid, stream); break;\n" for i in range(3))}
+SLIM = {
+    "forward_int8.cu": tuple(f"    case {i}: launch<Tile{i}>(args, bytes, grid, stream); break;\n" for i in range(3))
+}
 TILES = (3, 4)
 
 

@@ -52,37 +52,37 @@ Int8Walk walk_of(const Int8Args& args, int bytes) {
   return w;
 }
 
+// The largest tile has no registers for the copies of narrower pieces: theirs is the next one.
 template <typename Tile>
-void launch(const Int8Args& args, dim3 grid, cudaStream_t stream) {
-  const int bytes = piece_bytes(args);
+void launch(const Int8Args& args, int bytes, dim3 grid, cudaStream_t stream) {
   const Int8Walk walk = walk_of(args, bytes);
   const dim3 block(Tile::kThreads);
-  if (bytes == 16)
-    LAUNCH((forward_int8_kernel<Tile, 16>), grid, block, stream, args, walk);
-  else if (bytes == 4)
-    LAUNCH((forward_int8_kernel<Tile, 4>), grid, block, stream, args, walk);
-  else
-    LAUNCH((forward_int8_kernel<Tile, 1>), grid, block, stream, args, walk);
+  if (bytes == 16) LAUNCH((forward_int8_kernel<Tile, 16>), grid, block, stream, args, walk);
+  if constexpr (Tile::kThreads <= 128) {
+    if (bytes == 4) LAUNCH((forward_int8_kernel<Tile, 4>), grid, block, stream, args, walk);
+    if (bytes == 1) LAUNCH((forward_int8_kernel<Tile, 1>), grid, block, stream, args, walk);
+  }
 }
 
 }  // namespace
 
-cudaError_t forward_int8(const Int8Args& args, const Device& device, const Choice& choice, cudaStream_t stream) {
+cudaError_t launch_forward_int8(const Int8Args& args, const Device& device, const Choice& choice, cudaStream_t stream) {
   const Conv2dProblem& p = args.problem;
   const int64_t M = p.C_out / p.groups, P = p.N * p.OH * p.OW;
   if (is_direct_int8(p)) {
     LAUNCH((direct_int8_kernel), dim3(direct_grid(P * p.C_out)), dim3(kDirectInt8Threads), stream, args);
     return cudaGetLastError();
   }
-  const int tile = pick_tile(kTiles, M, P, p.groups, device, choice);
+  const int bytes = piece_bytes(args), picked = pick_tile(kTiles, M, P, p.groups, device, choice);
+  const int tile = bytes < 16 && picked == 0 ? 1 : picked;
   const TileSize size = kTiles[tile];
   const dim3 grid((unsigned)blocks(P, size.columns), (unsigned)blocks(M, size.lanes), (unsigned)p.groups);
   switch (tile) {
-    case 0: launch<Tile0>(args, grid, stream); break;
-    case 1: launch<Tile1>(args, grid, stream); break;
-    case 2: launch<Tile2>(args, grid, stream); break;
-    case 3: launch<Tile3>(args, grid, stream); break;
-    case 4: launch<Tile4>(args, grid, stream); break;
+    case 0: launch<Tile0>(args, bytes, grid, stream); break;
+    case 1: launch<Tile1>(args, bytes, grid, stream); break;
+    case 2: launch<Tile2>(args, bytes, grid, stream); break;
+    case 3: launch<Tile3>(args, bytes, grid, stream); break;
+    case 4: launch<Tile4>(args, bytes, grid, stream); break;
   }
   return cudaGetLastError();
 }

@@ -21,9 +21,9 @@
 // through taps and channels, so that a slab may hold several taps.  A piece outside the image is `padding`, and so are
 // the pieces of both sides behind the last tap: equal bytes are no distance.
 //
-// 128 x 128, 256 threads, 8 x 8 each: at most 128 registers, 34 KB of shared memory, two blocks a multiprocessor (one
-// on sm_75).  grid (tiles of pixels, tiles of filters, groups).  Filters and pixels beyond the last are computed, of
-// padding, and not stored.
+// 128 x 128, 256 threads, 8 x 8 each: 128 registers, 34 KB of shared memory, two blocks a multiprocessor (one on sm_75,
+// which has 64 KB, and on sm_120), 0.32 to 0.34 instructions a term (docs/cuda.md).  grid (tiles of pixels, tiles of
+// filters, groups).  Filters and pixels beyond the last are computed, of padding, and not stored.
 #pragma once
 #include "tile.cuh"
 

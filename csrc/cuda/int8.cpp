@@ -33,7 +33,7 @@ Tensor adder_conv2d_int8(const Tensor& x, const Tensor& w, const std::optional<T
       {scale, offset, residual, residual_scale, relu, quantize, zero_point, quant_max, padding_value});
   Tensor y = empty_int8_output(x, call.args);
   call.args.y = y.data_ptr();
-  if (y.numel()) check(op, forward_int8(call.args, properties(op, index), kAutomatic, current_stream(index)));
+  if (y.numel()) check(op, launch_forward_int8(call.args, properties(op, index), kAutomatic, current_stream(index)));
   return y;
 }
 
@@ -46,7 +46,7 @@ Tensor quantize(const Tensor& x, double scale, int64_t zero_point, int64_t quant
                                   x.device(), std::nullopt, torch::headeronly::MemoryFormat::ChannelsLast);
   args.y = static_cast<uint8_t*>(y.data_ptr());
   properties(op, index);  // raises where no kernel runs
-  if (y.numel()) check(op, cuda::quantize(args, current_stream(index)));
+  if (y.numel()) check(op, launch_quantize(args, current_stream(index)));
   return y;
 }
 

@@ -40,9 +40,9 @@ struct Pass {
 extern const Pass kForward, kGradX, kGradW;
 
 // They need no workspace.  Of `choice` the int8 convolution knows the tile, below kForwardInt8Tiles.
-cudaError_t forward_int8(const Int8Args& args, const Device& device, const Choice& choice, cudaStream_t stream);
+cudaError_t launch_forward_int8(const Int8Args& args, const Device& device, const Choice& choice, cudaStream_t stream);
 extern const int kForwardInt8Tiles;
-cudaError_t quantize(const QuantizeArgs& args, cudaStream_t stream);
+cudaError_t launch_quantize(const QuantizeArgs& args, cudaStream_t stream);
 
 }  // namespace cuda
 }  // namespace adderops

@@ -5,7 +5,7 @@
 namespace adderops {
 namespace cuda {
 
-cudaError_t quantize(const QuantizeArgs& args, cudaStream_t stream) {
+cudaError_t launch_quantize(const QuantizeArgs& args, cudaStream_t stream) {
   const int64_t channels = blocks(args.C, kQuantizeChannels);
   const dim3 grid((unsigned)blocks(args.N * args.H * args.W, kQuantizePixels),
                   (unsigned)(channels < 65535 ? channels : 65535));

@@ -31,10 +31,10 @@ EXPORTED int simt_int8_tiles() { return adderops::cuda::kForwardInt8Tiles; }
 
 EXPORTED const char* simt_forward_int8(const adderops::Int8Args* args, const adderops::cuda::Device* device,
                                        const adderops::cuda::Choice* choice) {
-  return message_of([&] { return adderops::cuda::forward_int8(*args, *device, *choice, nullptr); });
+  return message_of([&] { return adderops::cuda::launch_forward_int8(*args, *device, *choice, nullptr); });
 }
 
 EXPORTED const char* simt_quantize(const adderops::QuantizeArgs* args) {
-  return message_of([&] { return adderops::cuda::quantize(*args, nullptr); });
+  return message_of([&] { return adderops::cuda::launch_quantize(*args, nullptr); });
 }
 }
