@@ -17,10 +17,10 @@ TILES = ((128, 128), (64, 128), (32, 128), (16, 128), (64, 64))  # csrc/cuda/for
 PIECES = {16: 32, 4: 20, 1: 7}  # bytes that one copy moves: channels that make it so
 
 
-def check(kernels: host_int8.Kernels, c: Case, output: str, seed: int = 0, b: Bytes | None = None, **how) -> None:
+def check(kernels: host_int8.Kernels, c: Case, output: str, options: int = 0, b: Bytes | None = None, **how) -> None:
     b = inputs(c) if b is None else b
-    got = kernels.forward(b.x, b.w, *b.epilogue(output, seed), *c.geometry, **how)
-    assert_same(got, expected(c, output, seed), f"{output} of {c!r}, seed {seed}, {how}")
+    got = kernels.forward(b.x, b.w, *b.epilogue(output, options), *c.geometry, **how)
+    assert_same(got, expected(c, output, options), f"{output} of {c!r}, options {options}, {how}")
 
 
 @pytest.mark.parametrize("c", [*CASES, *BYTE_CASES], ids=str)
