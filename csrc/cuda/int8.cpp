@@ -26,11 +26,11 @@ Tensor adder_conv2d_int8(const Tensor& x, const Tensor& w, const std::optional<T
                          double residual_scale, bool relu, bool quantize, int64_t zero_point, int64_t quant_max,
                          int64_t padding_value, Ints stride, Ints padding, Ints dilation, int64_t groups) {
   const char* op = "adder_conv2d_int8";
-  const int index = x.get_device_index();
-  const accelerator::DeviceGuard guard(index);
   Int8Call call = check_conv2d_int8(
       op, x, w, {stride, padding, dilation, groups},
       {scale, offset, residual, residual_scale, relu, quantize, zero_point, quant_max, padding_value});
+  const int index = x.get_device_index();  // by now x is known to be on a GPU, as all others
+  const accelerator::DeviceGuard guard(index);
   Tensor y = empty_int8_output(x, call.args);
   call.args.y = y.data_ptr();
   if (y.numel()) check(op, launch_forward_int8(call.args, properties(op, index), kAutomatic, current_stream(index)));
@@ -39,9 +39,9 @@ Tensor adder_conv2d_int8(const Tensor& x, const Tensor& w, const std::optional<T
 
 Tensor quantize(const Tensor& x, double scale, int64_t zero_point, int64_t quant_max) {
   const char* op = "quantize";
+  QuantizeArgs args = check_quantize(op, x, scale, zero_point, quant_max);
   const int index = x.get_device_index();
   const accelerator::DeviceGuard guard(index);
-  QuantizeArgs args = check_quantize(op, x, scale, zero_point, quant_max);
   Tensor y = torch::stable::empty({args.N, args.C, args.H, args.W}, torch::headeronly::ScalarType::Byte, std::nullopt,
                                   x.device(), std::nullopt, torch::headeronly::MemoryFormat::ChannelsLast);
   args.y = static_cast<uint8_t*>(y.data_ptr());
