@@ -115,6 +115,13 @@ def test_the_longest_sum(backend):
         adder_conv2d_int8(torch.cat((x, x[:, :1]), 1), torch.cat((w, w[:, :1]), 1))
 
 
+def test_the_largest_sums_of_depthwise_layers(backend):
+    """More terms of 255 than 16 bits hold."""
+    x = torch.full((1, 3, 20, 19), 255, dtype=torch.uint8)
+    w = torch.zeros(3, 1, 17, 16, dtype=torch.uint8)
+    assert (adder_conv2d_int8(x, w, groups=3) == -255 * 17 * 16).all()
+
+
 def test_rounding_and_bounds(backend):
     """Ties go to even, everything beyond the bytes to the nearest byte, also far beyond what an int32 holds."""
     values = [-3e38, -1e10, -0.5, 0.5, 1.5, 2.5, 3.4999998, 254.5, 255.0, 255.5, 256.0, 1e10, 3e38, float("nan")]
