@@ -120,8 +120,11 @@ def test_calibration_covers_the_rank_of_the_largest_batch():
 def test_calibration_leaves_the_model_as_it_was(network, images):
     model = copy.deepcopy(network).train()
     statistics = model.bn1.running_mean.clone()
-    parameters = dict(model.named_parameters())
+    parameters, modules = dict(model.named_parameters()), dict(model.named_modules())
+    calls = []
+    model.layer1[0].conv1.register_forward_hook(lambda *_: calls.append(1))
     calibrate(model, [images])
+    assert dict(model.named_modules()) == modules and calls
     assert model.training and torch.equal(model.bn1.running_mean, statistics)
     assert all(parameters[name] is p for name, p in model.named_parameters())
     assert list(model.state_dict()) != list(network.state_dict())

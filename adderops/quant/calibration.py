@@ -17,35 +17,33 @@ def quantized_layers(model: nn.Module) -> dict[str, Quantized]:
 
 
 def insert(model: nn.Module, scheme: Scheme | None = None) -> nn.Module:
-    """Replaces every `AdderConv2d` by a `QuantAdderConv2d` with the same parameters, in place; not yet calibrated.
+    """Makes every `AdderConv2d` of a model a `QuantAdderConv2d`, the same object otherwise; not yet calibrated.
 
-    With `scheme.ends == 'int8'` every `nn.Conv2d` and `nn.Linear` too.  For loading the state_dict of a calibrated
-    model; otherwise call `calibrate`.
+    With `scheme.ends == 'int8'` every `nn.Conv2d` and `nn.Linear` becomes a layer of that kind too.  For loading the
+    state_dict of a calibrated model; otherwise call `calibrate`.
 
     Raises:
         ValueError: the model has no `AdderConv2d`, or has been through this before.
     """
     scheme = scheme or Scheme()
-    kinds: dict[type[nn.Module], type[Quantized]] = {AdderConv2d: QuantAdderConv2d}
-    if scheme.ends == "int8":
-        kinds |= {nn.Conv2d: QuantConv2d, nn.Linear: QuantLinear}
+    used = [QuantAdderConv2d] + [QuantConv2d, QuantLinear] * (scheme.ends == "int8")
+    kinds = {kind.plain_kind: kind for kind in used}
     if quantized_layers(model):
         raise ValueError("model: expected a network of floats, got one that is quantized already")
     if not any(type(module) is AdderConv2d for module in model.modules()):
         raise ValueError("model: expected a network with AdderConv2d, got one without")
-    made = {m: kinds[type(m)](m, scheme) for m in model.modules() if type(m) in kinds}
-    for name, module in list(model.named_modules(remove_duplicate=False)):
-        if module in made and name:
-            model.set_submodule(name, made[module])
-    return made.get(model, model)
+    for module in list(model.modules()):
+        if type(module) in kinds:
+            kinds[type(module)].take_over(module, scheme)
+    return model
 
 
 def calibrate(model: nn.Module, batches: Iterable[Tensor], scheme: Scheme | None = None) -> nn.Module:
     """Quantizes the adder layers of a trained model to grids that fit the inputs they get, in place.
 
-    The layers become `QuantAdderConv2d` that share the parameters; they compute in floats what the integers will
-    give.  Test the result like any model, re-estimate its BatchNorm (`reestimate_batchnorm`), train it further (its
-    gradients go straight through the rounding), or make it integer by `adderops.quant.convert`.
+    The layers become `QuantAdderConv2d`, which compute in floats what the integers will give.  Test the result like any
+    model, re-estimate its BatchNorm (`reestimate_batchnorm`), train it further (its gradients go straight through the
+    rounding), or make it integer by `adderops.quant.convert`.
 
     Args:
         model: with `AdderConv2d`; its mode is kept, the batches go through in evaluation mode.

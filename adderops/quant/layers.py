@@ -1,5 +1,7 @@
 """Layers that compute in floats what their integer counterparts will: for calibration, testing and fine-tuning."""
 
+import copy
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -15,30 +17,31 @@ ENDS_BITS = 8  # of the layers that multiply
 class Quantized(nn.Module):
     """What the layers here share: the scheme, and what was seen of the inputs, in buffers that a state_dict carries."""
 
-    scheme: Scheme
     plain_kind: type[nn.Module]
+    scheme: Scheme
     input_low: Tensor
     input_high: Tensor
     bits: Tensor
 
-    def _stand_in_for(self, layer: nn.Module, scheme: Scheme, bits: int) -> None:
-        nn.Module.__init__(self)
-        self.__dict__ |= _attributes(layer)
-        self._parameters = dict(layer._parameters)
-        self.plain_kind = type(layer)
-        self.scheme = scheme
+    @classmethod
+    def take_over(cls, layer: nn.Module, scheme: Scheme) -> None:
+        """Makes a layer of `plain_kind` one of this class: it stays the same object, with its parameters and hooks."""
+        layer.__class__ = cls
+        layer.scheme = scheme
         device = layer.weight.device
-        self.register_buffer("input_low", torch.zeros((), device=device))
-        self.register_buffer("input_high", torch.zeros((), device=device))
-        self.register_buffer("bits", torch.tensor(bits, device=device))
-        self.train(layer.training)
+        layer.register_buffer("input_low", torch.zeros((), device=device))
+        layer.register_buffer("input_high", torch.zeros((), device=device))
+        layer.register_buffer("bits", torch.tensor(cls._bits(scheme), device=device))
+
+    @staticmethod
+    def _bits(scheme: Scheme) -> int:
+        return scheme.bits
 
     def plain(self) -> nn.Module:
-        """The layer of floats with the same parameters, in evaluation mode."""
-        layer = self.plain_kind.__new__(self.plain_kind)
-        nn.Module.__init__(layer)
-        layer.__dict__ |= {name: v for name, v in _attributes(self).items() if name not in ("plain_kind", "scheme")}
-        layer._parameters = dict(self._parameters)
+        """A layer of `plain_kind` with the same parameters, in evaluation mode."""
+        layer = copy.copy(self)
+        layer.__class__ = self.plain_kind
+        layer._buffers = {}
         if isinstance(layer, AdderConv2d):
             layer.set_eta(None)
         return layer.eval()
@@ -71,11 +74,6 @@ class Quantized(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
 
 
-def _attributes(layer: nn.Module) -> dict[str, object]:
-    """What a layer has beside parameters, buffers and hooks: its geometry and options."""
-    return {name: value for name, value in vars(layer).items() if name not in vars(nn.Module())}
-
-
 class QuantAdderConv2d(Quantized, AdderConv2d):
     r"""An `AdderConv2d` whose inputs and weights are rounded to one grid, with gradients straight through.
 
@@ -86,15 +84,12 @@ class QuantAdderConv2d(Quantized, AdderConv2d):
     training its gradients are the layer's own (AdderNet's, not the derivative) at the rounded numbers, those of inputs
     beyond the grid 0.
 
-    Args:
-        layer: the layer to stand in for; its parameters are shared.
-        scheme: how; the grids follow from it and from the inputs given to `observe`.
+    Made of an `AdderConv2d` by `adderops.quant.insert`; the grids follow from the scheme and what `observe` was given.
 
     Source: arXiv 2212.10200; that inputs of one sign need weights of one sign only is ours.
     """
 
-    def __init__(self, layer: AdderConv2d, scheme: Scheme) -> None:
-        self._stand_in_for(layer, scheme, scheme.bits)
+    plain_kind = AdderConv2d
 
     def grids(self) -> list[tuple[Tensor, Grid]]:
         """Returns the filters of each group, and their grid."""
@@ -149,8 +144,9 @@ class QuantAdderConv2d(Quantized, AdderConv2d):
 class QuantizedEnd(Quantized):
     """First convolution or classifier: inputs on a grid, each filter on one of its own that has 0 in the middle."""
 
-    def __init__(self, layer: nn.Conv2d | nn.Linear, scheme: Scheme) -> None:
-        self._stand_in_for(layer, scheme, ENDS_BITS)
+    @staticmethod
+    def _bits(scheme: Scheme) -> int:
+        return ENDS_BITS
 
     def input_grid(self) -> Grid:
         self._check_calibrated()
@@ -173,12 +169,16 @@ class QuantizedEnd(Quantized):
 class QuantConv2d(QuantizedEnd, nn.Conv2d):
     """A convolution with inputs and weights rounded to 8 bits, gradients straight through."""
 
+    plain_kind = nn.Conv2d
+
     def forward(self, input: Tensor) -> Tensor:
         return self._conv_forward(self.input_grid().round(input), self.rounded_weight(), self.bias)
 
 
 class QuantLinear(QuantizedEnd, nn.Linear):
     """A linear layer with inputs and weights rounded to 8 bits, gradients straight through."""
+
+    plain_kind = nn.Linear
 
     def forward(self, input: Tensor) -> Tensor:
         return F.linear(self.input_grid().round(input), self.rounded_weight(), self.bias)
