@@ -71,6 +71,7 @@ _CELLS = {
     for name, features in (("logits", "none"), ("+1x1", "1x1"), ("+kernel", "kernel"), ("+both", "kernel+1x1"))
 }
 _PKKD = "--method pkkd"
+_COLD = f"{_PKKD} --temperature 1"
 
 EXPERIMENTS = {
     "choices": Experiment(
@@ -78,23 +79,23 @@ EXPERIMENTS = {
         f"{_FEW} --validation 5000",
         {
             "plain": "--method plain",
-            "logits": f"{_PKKD} --features none",
-            **{f"beta {beta}": f"{_PKKD} --beta {beta}" for beta in ("0.1", "1", "10", "100")},
-            **{f"alpha {alpha}": f"{_PKKD} --alpha {alpha}" for alpha in ("0.1", "10")},
-            "temperature 4": f"{_PKKD} --temperature 4",
-            "logits, temperature 4": f"{_PKKD} --features none --temperature 4",
+            "logits": f"{_COLD} --features none",
+            **{f"beta {beta}": f"{_COLD} --beta {beta}" for beta in ("0.1", "1", "10", "100")},
+            **{f"alpha {alpha}": f"{_COLD} --alpha {alpha}" for alpha in ("0.1", "10")},
+            "temperature 4": _PKKD,
+            "logits, temperature 4": f"{_PKKD} --features none",
             "logits, temperature 10": f"{_PKKD} --features none --temperature 10",
-            "beta 0.01, temperature 4": f"{_PKKD} --beta 0.01 --temperature 4",
-            "1x1, temperature 4": f"{_PKKD} --features 1x1 --temperature 4",
-            "kernel, temperature 4": f"{_PKKD} --features kernel --temperature 4",
-            "identity, temperature 4": f"{_PKKD} --beta 10 --teacher-linear identity --temperature 4",
-            "identity, beta 1, temperature 4": f"{_PKKD} --beta 1 --teacher-linear identity --temperature 4",
-            "teacher's 1x1 identity": f"{_PKKD} --beta 10 --teacher-linear identity",
-            "teacher's 1x1 random": f"{_PKKD} --beta 10 --teacher-linear random",
-            "width learned": f"{_PKKD} --beta 10 --width learned",
-            "width shared": f"{_PKKD} --beta 10 --shared-width",
-            "width fixed": f"{_PKKD} --beta 10 --width fixed",
-            "no logits": f"{_PKKD} --beta 10 --no-logits",
+            "beta 0.01, temperature 4": f"{_PKKD} --beta 0.01",
+            "1x1, temperature 4": f"{_PKKD} --features 1x1",
+            "kernel, temperature 4": f"{_PKKD} --features kernel",
+            "identity, temperature 4": f"{_PKKD} --beta 10 --teacher-linear identity",
+            "identity, beta 1, temperature 4": f"{_PKKD} --beta 1 --teacher-linear identity",
+            "teacher's 1x1 identity": f"{_COLD} --beta 10 --teacher-linear identity",
+            "teacher's 1x1 random": f"{_COLD} --beta 10 --teacher-linear random",
+            "width learned": f"{_COLD} --beta 10 --width learned",
+            "width shared": f"{_COLD} --beta 10 --shared-width",
+            "width fixed": f"{_COLD} --beta 10 --width fixed",
+            "no logits": f"{_COLD} --beta 10 --no-logits",
         },
         seeds=(0, 1, 2),
         teacher_of="logits",

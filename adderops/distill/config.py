@@ -85,7 +85,7 @@ class Config:
     logits: bool = _option(True, "pkkd: imitate the teacher's logits")
     alpha: float = _option(1.0, "pkkd: weight of the labels' cross entropy in the student's loss", least=0)
     beta: float = _option(0.1, "pkkd: weight of L_mid, the match of inner features, in the student's loss", least=0)
-    temperature: float = _option(1.0, "pkkd: of the softmax of both logits in the imitation", least=1e-3)
+    temperature: float = _option(4.0, "pkkd: of the softmax of both logits in the imitation", least=1e-3)
     width: str = _option(
         "batch",
         "pkkd: 2 sigma^2 of the kernels: batch: follows the mean |output| of each batch; learned: starts there and is "
