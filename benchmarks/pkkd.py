@@ -32,6 +32,7 @@ from adderops.distill.paired import compare_groups
 from adderops.files import write_atomically
 
 RESULTS = Path(__file__).parent / "results"
+RUNS = Path("runs/pkkd")
 COLUMNS = (
     "experiment dataset network method seed epochs train_images test_accuracy train_accuracy hours command".split()
 )
@@ -151,7 +152,7 @@ def rows_of_run(name: str, method: str, folder: Path, of_teacher: bool) -> list[
     rows = []
     for label, role in [(method, "student")] + [("cnn", "teacher")] * of_teacher:
         accuracies = {f"{part}_accuracy": summary[f"{role}_{part}_accuracy"] for part in ("test", "train")}
-        command = summary["command"].replace(f"{Path.cwd()}/", "")
+        command = summary["command"].replace(f"{folder.parent.parent}/", f"{RUNS}/")
         row = summary | accuracies | {"experiment": name, "method": label, "command": command}
         rows.append({column: row[column] for column in COLUMNS})
     return rows
@@ -260,7 +261,7 @@ def main() -> None:
     running = commands.add_parser("run", help="make what is missing of an experiment")
     running.add_argument("experiment", choices=EXPERIMENTS)
     running.add_argument(
-        "--runs", type=Path, default=Path("runs/pkkd"), help="where run folders are (default: runs/pkkd)"
+        "--runs", type=Path, default=RUNS, help=f"where run folders are (default: {RUNS})"
     )
     running.add_argument("--seeds", type=int, nargs="+", help="default: those of the experiment")
     running.add_argument("--only", nargs="+", metavar="METHOD", help="default: all methods")
