@@ -1,6 +1,8 @@
 // Runs every kernel set that this machine has against plain loops, of definition.h and here, without torch: proof that
 // the kernels need none, and a way to execute them for another architecture under an emulator. Integer-valued data make
-// every sum exact, so the results must be equal bit for bit.  Exit status 0: all equal.
+// every sum exact, so the results must be equal bit for bit.  Tasks run last to first, the definition's first to last:
+// they are independent, so that must not show; nor may anything behind an output change.  Exit status 0: all equal.
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -21,10 +23,12 @@ struct Random {
   }
 };
 
+constexpr int64_t kGuard = 64;  // elements behind a tensor, which stay as they are
+
 struct Tensor {
   std::vector<float> data;
   Operand operand;
-  Tensor(const int64_t (&size)[4], bool channels_last) : data(size[0] * size[1] * size[2] * size[3]) {
+  Tensor(const int64_t (&size)[4], bool channels_last) : data(size[0] * size[1] * size[2] * size[3] + kGuard) {
     const int64_t a = size[1], h = size[2], w = size[3];
     if (channels_last)
       operand = {data.data(), {h * w * a, 1, w * a, a}};
@@ -37,13 +41,14 @@ struct Tensor {
 };
 
 template <typename Args>
-void run(const cpu::Pass<Args>& pass, const Args& args) {
+void run(const cpu::Pass<Args>& pass, const Args& args, bool last_first = true) {
   const cpu::Plan plan = pass.plan(args);
   // sizes that aligned_alloc accepts, and never zero
   char* shared = static_cast<char*>(std::aligned_alloc(64, (plan.shared_bytes / 64 + 1) * 64));
   char* worker = static_cast<char*>(std::aligned_alloc(64, (plan.worker_bytes / 64 + 1) * 64));
   for (int stage = 0; stage < plan.stages; ++stage)
-    for (int64_t task = 0; task < plan.tasks[stage]; ++task) pass.run(args, stage, task, shared, worker);
+    for (int64_t i = 0; i < plan.tasks[stage]; ++i)
+      pass.run(args, stage, last_first ? plan.tasks[stage] - 1 - i : i, shared, worker);
   std::free(shared);
   std::free(worker);
 }
@@ -55,7 +60,7 @@ bool check(const char* isa, const char* name, const cpu::Pass<Conv2dArgs>& pass,
   args.out = got.operand;
   run(pass, args);
   args.out = expected.operand;
-  run(definition, args);
+  run(definition, args, false);
   for (size_t i = 0; i < got.data.size(); ++i)
     if (!(got.data[i] == expected.data[i])) {
       const Conv2dProblem& p = args.problem;
@@ -150,7 +155,8 @@ bool check_int8(const cpu::Kernels& kernels, const Conv2dProblem& p, Random* ran
   bool right = true;
   for (Int8Output output : {Int8Output::kSums, Int8Output::kFloat32, Int8Output::kUInt8}) {
     const size_t element = output == Int8Output::kUInt8 ? 1 : 4;
-    std::vector<char> got(size * element, 1), expected(size * element, 2);
+    std::vector<char> got(size * element + kGuard, 1), expected = got;
+    std::fill_n(expected.begin(), size * element, 2);
     Int8Args args{p,
                   x.data(),
                   w.data(),
@@ -166,7 +172,7 @@ bool check_int8(const cpu::Kernels& kernels, const Conv2dProblem& p, Random* ran
                   output};
     run(kernels.int8, args);
     args.y = expected.data();
-    run(cpu::kDefinitionKernels.int8, args);
+    run(cpu::kDefinitionKernels.int8, args, false);
     right &= got == expected;
   }
   if (!right)
@@ -174,6 +180,26 @@ bool check_int8(const cpu::Kernels& kernels, const Conv2dProblem& p, Random* ran
                 int(p.N), int(p.C_in), int(p.H), int(p.W), int(p.C_out), int(p.KH), int(p.KW), int(p.stride_h),
                 int(p.stride_w), int(p.groups));
   return right;
+}
+
+// Floats to bytes against loops: multiples of 1/4 times 2, so that ties are among them.
+bool check_quantize(const cpu::Kernels& kernels, const Conv2dProblem& p, const Tensor& x, Random* random) {
+  std::vector<uint8_t> got(p.N * p.C_in * p.H * p.W + kGuard, 1), expected;
+  const int64_t zero_point = random->below(16), quant_max = random->below(2) ? 255 : 15, *stride = x.operand.stride;
+  run(kernels.quantize, QuantizeArgs{p.N, p.C_in, p.H, p.W, ElementType::kFloat32, x.operand, got.data(), 2.f,
+                                     int32_t(zero_point), int32_t(quant_max)});
+  for (int64_t n = 0; n < p.N; ++n)
+    for (int64_t h = 0; h < p.H; ++h)
+      for (int64_t w = 0; w < p.W; ++w)
+        for (int64_t c = 0; c < p.C_in; ++c) {
+          const float v = x.data[n * stride[0] + c * stride[1] + h * stride[2] + w * stride[3]];
+          const double y = std::nearbyint(v * 2.) + zero_point;
+          expected.push_back(static_cast<uint8_t>(std::min(std::max(y, 0.), double(quant_max))));
+        }
+  expected.resize(got.size(), 1);
+  if (got != expected)
+    std::printf("%s quantize: N %d, C %d, %dx%d\n", kernels.name, int(p.N), int(p.C_in), int(p.H), int(p.W));
+  return got == expected;
 }
 
 }  // namespace
@@ -208,6 +234,7 @@ int main(int argc, char** argv) {
       failed += !check(kernels.name, "grad_w", kernels.grad_w, definition.grad_w, backward, w);
       failed += !check_moments(kernels, p, x, teacher, weights.data, i % 2);
       failed += !check_int8(kernels, p, &random);
+      failed += !check_quantize(kernels, p, x, &random);
     }
   }
   for (int k = 0; k < count; ++k) std::printf("%s ", all[k]->name);
