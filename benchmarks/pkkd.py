@@ -60,8 +60,12 @@ class Experiment:
         """The options of one run; a frozen teacher is that of `teacher_of` with the same seed."""
         words = shlex.split(f"{self.common} {self.methods[method]} --seed {seed} --threads 1")
         if "frozen" in words:
-            words += ["--teacher-checkpoint", str(runs / f"{self.teacher_of}-{seed}" / "teacher.pt")]
+            words += ["--teacher-checkpoint", str(run_folder(runs, self.teacher_of, seed) / "teacher.pt")]
         return words
+
+
+def run_folder(runs: Path, method: str, seed: int) -> Path:
+    return runs / f"{method.replace(' ', '-')}-{seed}"
 
 
 # The regime: few training images, so that the networks fit them all (training accuracy 1) and a gap is left to test.
@@ -165,7 +169,7 @@ def run(name: str, runs: Path, methods: list[str], seeds: list[int]) -> None:
         for method in methods:
             if any((r["experiment"], r["method"], r["seed"]) == (name, method, str(seed)) for r in read_rows()):
                 continue
-            folder = runs / f"{method.replace(' ', '-')}-{seed}"
+            folder = run_folder(runs, method, seed)
             runs.mkdir(parents=True, exist_ok=True)
             lock = open(runs / f"{folder.name}.lock", "w")  # noqa: SIM115  (held while the run lasts)
             try:
