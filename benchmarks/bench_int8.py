@@ -7,7 +7,7 @@ A layer is one call from bytes to bytes: the adder with scale, ReLU and rounding
 formats, of which the better counts; QLinearConv of onnxruntime and torch's own int8 convolution, the better of which is
 "the best int8 convolution".  The network is ResNet-20 on 32x32 RGB images with random weights, float32 images to
 logits.  Contestants take turns and are judged by medians (timing.py); each sample begins with a pause and an untimed
-call, because the worker threads of one library go on spinning for a while when another's turn has come.
+call and lasts 20 ms, because the worker threads of one library go on spinning for a while when another's turn has come.
 
 `share` is that of the limit: the same sums from registers and L1 alone, on as many threads (register_limits.py).
 
@@ -39,7 +39,7 @@ from adderops.functional import adder_conv2d_int8
 from adderops.models import resnet20
 from adderops.quant import calibrate, convert, reestimate_batchnorm
 
-PAUSE = 0.02
+PAUSE = SAMPLE = 0.02  # seconds; shorter samples would show how fast threads of a pool wake up
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 ADDER, CONV, ORT, TORCH = "adder int8", "conv2d float32", "onnxruntime int8", "torch int8"
 
@@ -130,7 +130,7 @@ def _rows(label: dict, calls: dict, work: float, unit: str, limit, budget: float
     players = {key: Contestant(" ".join(key), work, _clock(call)) for key, call in calls.items()}
     if limit is not None:
         players["limit", "registers"] = Contestant("limit", limit.terms, limit.seconds)
-    timings = take_turns(list(players.values()), budget)
+    timings = take_turns(list(players.values()), budget, SAMPLE)
     rows = []
     for (name, form), player in players.items():
         timing = timings[player.name]
