@@ -2,6 +2,7 @@
 
     python benchmarks/pkkd.py run lenet5 --runs runs/pkkd     make what is missing of an experiment (hours)
     python benchmarks/pkkd.py run lenet5 --seeds 0 1 --only pkkd plain
+    python benchmarks/pkkd.py run lenet5 --results mine       the same anew, where no row is there yet
     python benchmarks/pkkd.py tables                          results/pkkd.{md,png} from results/pkkd.csv (seconds)
 
 Each run of `python -m adderops.distill` becomes one row of results/pkkd.csv as soon as it is finished; a run that has
@@ -25,6 +26,7 @@ import os
 import shlex
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -129,15 +131,16 @@ EXPERIMENTS = {
 }
 
 
-def read_rows(path: Path = RESULTS / "pkkd.csv") -> list[dict[str, str]]:
+def read_rows(path: Path) -> list[dict[str, str]]:
     if not path.exists():
         return []
     with open(path, newline="") as file:
         return list(csv.DictReader(file))
 
 
-def add_rows(rows: list[dict[str, object]], path: Path = RESULTS / "pkkd.csv") -> None:
+def add_rows(rows: list[dict[str, object]], path: Path) -> None:
     """Adds rows that are not there yet; several processes may do so at once."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     with open(path.with_suffix(".lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         present = read_rows(path)
@@ -162,12 +165,12 @@ def rows_of_run(name: str, method: str, folder: Path, of_teacher: bool) -> list[
     return rows
 
 
-def run(name: str, runs: Path, methods: list[str], seeds: list[int]) -> None:
-    """Makes the runs of an experiment that have no row yet, seed by seed."""
+def run(name: str, runs: Path, methods: list[str], seeds: list[int], path: Path) -> None:
+    """Makes the runs of an experiment that have no row in the file yet, seed by seed."""
     experiment = EXPERIMENTS[name]
     for seed in seeds:
         for method in methods:
-            if any((r["experiment"], r["method"], r["seed"]) == (name, method, str(seed)) for r in read_rows()):
+            if any((r["experiment"], r["method"], r["seed"]) == (name, method, str(seed)) for r in read_rows(path)):
                 continue
             folder = run_folder(runs, method, seed)
             runs.mkdir(parents=True, exist_ok=True)
@@ -186,7 +189,7 @@ def run(name: str, runs: Path, methods: list[str], seeds: list[int]) -> None:
             with open(folder.with_suffix(".log"), "a") as log:
                 command = [sys.executable, "-m", "adderops.distill", *options]
                 subprocess.run(command, check=True, stdout=log, stderr=subprocess.STDOUT, env=environment)
-            add_rows(rows_of_run(name, method, folder, method == experiment.teacher_of))
+            add_rows(rows_of_run(name, method, folder, method == experiment.teacher_of), path)
             lock.close()
 
 
@@ -259,18 +262,18 @@ def _ordered(name: str, rows: list[dict[str, str]]) -> list[dict[str, str]]:
     return sorted((r for r in rows if r["experiment"] == name), key=lambda r: order.index(r["method"]))
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     running = commands.add_parser("run", help="make what is missing of an experiment")
     running.add_argument("experiment", choices=EXPERIMENTS)
-    running.add_argument(
-        "--runs", type=Path, default=RUNS, help=f"where run folders are (default: {RUNS})"
-    )
+    running.add_argument("--runs", type=Path, default=RUNS, help=f"where run folders are (default: {RUNS})")
     running.add_argument("--seeds", type=int, nargs="+", help="default: those of the experiment")
     running.add_argument("--only", nargs="+", metavar="METHOD", help="default: all methods")
-    commands.add_parser("tables", help="results/pkkd.md and results/pkkd.png from results/pkkd.csv")
-    options = parser.parse_args()
+    tables = commands.add_parser("tables", help="pkkd.md and pkkd.png from pkkd.csv")
+    for command in (running, tables):
+        command.add_argument("--results", type=Path, default=RESULTS, help="where pkkd.csv is (default: results/ here)")
+    options = parser.parse_args(argv)
     if options.command == "run":
         experiment = EXPERIMENTS[options.experiment]
         unknown = set(options.only or []) - set(experiment.methods)
@@ -282,12 +285,13 @@ def main() -> None:
             folder,
             options.only or list(experiment.methods),
             options.seeds or list(experiment.seeds),
+            options.results / "pkkd.csv",
         )
         return
-    rows = read_rows()
+    rows = read_rows(options.results / "pkkd.csv")
     text = "\n".join(table(name, rows) for name in EXPERIMENTS)
-    write_atomically(RESULTS / "pkkd.md", text.encode())
-    plot(rows, RESULTS / "pkkd.png")
+    write_atomically(options.results / "pkkd.md", text.encode())
+    plot(rows, options.results / "pkkd.png")
     print(text)
 
 

@@ -17,6 +17,7 @@ def bench(monkeypatch, set_threads):
     import bench_int8
 
     monkeypatch.setattr(bench_int8, "PAUSE", 0)
+    monkeypatch.setattr(bench_int8, "SAMPLE", 0.002)
     return bench_int8
 
 
