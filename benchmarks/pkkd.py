@@ -35,6 +35,7 @@ from adderops.files import write_atomically
 
 RESULTS = Path(__file__).parent / "results"
 RUNS = Path("runs/pkkd")
+COLLAPSED = 10  # points below the others
 COLUMNS = (
     "experiment dataset network method seed epochs train_images test_accuracy train_accuracy hours command".split()
 )
@@ -248,7 +249,11 @@ def plot(rows: list[dict[str, str]], path: Path) -> None:
         for i, group in enumerate(reversed(groups)):
             x = 100 * group["difference"]
             low, high = (100 * group[end] if group[end] is not None else x for end in ("low", "high"))
+            if abs(x) > COLLAPSED:  # would hide the others
+                axis.annotate(f"{x:+.1f}", (0, i), xycoords=("axes fraction", "data"), fontsize=8, va="center")
+                continue
             axis.errorbar(x, i, xerr=[[x - low], [high - x]], fmt="o", color="C0" if group["method"] != "cnn" else "C1")
+        axis.set_ylim(-0.7, len(groups) - 0.3)
         axis.set_yticks(range(len(groups)), [f"{g['method']} ({g['pairs']})" for g in reversed(groups)])
         axis.axvline(0, color="0.6", linewidth=0.8)
         axis.set_title(f"{n}: points of accuracy over {_ordered(n, rows)[0]['method']}, 95 %", fontsize=9)
