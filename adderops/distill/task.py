@@ -95,7 +95,7 @@ class PKKDTask(nn.Module):
         match: FeatureMatch | None,
         alpha: float = 1.0,
         beta: float = 0.1,
-        temperature: float | None = 1.0,
+        temperature: float | None = 4.0,
         frozen: bool = False,
     ) -> None:
         super().__init__()
