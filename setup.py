@@ -16,8 +16,8 @@ from torch.utils import cpp_extension
 sys.path.insert(0, str(Path(__file__).resolve().parent / "_build"))
 from cuda_toolkit import Toolkit, Unavailable, arch_list, choose_toolkit
 
-# The oldest torch in which the binaries must load: 2.13.  LibTorch's stable ABI makes one build serve every later one.
-TORCH_TARGET_VERSION = "0x020d000000000000"
+# The oldest torch in which the binaries must load: 2.11.  LibTorch's stable ABI makes one build serve every later one.
+TORCH_TARGET_VERSION = "0x020b000000000000"
 
 CXX_FLAGS = [
     "-O3",
@@ -47,7 +47,10 @@ def cpu_extension() -> Extension:
 
 
 def cuda_extension(toolkit: Toolkit, archs: str) -> Extension:
-    """The runtime is linked statically and its symbols stay inside: the library needs nothing of torch's CUDA."""
+    """The runtime is linked statically and its symbols stay inside: of torch's CUDA it needs the current stream alone.
+
+    libtorch.so brings the library that knows the stream, whether or not the torch here has it.
+    """
     return cpp_extension.CppExtension(
         "adderops._cuda",
         sources=sorted(["csrc/checks.cpp", *glob("csrc/cuda/*.cpp"), *glob("csrc/cuda/*.cu")]),
@@ -55,8 +58,8 @@ def cuda_extension(toolkit: Toolkit, archs: str) -> Extension:
         include_dirs=["csrc", str(toolkit.include)],
         library_dirs=[str(toolkit.libraries)],
         libraries=["cudart_static", "dl", "rt", "pthread"],
-        extra_compile_args={"cxx": [*CXX_FLAGS, f'-DADDEROPS_CUDA_ARCHS="{archs}"'], "nvcc": NVCC_FLAGS},
-        extra_link_args=["-s", "-Wl,--exclude-libs,ALL"],
+        extra_compile_args={"cxx": [*CXX_FLAGS, f'-DADDEROPS_CUDA_ARCHS="{archs}"', "-DUSE_CUDA"], "nvcc": NVCC_FLAGS},
+        extra_link_args=["-s", "-Wl,--exclude-libs,ALL", "-Wl,--push-state,--no-as-needed,-ltorch,--pop-state"],
         py_limited_api=True,
     )
 

@@ -2,7 +2,7 @@
 
 `pip install .` builds in an isolated environment that hides an installed torch.  Where the interpreter has a torch
 that is new enough, that one is used: no second download of gigabytes.  Otherwise torch becomes a build requirement;
-LibTorch's stable ABI lets the result run in any torch from 2.13 on, so the two need not be equal.
+LibTorch's stable ABI lets the result run in any torch from 2.11 on, so the two need not be equal.
 """
 
 import re
@@ -12,7 +12,7 @@ from pathlib import Path
 
 from setuptools.build_meta import *  # noqa: F403  (the hooks that need no change)
 
-OLDEST_TORCH = (2, 13)
+OLDEST_TORCH = (2, 11)
 
 
 def installed_torch() -> str | None:

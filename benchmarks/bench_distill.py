@@ -2,6 +2,7 @@
 
     python benchmarks/bench_distill.py                       LeNet-5-BN and ResNet-20, a minute or two on two cores
     python benchmarks/bench_distill.py --json r.json
+    python benchmarks/bench_distill.py --device cuda
 
 A step is forward, losses, backward and optimizer, without reading images.  The contestants of a network take turns and
 are judged by medians (timing.py).  The eager step is the same computation as it is usually written: adder layers by one
@@ -16,10 +17,12 @@ The JSON file holds `machine` and `rows`: network, contestant, memory_format, ba
 
 import argparse
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+import cuda_device
 import peers
 import torch
 import torch.nn.functional as F
@@ -121,12 +124,14 @@ def task_of(arch: str, contestant: str, memory_format: torch.memory_format) -> n
     return PKKDTask(teacher, student, EagerMatch(channels))
 
 
-def step_of(arch: str, contestant: str, memory_format: torch.memory_format, batch: int) -> Callable[[], None]:
+def step_of(
+    arch: str, contestant: str, memory_format: torch.memory_format, batch: int, device: str
+) -> Callable[[], None]:
     """Returns one training step on images in memory."""
     torch.manual_seed(0)
-    task = task_of(arch, contestant, memory_format)
-    images = torch.randn(batch, 1, 32, 32).to(memory_format=memory_format)
-    labels = torch.randint(0, 10, (batch,))
+    task = task_of(arch, contestant, memory_format).to(device)
+    images = torch.randn(batch, 1, 32, 32).to(device, memory_format=memory_format)
+    labels = torch.randint(0, 10, (batch,)).to(device)
     optimizer = torch.optim.SGD([p for p in task.parameters() if p.requires_grad], 0.01, momentum=0.9)
     if contestant != "cnn":
         AdaptiveRate(task, optimizer)
@@ -148,7 +153,23 @@ def check_eager_match() -> None:
         raise AssertionError(f"eager L_mid {theirs}, ours {ours}")
 
 
-def bench(arch: str, budget: float) -> list[dict[str, object]]:
+def clock(step: Callable[[], None], device: str) -> Callable[[int], float]:
+    """The time until all is done; steps follow each other without waiting for the device, as in training."""
+    if device == "cpu":
+        return wall_clock(step)
+
+    def measure(repeats: int) -> float:
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(repeats):
+            step()
+        torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    return measure
+
+
+def bench(arch: str, budget: float, device: str) -> list[dict[str, object]]:
     """Times all contestants of a network in turns; returns their rows."""
     batch, eager_batch = NETWORKS[arch]
     contestants, of_name = [], {}
@@ -158,9 +179,10 @@ def bench(arch: str, budget: float) -> list[dict[str, object]]:
             of_name[name] = (contestant, memory_format, batch)
     of_name["pkkd in eager PyTorch, contiguous"] = ("eager", "contiguous", eager_batch)
     for name, (contestant, memory_format, images) in of_name.items():
-        step = step_of(arch, contestant, FORMATS[memory_format], images)
-        contestants.append(Contestant(name, images, wall_clock(step)))
-    timings = take_turns(contestants, budget, least=5)
+        step = step_of(arch, contestant, FORMATS[memory_format], images, device)
+        contestants.append(Contestant(name, images, clock(step, device)))
+    # on a GPU a sample is many steps: what the host prepares ahead of the device belongs to it
+    timings = take_turns(contestants, budget, sample=0.1 if device == "cuda" else 0.004, least=5)
     return [
         {
             "network": arch,
@@ -200,16 +222,19 @@ def table(rows: list[dict[str, object]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="(default: cpu)")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=45.0, help="for each network (default: 45)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all rows")
     options = parser.parse_args()
+    if options.device == "cuda":
+        cuda_device.require()
     torch.set_num_threads(options.threads)
     check_eager_match()
     machine = adderops.info.describe()
     for name, value in machine.items():
         print(f"{name:<24}{value}")
-    rows = [row for arch in options.networks for row in bench(arch, options.seconds)]
+    rows = [row for arch in options.networks for row in bench(arch, options.seconds, options.device)]
     print(table(rows))
     if options.json:
         options.json.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")

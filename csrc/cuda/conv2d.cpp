@@ -70,6 +70,13 @@ Device properties(const char* op, int index) {
   return known[index] = {static_cast<int>(code), multiprocessors};
 }
 
+// Not torch::stable::accelerator::Stream, which hands out its cudaStream_t from torch 2.13 on only.
+cudaStream_t current_stream(int index) {
+  void* stream = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index, &stream));
+  return static_cast<cudaStream_t>(stream);
+}
+
 namespace {
 
 // Queues a pass on the current stream of x's device.  The workspace comes from torch's allocator, which hands it out
@@ -81,9 +88,8 @@ void execute(const char* op, const Pass& pass, const Conv2dArgs& args, const Ten
   const int64_t bytes = pass.workspace(args, device, kAutomatic);
   std::optional<Tensor> workspace;
   if (bytes) workspace = torch::stable::new_empty(x, {bytes}, torch::headeronly::ScalarType::Byte);
-  const accelerator::Stream stream = accelerator::getCurrentStream(index);
-  check(op, pass.run(args, device, kAutomatic, workspace ? workspace->data_ptr() : nullptr,
-                     static_cast<cudaStream_t>(stream.nativeHandle())));
+  check(op,
+        pass.run(args, device, kAutomatic, workspace ? workspace->data_ptr() : nullptr, current_stream(index)));
 }
 
 Tensor adder_conv2d(const Tensor& x, const Tensor& w, const std::optional<Tensor>& bias, Ints stride, Ints padding,

@@ -15,10 +15,6 @@ namespace {
 using Ints = std::vector<int64_t>;
 namespace accelerator = torch::stable::accelerator;
 
-cudaStream_t current_stream(int index) {
-  return static_cast<cudaStream_t>(accelerator::getCurrentStream(index).nativeHandle());
-}
-
 // Tensors that the call had to make dense go when it returns, while the kernels may still run: torch's allocator hands
 // their memory out again only to work that this stream does later.
 Tensor adder_conv2d_int8(const Tensor& x, const Tensor& w, const std::optional<Tensor>& scale,
