@@ -24,13 +24,14 @@ import io
 import json
 import os
 import shlex
+import statistics
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from adderops.distill.paired import compare_groups
+from adderops.distill.paired import compare_groups, group_rows, paired_difference
 from adderops.files import write_atomically
 
 RESULTS = Path(__file__).parent / "results"
@@ -51,6 +52,7 @@ class Experiment:
         methods: method -> options; the first is what the others are compared with.
         seeds: one run each.
         teacher_of: the method whose teacher is the CNN of the table; None where there is none.
+        contrasts: name -> methods whose mean is compared with the mean of others, seed by seed.
     """
 
     question: str
@@ -58,6 +60,7 @@ class Experiment:
     methods: dict[str, str]
     seeds: tuple[int, ...]
     teacher_of: str | None = None
+    contrasts: dict[str, tuple[list[str], list[str]]] = field(default_factory=dict)
 
     def options(self, method: str, seed: int, runs: Path) -> list[str]:
         """The options of one run; a frozen teacher is that of `teacher_of` with the same seed."""
@@ -73,11 +76,19 @@ def run_folder(runs: Path, method: str, seed: int) -> Path:
 
 # The regime: few training images, so that the networks fit them all (training accuracy 1) and a gap is left to test.
 _FEW = "--data fashion-mnist --train-images 4000 --epochs 100 --batch-size 64"
+_FEATURES = {"logits": "none", "+1x1": "1x1", "+kernel": "kernel", "+both": "kernel+1x1"}
 _CELLS = {
     f"{teacher} {name}": f"--method pkkd --teacher {teacher} --features {features}"
     for teacher in ("progressive", "frozen")
-    for name, features in (("logits", "none"), ("+1x1", "1x1"), ("+kernel", "kernel"), ("+both", "kernel+1x1"))
+    for name, features in _FEATURES.items()
 }
+
+
+def _with(*words: str) -> list[str]:
+    """The cells whose names have one of the words."""
+    return [name for name in _CELLS if any(word in name.split() for word in words)]
+
+
 _PKKD = "--method pkkd"
 _COLD = f"{_PKKD} --temperature 1"
 
@@ -114,6 +125,12 @@ EXPERIMENTS = {
         {"plain": "--method plain", **_CELLS},
         seeds=(0, 1, 2, 3, 4),
         teacher_of="progressive logits",
+        contrasts={
+            "progressive over frozen teacher": (_with("progressive"), _with("frozen")),
+            "kernel over none": (_with("+kernel", "+both"), _with("logits", "+1x1")),
+            "1x1 over none": (_with("+1x1", "+both"), _with("logits", "+kernel")),
+            "progressive cells over plain": (_with("progressive"), ["plain"]),
+        },
     ),
     "lenet5": Experiment(
         "LeNet-5-BN on all of Fashion-MNIST, 50 epochs",
@@ -121,10 +138,11 @@ EXPERIMENTS = {
         {"plain": "--method plain", "logits": f"{_PKKD} --features none", "pkkd": _PKKD},
         seeds=(0, 1, 2, 3, 4),
         teacher_of="logits",
+        contrasts={"pkkd over logits": (["pkkd"], ["logits"]), "logits over cnn": (["logits"], ["cnn"])},
     ),
     "resnet20": Experiment(
         "ResNet-20 on all of Fashion-MNIST",
-        "--recipe fashion-mnist-resnet20 --epochs 12 --channels-last",
+        "--recipe fashion-mnist-resnet20 --epochs 5 --channels-last",
         {"plain": "--method plain", "pkkd": _PKKD},
         seeds=(0,),
         teacher_of="pkkd",
@@ -219,7 +237,32 @@ def table(name: str, rows: list[dict[str, str]]) -> str:
             f"| {group['method']} | {group['n']} | {100 * group['mean']:.2f}{deviation} | {difference} "
             f"| {100 * trained:.2f} |"
         )
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines + contrast_lines(experiment, mine)) + "\n"
+
+
+def contrast_lines(experiment: Experiment, rows: list[dict[str, str]]) -> list[str]:
+    """The table of the contrasts, of those seeds that have all methods of one."""
+    lines = []
+    for name, groups in experiment.contrasts.items():
+        means = [_means_by_seed([r for r in rows if r["method"] in methods], len(methods)) for methods in groups]
+        found = paired_difference(*means, "test_accuracy")
+        if found["low"] is not None:
+            difference, low, high = (100 * found[key] for key in ("difference", "low", "high"))
+            lines.append(f"| {name} | {found['pairs']} | {difference:+.2f} ({low:+.2f} to {high:+.2f}) |")
+    if lines:
+        head = "| means of methods, seed by seed | seeds | difference, 95 % interval |"
+        lines = ["", head, "|---|---|---|", *lines]
+    return lines
+
+
+def _means_by_seed(rows: list[dict[str, str]], methods: int) -> list[dict[str, object]]:
+    """A row for each seed that has so many methods: the mean of their accuracies."""
+    groups = group_rows(rows, ["seed"])
+    return [
+        {"seed": seed, "test_accuracy": statistics.fmean(float(r["test_accuracy"]) for r in members)}
+        for (seed,), members in groups.items()
+        if len(members) == methods
+    ]
 
 
 def plot(rows: list[dict[str, str]], path: Path) -> None:

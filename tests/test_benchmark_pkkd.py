@@ -80,6 +80,26 @@ def test_a_stopped_run_goes_on_and_a_finished_one_gets_its_row(pkkd, small, monk
     assert (small / "runs" / "small" / "plain-0" / "log.csv").read_bytes() == log  # not trained again
 
 
+def test_contrasts_are_those_of_the_means(pkkd):
+    accuracies = {"a": (0.5, 0.6, 0.7), "b": (0.7, 0.6, 0.9), "c": (0.5, 0.55, 0.7), "d": (0.1,)}
+    rows = [
+        {"method": method, "seed": str(seed), "test_accuracy": str(value)}
+        for method, values in accuracies.items()
+        for seed, value in enumerate(values)
+    ]
+    experiment = pkkd.Experiment("?", "", {}, (0, 1, 2), contrasts={"ab over c": (["a", "b"], ["c"])})
+    *_, line = pkkd.contrast_lines(experiment, rows)
+    # the differences are .1, .05 and .1: a mean of .08333, a deviation of .02887, t(.975, 2) = 4.3027
+    assert line == "| ab over c | 3 | +8.33 (+1.16 to +15.50) |"
+    experiment = pkkd.Experiment("?", "", {}, (0, 1, 2), contrasts={"one seed": (["a", "d"], ["c"])})
+    assert pkkd.contrast_lines(experiment, rows) == []  # no interval of one pair
+
+
+def test_the_contrasts_of_the_ablation_have_every_cell(pkkd):
+    for name, (ours, others) in pkkd.EXPERIMENTS["ablation"].contrasts.items():
+        assert len(ours) == 4 and (others == ["plain"] or sorted(ours + others) == sorted(pkkd._CELLS)), name
+
+
 def test_an_unknown_method_is_refused(pkkd, small, capsys):
     with pytest.raises(SystemExit):
         pkkd.main(["run", "small", "--only", "nothing"])
