@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from adderops.distill import FeatureMatch, PKKDTask, SingleTask
 from adderops.distill.task import imitation_loss
 from adderops.models import IntermediateOutputs, lenet5
+from adderops.optim import AdaptiveRate
 
 
 @pytest.fixture(autouse=True)
@@ -169,6 +170,25 @@ def test_diagnosis_measures_without_touching(batch):
     assert diagnosis["width_a"].tolist() == pytest.approx([y.abs().mean().item() for y in losses.outputs])
     assert diagnosis.keys() == {"gradient_ratio", "l_mid", "var_yc", "width_a", "width_c"}
     assert small_task(match=False).diagnose(losses) == {}
+
+
+@pytest.mark.parametrize("features", ["kernel+1x1", "kernel", "1x1"])
+@pytest.mark.parametrize("width", ["batch", "learned", "fixed"])
+def test_a_step_mixes_no_devices(features, width):
+    """On the meta device, where a tensor left on the CPU is as wrong as beside a GPU; the path of L_mid is a GPU's."""
+    with torch.device("meta"):
+        networks = (lenet5(kind, num_classes=5) for kind in ("cnn", "adder"))
+        task = PKKDTask(*networks, FeatureMatch([16, 120, 84], features=features, width=width)).float()
+        images, labels = torch.empty(4, 1, 32, 32, dtype=torch.float32), torch.empty(4, dtype=torch.int64)
+    optimizer = torch.optim.SGD([p for p in task.parameters() if p.requires_grad], 0.1, momentum=0.9)
+    AdaptiveRate(task, optimizer)
+    losses = task(images, labels)
+    assert {name: value.device.type for name, value in task.diagnose(losses).items()} == dict.fromkeys(
+        ("l_mid", "var_yc", "width_a", "width_c", "gradient_ratio"), "meta"
+    )
+    losses.total.backward()
+    optimizer.step()
+    assert losses.total.is_meta and all(p.grad.is_meta for p in task.parameters() if p.requires_grad)
 
 
 def test_networks_that_do_not_match_are_refused():
