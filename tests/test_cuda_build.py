@@ -264,7 +264,7 @@ def test_the_devices_line_says_which_code_runs(monkeypatch):
 
 @needs_kernels
 def test_the_library_brings_its_own_runtime():
-    """Nothing of torch's CUDA libraries: one build serves every torch, and the CUDA runtime is linked in, unseen."""
+    """Of torch's CUDA the current stream alone, so that one build serves every torch; the runtime is linked in, unseen."""
     readelf = shutil.which("readelf")
     if not readelf:
         pytest.skip("no readelf")
@@ -274,6 +274,8 @@ def test_the_library_brings_its_own_runtime():
     assert "libtorch_cpu" in needed and not [name for name in needed if "cuda" in name or name == "libtorch_python"]
     symbols = subprocess.run([readelf, "-W", "--dyn-syms", library], capture_output=True, text=True, check=True).stdout
     assert "PyInit__cuda" in symbols and not re.search(r"\bcudaLaunchKernel", symbols)
+    of_others = re.findall(r" UND +(\w*cuda\w*)", symbols)
+    assert set(of_others) == {"aoti_torch_device_type_cuda", "aoti_torch_get_current_cuda_stream"}
 
 
 # --- tensors of a device that may not be there: fake ones, which have a device and no data ---
