@@ -264,7 +264,7 @@ def test_the_devices_line_says_which_code_runs(monkeypatch):
 
 @needs_kernels
 def test_the_library_brings_its_own_runtime():
-    """Of torch's CUDA the current stream alone, so that one build serves every torch; the runtime is linked in, unseen."""
+    """Of torch's CUDA the current stream alone: one build serves every torch; the runtime is linked in, unseen."""
     readelf = shutil.which("readelf")
     if not readelf:
         pytest.skip("no readelf")

@@ -88,8 +88,7 @@ void execute(const char* op, const Pass& pass, const Conv2dArgs& args, const Ten
   const int64_t bytes = pass.workspace(args, device, kAutomatic);
   std::optional<Tensor> workspace;
   if (bytes) workspace = torch::stable::new_empty(x, {bytes}, torch::headeronly::ScalarType::Byte);
-  check(op,
-        pass.run(args, device, kAutomatic, workspace ? workspace->data_ptr() : nullptr, current_stream(index)));
+  check(op, pass.run(args, device, kAutomatic, workspace ? workspace->data_ptr() : nullptr, current_stream(index)));
 }
 
 Tensor adder_conv2d(const Tensor& x, const Tensor& w, const std::optional<Tensor>& bias, Ints stride, Ints padding,
