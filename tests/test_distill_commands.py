@@ -111,6 +111,33 @@ def test_eval_tests_the_files_and_tells_a_difference(run, capsys):
     assert f"{accuracy:.2f} % +-" in line and f"(when the training ended: {ended:.2f} %)" in line
 
 
+@pytest.mark.parametrize("count, taken", [(3, 3), (128, 128), (1000, 128)])  # the set has 128
+def test_eval_with_other_batchnorm_statistics(run, folder_of_bars, capsys, count, taken):
+    saved = (run / "student.pt").read_bytes()
+    assert main(["eval", str(run), "--weights", "student", "--reestimate-batchnorm", str(count)]) == 0
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert f"BatchNorm statistics of {taken} training images" in line
+    data, network = load_data(str(folder_of_bars)), RunFolder.load(run).network("student")
+    chosen = torch.randperm(128, generator=torch.Generator().manual_seed(0))[:taken]
+    norms = [m for m in network.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # a mean over the batches
+    with torch.no_grad():
+        for batch in chosen.tensor_split(1 if taken <= 100 else 2):
+            [(images, _)] = data.train.batches([batch])
+            network.train()(images)
+        [(images, labels)] = data.test.batches([torch.arange(40)])
+        loss = F.cross_entropy(network.eval()(images), labels)
+    assert float(line.split("loss")[1].split()[0]) == pytest.approx(loss.item(), abs=6e-5)
+    assert (run / "student.pt").read_bytes() == saved
+
+
+def test_eval_refuses_statistics_of_one_image(run, capsys):
+    expected = "--reestimate-batchnorm: expected at least 2 images, got 1"
+    assert expected in error_of(capsys, "eval", run, "--reestimate-batchnorm", 1)
+
+
 def test_eval_of_another_set_normalizes_as_in_training(run, folder_of_bars, tmp_path, capsys):
     write_bars(tmp_path, test=60)
     images, labels = (read_idx(tmp_path / name) for name in IDX_FILES[2:])

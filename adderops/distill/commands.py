@@ -13,11 +13,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import update_bn
 
 from adderops.distill.build import device_type, load_data_of
 from adderops.distill.checkpoint import write_csv
 from adderops.distill.config import DEVICES, Config
-from adderops.distill.data import ImageSet
+from adderops.distill.data import ImageSet, calibration_batches
 from adderops.distill.evaluate import evaluate
 from adderops.distill.paired import compare_groups, group_rows
 from adderops.distill.quantize import add_options, quantize
@@ -43,6 +44,13 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--weights", choices=NETWORKS, help="network to test (default: all that the run has)")
     command.add_argument(
         "--data", help="test on the test images of this set, normalized as the run's are (default: the run's test set)"
+    )
+    command.add_argument(
+        "--reestimate-batchnorm",
+        type=int,
+        metavar="N",
+        help="before, take the statistics of every BatchNorm anew from N training images: the averages that training "
+        "kept lag behind weights which still move when it ends (default: as saved)",
     )
     command.add_argument("--root", help="folder in which mnist, cifar10 and so on lie (default: as in training)")
     command.add_argument("--device", choices=DEVICES, help="where to test (default: as in training)")
@@ -93,13 +101,19 @@ def _evaluate(options: argparse.Namespace) -> None:
     networks = {name: run.network(name) for name in ([options.weights] if options.weights else run.networks)}
     device = torch.device(device_type(config))
     torch.set_num_threads(config.threads)
+    count = options.reestimate_batchnorm
+    if count is not None and count < 2:
+        raise ValueError(f"--reestimate-batchnorm: expected at least 2 images, got {count}")
+    own = load_data_of(config) if count or options.data is None else None
     if options.data is None:
-        images, kind = load_data_of(config).test, f"{run.tested_on} images"
+        images, kind = own.test, f"{run.tested_on} images"
     else:
         images, kind = _other_set(run, options.data, next(iter(networks.values()))), f"test images of {options.data}"
     print(f"{run.title}: {len(images)} {kind}")
     for name, network in networks.items():
         network.to(device, memory_format=torch.channels_last if config.channels_last else torch.preserve_format)
+        if count:
+            update_bn(calibration_batches(own.train, count), network, device)
         begin = time.perf_counter()
         tested = evaluate(
             {name: network},
@@ -114,6 +128,8 @@ def _evaluate(options: argparse.Namespace) -> None:
         error = (accuracy * (1 - accuracy) / len(images)) ** 0.5
         line = f"{name:<12}{100 * accuracy:6.2f} % +- {100 * error:.2f}   loss {loss:.4f}   {speed:.0f} images/s"
         trained = run.curve(f"{name}_test_accuracy")[-1]
+        if count:
+            line += f"   (BatchNorm statistics of {min(count, len(own.train))} training images)"
         if options.data is None and abs(trained - accuracy) > 0.5 / len(images):  # another machine rounds otherwise
             line += f"   (when the training ended: {100 * trained:.2f} %)"
         print(line, flush=True)

@@ -108,7 +108,10 @@ class ImageSet:
 
 
 def calibration_batches(images: ImageSet, count: int = 2000) -> Iterator[Tensor]:
-    """Yields `count` images of a set, or all that it has, without labels, in batches, the same at every call."""
+    """Yields `count` images of a set, or all that it has, without labels, the same at every call.
+
+    The batches are even: a mean over them weighs images alike, and BatchNorm never meets a single image.
+    """
     chosen = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:count]
-    for batch, _ in images.batches(chosen.split(CALIBRATION_BATCH)):
+    for batch, _ in images.batches(chosen.tensor_split(math.ceil(len(chosen) / CALIBRATION_BATCH))):
         yield batch
