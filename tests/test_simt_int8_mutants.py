@@ -83,7 +83,7 @@ MUTANTS = [
     Mutant("bytes of the residual mixed up", "(bytes >> 8 * k & 255u)", "(bytes >> 4 * k & 255u)", VALUES),
     Mutant("unaligned fours", "w.vectors = w.M % 4 == 0", "w.vectors = true", EITHER, "forward_int8.cu"),
     Mutant("pieces across taps", "fits(16) ? 16 : fits(4) ? 4 : 1", "fits(4) ? 16 : 1", EITHER, "forward_int8.cu"),
-    Mutant("the direct kernel mixes rows", "row / p.OH, co, row % p.OH", "row / p.OH, co, row % p.OW", EITHER),
+    Mutant("the direct kernel mixes rows", "row / OH, co, row % OH", "row / OH, co, row % OW", EITHER),
     Mutant("a NaN becomes the least", "z < least ? least : z", "z > least ? z : least", VALUES, "quantize.cuh"),
     Mutant(
         *("bytes read before they are written", "    }\n    __syncthreads();\n", "    }\n", EITHER, "quantize.cuh"),

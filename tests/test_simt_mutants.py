@@ -113,8 +113,13 @@ MUTANTS = [
     Mutant("stride_w for stride_h", "grad_w.cuh", "oh * p.stride_h", "oh * p.stride_w", "grad_w", VALUES),
     Mutant("strides swapped", "grad_x.cuh", "(int)i * f.stride_h", "(int)i * f.stride_w", "grad_x", ("race", "values")),
     Mutant(
-        *("the left border is not looked at", "walk.cuh", "(unsigned)(w[i] + tap_j * walk.step_w) < (unsigned)walk.W"),
-        *("w[i] + tap_j * walk.step_w < walk.W", "forward", ("race", "values")),
+        *("the left border is not looked at", "walk.cuh"),
+        "(unsigned)(corner.w + tap_j * walk.step_w) < (unsigned)walk.W",
+        *("corner.w + tap_j * walk.step_w < walk.W", "forward", ("race", "values")),
+    ),
+    Mutant(
+        *("corners in the places of another thread", "walk.cuh", "corner = in_shared()[i * Threads];"),
+        *("corner = in_shared()[i];", "forward", ("race", "values")),
     ),
     Mutant(
         *("sums of halves in half", "forward_half.cuh", "          mma_16x8x16<T>(c[m][co / 8], a, b);"),

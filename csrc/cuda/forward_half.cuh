@@ -38,7 +38,7 @@ __device__ __forceinline__ int mma_word(int row, int t) { return row * 16 + (t ^
 template <typename Tile, typename T, Layout L>
 struct MmaCopy {
   static constexpr int kSites = L == Layout::kChannels ? 4 : 1;
-  Cursors<kSites> to_read;
+  Cursors<kSites, Tile::kThreads> to_read;
   uint32_t words[L == Layout::kPlanes ? kMmaSlab / 2 : 1];
 
   static __device__ __forceinline__ int pixel(int i) {

@@ -277,11 +277,11 @@ __global__ void __launch_bounds__(Tile::kThreads, kInt8Blocks<Tile>) forward_int
 constexpr int kDirectInt8Threads = 128;
 __global__ void __launch_bounds__(kDirectInt8Threads) direct_int8_kernel(Int8Args args) {
   const Conv2dProblem& p = args.problem;
-  const int64_t outputs = p.N * p.OH * p.OW * p.C_out;
-  for (int64_t i = (int64_t)blockIdx.x * kDirectInt8Threads + threadIdx.x; i < outputs;
-       i += (int64_t)gridDim.x * kDirectInt8Threads) {
-    const int64_t co = i % p.C_out, pixel = i / p.C_out, row = pixel / p.OW;
-    definition::int8_finish(args, definition::int8_sum(args, row / p.OH, co, row % p.OH, pixel % p.OW), co, i);
+  const uint64_t C = p.C_out, OH = p.OH, OW = p.OW, outputs = p.N * OH * OW * C;
+  for (uint64_t i = (uint64_t)blockIdx.x * kDirectInt8Threads + threadIdx.x; i < outputs;
+       i += (uint64_t)gridDim.x * kDirectInt8Threads) {
+    const uint64_t co = i % C, pixel = i / C, row = pixel / OW;
+    definition::int8_finish(args, definition::int8_sum(args, row / OH, co, row % OH, pixel % OW), co, i);
   }
 }
 

@@ -38,8 +38,8 @@ struct Tile {
 template <typename T>
 struct Place {
   int lane, column;  // of its first run of four
-  __device__ __forceinline__ Place() {
-    const int warp = threadIdx.x / 32, l = threadIdx.x % 32;
+  __device__ __forceinline__ explicit Place(unsigned thread = threadIdx.x) {
+    const int warp = thread / 32, l = thread % 32;
     constexpr int kWarpsAcross = T::kAcross / T::kWarpLanes;
     lane = 4 * (warp % kWarpsAcross * T::kWarpLanes + l / T::kWarpColumns);
     column = 4 * (warp / kWarpsAcross * T::kWarpColumns + l % T::kWarpColumns);

@@ -41,22 +41,52 @@ struct Site {
   bool valid;
 };
 
+// Where tap (0, 0) of a pixel lies in its image.
+struct alignas(8) Corner {
+  int h, w;
+};
+
+// What a thread could keep and need not is kept out of its registers, or a tile of 128 x 128 spills: ptxas 13.0 does so
+// for sm_100 and sm_120, and has registers to spare for the others.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 1000
+constexpr bool kShortOfRegisters = false;
+#else
+constexpr bool kShortOfRegisters = true;
+#endif
+
 // The pixels that a thread copies from: where it is in each, and whether the tap it aims at lies inside the image.
-template <int Count>
+// Where registers are short, the corners of several pixels, wanted once a tap, are in shared memory, each thread's in
+// places of its own.
+template <int Count, int Threads>
 struct Cursors {
+  static constexpr bool kInShared = kShortOfRegisters && Count > 1;
   const char* at[Count];
-  int h[Count], w[Count];
+  Corner kept[kInShared ? 1 : Count];
   bool inside[Count];
 
+  static __device__ __forceinline__ Corner* in_shared() {
+    SHARED(Corner, s_corners, [kInShared ? Count * Threads : 1]);
+    return s_corners + thread_index();
+  }
   __device__ __forceinline__ void place(int i, const Walk& walk, const char* source, const Site& site) {
-    h[i] = site.valid ? site.h : -0x40000000, w[i] = site.w;  // behind the last pixel: never inside
+    const Corner corner = {site.valid ? site.h : -0x40000000, site.w};  // behind the last pixel: never inside
+    if constexpr (kInShared)
+      in_shared()[i * Threads] = corner;
+    else
+      kept[i] = corner;
     at[i] = source + site.offset + site.h * walk.row + site.w * walk.column;
   }
   __device__ __forceinline__ void aim(const Walk& walk, int tap_i, int tap_j) {
 #pragma unroll
-    for (int i = 0; i < Count; ++i)
-      inside[i] = (unsigned)(h[i] + tap_i * walk.step_h) < (unsigned)walk.H &&
-                  (unsigned)(w[i] + tap_j * walk.step_w) < (unsigned)walk.W;
+    for (int i = 0; i < Count; ++i) {
+      Corner corner;
+      if constexpr (kInShared)
+        corner = in_shared()[i * Threads];
+      else
+        corner = kept[i];
+      inside[i] = (unsigned)(corner.h + tap_i * walk.step_h) < (unsigned)walk.H &&
+                  (unsigned)(corner.w + tap_j * walk.step_w) < (unsigned)walk.W;
+    }
   }
   __device__ __forceinline__ void advance(int64_t bytes) {
 #pragma unroll
@@ -76,7 +106,7 @@ struct ColumnCopy {
   static constexpr bool kAsynchronous = L == Layout::kPlanes && sizeof(T) == 4;
   static_assert(L == Layout::kChannels || kPieces % Tile::kThreads == 0, "planes: every thread copies as much");
 
-  Cursors<kSites> to_read;
+  Cursors<kSites, Tile::kThreads> to_read;
   T plane[L == Layout::kPlanes && !kAsynchronous ? kMine : 1];
   Words4 words[L == Layout::kChannels ? kMine : 1];
 
@@ -192,7 +222,6 @@ __device__ __forceinline__ void sum_over_taps(const Walk& walk, const char* sour
                                               float (&acc)[Tile::kThreadLanes][Tile::kThreadColumns],
                                               ColumnSums<Tile>& sums, const Term& term) {
   using Copy = ColumnCopy<Tile, T, L>;
-  const Place<Tile> place;
   Copy copy(walk, source, site_of);
   int tap_i = 0, tap_j = 0, c = 0, left = walk.slabs;
   copy.to_read.aim(walk, 0, 0);
@@ -220,6 +249,7 @@ __device__ __forceinline__ void sum_over_taps(const Walk& walk, const char* sour
       fetch_lanes<Tile>(weights, pitch, s_next);
       cp_async_commit();
     }
+    const Place<Tile> place(kShortOfRegisters && L == Layout::kChannels ? thread_index() : threadIdx.x);
     if (Sums) sums.add(s_now + kColumnsAt<Tile>, Copy::kPitch);
     sum_slab<Tile, Tile::kLanes, Copy::kPitch>(acc, s_now + place.lane, s_now + kColumnsAt<Tile> + place.column, term);
     if (!left) break;
