@@ -7,7 +7,7 @@
 //             the flagged tiles alone, computes it again.
 //
 // Block: kLanes filters x kColumns pixels (tile.cuh), K in slabs (walk.cuh); 128 x 128, 256 threads, 8 x 8 each:
-// 128 registers, 17.5 KB of shared memory, two blocks a multiprocessor.  grid (tiles of pixels, tiles of filters,
+// 128 registers, 33 to 37 KB of shared memory, two blocks a multiprocessor.  grid (tiles of pixels, tiles of filters,
 // groups). Any strides, channels and filters: rows of X beyond the last channel are zero as W's are, filters beyond the
 // last and pixels beyond the last are computed and not stored.
 #pragma once
