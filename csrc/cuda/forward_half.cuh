@@ -103,7 +103,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
   SHARED(uint32_t, s_w, [2 * Tile::kLanes * 16]);
   constexpr int kFragments = Tile::kWarpPixels / 16, kOctets = Tile::kWarpLanes / 8;
   const Conv2dProblem& p = args.problem;
-  const int M = (int)(p.C_out / p.groups), C = (int)(p.C_in / p.groups), group = blockIdx.z;
+  const int M = (unsigned)p.C_out / (unsigned)p.groups, C = walk.channels, group = blockIdx.z;
   const int64_t pixels = p.N * p.OH * p.OW, first = (int64_t)blockIdx.x * Tile::kColumns;
   const int lane0 = blockIdx.y * Tile::kLanes;
   const int warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
