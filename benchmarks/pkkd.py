@@ -138,7 +138,11 @@ EXPERIMENTS = {
         {"plain": "--method plain", "logits": f"{_PKKD} --features none", "pkkd": _PKKD},
         seeds=(0, 1, 2, 3, 4),
         teacher_of="logits",
-        contrasts={"pkkd over logits": (["pkkd"], ["logits"]), "logits over cnn": (["logits"], ["cnn"])},
+        contrasts={
+            "pkkd over logits": (["pkkd"], ["logits"]),
+            "logits over cnn": (["logits"], ["cnn"]),
+            "pkkd over cnn": (["pkkd"], ["cnn"]),
+        },
     ),
     "resnet20": Experiment(
         "ResNet-20 on all of Fashion-MNIST",
