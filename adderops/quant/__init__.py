@@ -8,7 +8,8 @@
 On a CPU one instruction sums eight |a - b| of bytes; a network of 8 bits has the accuracy of its floats.
 """
 
-from adderops.quant.calibration import calibrate, insert, observe, reestimate_batchnorm
+from adderops.batchnorm import reestimate_batchnorm
+from adderops.quant.calibration import calibrate, insert, observe
 from adderops.quant.files import load, save
 from adderops.quant.fuse import convert
 from adderops.quant.grid import Grid

@@ -4,7 +4,6 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import update_bn
 
 from adderops.nn import AdderConv2d
 from adderops.quant.layers import QuantAdderConv2d, QuantConv2d, Quantized, QuantLinear
@@ -42,7 +41,7 @@ def calibrate(model: nn.Module, batches: Iterable[Tensor], scheme: Scheme | None
     """Quantizes the adder layers of a trained model to grids that fit the inputs they get, in place.
 
     The layers become `QuantAdderConv2d`, which compute in floats what the integers will give.  Test the result like any
-    model, re-estimate its BatchNorm (`reestimate_batchnorm`), train it further (its gradients go straight through the
+    model, re-estimate its BatchNorm (`adderops.reestimate_batchnorm`), train it further (its gradients go straight through the
     rounding), or make it integer by `adderops.quant.convert`.
 
     Args:
@@ -56,6 +55,7 @@ def calibrate(model: nn.Module, batches: Iterable[Tensor], scheme: Scheme | None
     Raises:
         ValueError: no batch, no adder layer, or a layer that got nothing but zeros.
 
+    >>> from adderops import reestimate_batchnorm
     >>> from adderops.models import lenet5
     >>> images = torch.randn(8, 1, 32, 32)
     >>> model = reestimate_batchnorm(lenet5(), [images])  # stands for training
@@ -101,12 +101,3 @@ def _observing(layer: Quantized):
         return layer.plain_kind.forward(layer, input)
 
     return forward
-
-
-def reestimate_batchnorm(model: nn.Module, batches: Iterable[Tensor]) -> nn.Module:
-    """Takes the statistics of every BatchNorm anew from the batches, through the rounded layers, in place.
-
-    Source: arXiv 2212.10200.
-    """
-    update_bn(batches, model)
-    return model
