@@ -41,8 +41,8 @@ def calibrate(model: nn.Module, batches: Iterable[Tensor], scheme: Scheme | None
     """Quantizes the adder layers of a trained model to grids that fit the inputs they get, in place.
 
     The layers become `QuantAdderConv2d`, which compute in floats what the integers will give.  Test the result like any
-    model, re-estimate its BatchNorm (`adderops.reestimate_batchnorm`), train it further (its gradients go straight through the
-    rounding), or make it integer by `adderops.quant.convert`.
+    model, re-estimate its BatchNorm (`adderops.reestimate_batchnorm`), train it further (its gradients go straight
+    through the rounding), or make it integer by `adderops.quant.convert`.
 
     Args:
         model: with `AdderConv2d`; its mode is kept, the batches go through in evaluation mode.
