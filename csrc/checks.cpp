@@ -2,11 +2,12 @@
 
 #include <torch/csrc/stable/ops.h>
 #include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
 
 #include <cmath>
 #include <initializer_list>
 #include <limits>
+
+#include "sizes.h"
 
 namespace adderops {
 namespace {
@@ -44,21 +45,21 @@ ElementType element_type(const char* op, const Tensor& x) {
     case ScalarType::Half: return ElementType::kFloat16;
     default: break;
   }
-  STD_TORCH_CHECK(false, op, ": x: expected dtype float32, float64, bfloat16 or float16, got ",
+  raise(op, ": x: expected dtype float32, float64, bfloat16 or float16, got ",
                   name_of(x.scalar_type()));
 }
 
 void check_list(const char* op, const char* name, const std::vector<int64_t>& values, size_t count, int64_t least) {
-  STD_TORCH_CHECK(values.size() == count, op, ": ", name, ": expected ", count, " integers, got ", list(values));
+  REQUIRE(values.size() == count, op, ": ", name, ": expected ", count, " integers, got ", list(values));
   for (int64_t v : values)
-    STD_TORCH_CHECK(v >= least && v <= std::numeric_limits<int32_t>::max(), op, ": ", name, ": expected integers from ",
+    REQUIRE(v >= least && v <= std::numeric_limits<int32_t>::max(), op, ": ", name, ": expected integers from ",
                     least, " to 2^31 - 1, got ", list(values));
 }
 
 int64_t out_size(const char* op, const char* axis, int64_t size, int64_t before, int64_t after, int64_t kernel,
                  int64_t dilation, int64_t stride) {
-  const int64_t span = dilation * (kernel - 1) + 1, padded = size + before + after;
-  STD_TORCH_CHECK(padded >= span, op, ": w: expected a kernel no larger than the padded input in ", axis, ", got ",
+  const int64_t span = sum(product(dilation, kernel - 1), 1), padded = sum(size, before, after);
+  REQUIRE(padded >= span, op, ": w: expected a kernel no larger than the padded input in ", axis, ", got ",
                   span, " > ", padded);
   return (padded - span) / stride + 1;
 }
@@ -67,8 +68,8 @@ int64_t out_size(const char* op, const char* axis, int64_t size, int64_t before,
 enum class Order { kOther, kChannelsFirst, kChannelsLast };
 Order order(const Operand& o, int64_t C, int64_t H, int64_t W) {
   const int64_t* s = o.stride;
-  if ((W == 1 || s[3] == 1) && (H == 1 || s[2] == W) && (C == 1 || s[1] == H * W)) return Order::kChannelsFirst;
-  if ((W == 1 || s[3] == C) && (H == 1 || s[2] == W * C) && s[1] == 1) return Order::kChannelsLast;
+  if ((W == 1 || s[3] == 1) && (H == 1 || s[2] == W) && (C == 1 || s[1] == product(H, W))) return Order::kChannelsFirst;
+  if ((W == 1 || s[3] == C) && (H == 1 || s[2] == product(W, C)) && s[1] == 1) return Order::kChannelsLast;
   return Order::kOther;
 }
 
@@ -78,17 +79,18 @@ namespace {
 
 // x, w and the geometry of any convolution.
 Conv2dProblem check_problem(const char* op, const Tensor& x, const Tensor& w, const Geometry& geometry) {
-  STD_TORCH_CHECK(x.dim() == 4, op, ": x: expected 4 dimensions (N, C_in, H, W), got shape ", shape_of(x));
-  STD_TORCH_CHECK(w.dim() == 4, op, ": w: expected 4 dimensions (C_out, C_in/groups, KH, KW), got shape ", shape_of(w));
+  REQUIRE(x.dim() == 4, op, ": x: expected 4 dimensions (N, C_in, H, W), got shape ", shape_of(x));
+  REQUIRE(w.dim() == 4, op, ": w: expected 4 dimensions (C_out, C_in/groups, KH, KW), got shape ", shape_of(w));
   check_list(op, "stride", geometry.stride, 2, 1);
   check_list(op, "padding", geometry.padding, 4, 0);
   check_list(op, "dilation", geometry.dilation, 2, 1);
   const int64_t groups = geometry.groups;
-  STD_TORCH_CHECK(groups >= 1 && x.size(1) % groups == 0 && w.size(0) % groups == 0, op,
+  REQUIRE(groups >= 1 && x.size(1) % groups == 0 && w.size(0) % groups == 0, op,
                   ": groups: expected a positive divisor of C_in = ", x.size(1), " and C_out = ", w.size(0), ", got ",
                   groups);
-  STD_TORCH_CHECK(w.size(0) > 0 && w.size(1) > 0 && w.size(2) > 0 && w.size(3) > 0, op,
+  REQUIRE(w.size(0) > 0 && w.size(1) > 0 && w.size(2) > 0 && w.size(3) > 0, op,
                   ": w: expected no empty dimension, got shape ", shape_of(w));
+  check_storage(op, "x", x);
   check_tensor(op, "w", w, x, {w.size(0), x.size(1) / groups, w.size(2), w.size(3)});
 
   Conv2dProblem p{};
@@ -105,14 +107,14 @@ Conv2dProblem check_problem(const char* op, const Tensor& x, const Tensor& w, co
 
 // One number for each filter, float32, beside x.
 Tensor per_filter(const char* op, const char* name, const Tensor& tensor, const Tensor& x, int64_t C_out) {
-  STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Float, op, ": ", name, ": expected dtype float32, got ",
+  REQUIRE(tensor.scalar_type() == ScalarType::Float, op, ": ", name, ": expected dtype float32, got ",
                   name_of(tensor.scalar_type()));
   check_shape(op, name, tensor, x, {C_out});
-  return torch::stable::contiguous(tensor);
+  return dense(op, name, tensor);
 }
 
 void check_byte(const char* op, const char* name, int64_t value, int64_t least = 0, int64_t most = 255) {
-  STD_TORCH_CHECK(value >= least && value <= most, op, ": ", name, ": expected an integer from ", least, " to ", most,
+  REQUIRE(value >= least && value <= most, op, ": ", name, ": expected an integer from ", least, " to ", most,
                   ", got ", value);
 }
 
@@ -120,18 +122,60 @@ void check_byte(const char* op, const char* name, int64_t value, int64_t least =
 
 void check_tensor(const char* op, const char* name, const Tensor& tensor, const Tensor& x,
                   const std::vector<int64_t>& shape) {
-  STD_TORCH_CHECK(tensor.scalar_type() == x.scalar_type(), op, ": ", name, ": expected the dtype of x, ",
+  REQUIRE(tensor.scalar_type() == x.scalar_type(), op, ": ", name, ": expected the dtype of x, ",
                   name_of(x.scalar_type()), ", got ", name_of(tensor.scalar_type()));
   check_shape(op, name, tensor, x, shape);
 }
 
 void check_shape(const char* op, const char* name, const Tensor& tensor, const Tensor& x,
                  const std::vector<int64_t>& shape) {
-  STD_TORCH_CHECK(tensor.is_cpu() == x.is_cpu() && tensor.get_device() == x.get_device(), op, ": ", name,
+  REQUIRE(tensor.is_cpu() == x.is_cpu() && tensor.get_device() == x.get_device(), op, ": ", name,
                   ": expected the device of x, got another");
   bool same = tensor.dim() == static_cast<int64_t>(shape.size());
   for (size_t i = 0; same && i < shape.size(); ++i) same = tensor.size(static_cast<int64_t>(i)) == shape[i];
-  STD_TORCH_CHECK(same, op, ": ", name, ": expected shape ", list(shape), ", got ", shape_of(tensor));
+  REQUIRE(same, op, ": ", name, ": expected shape ", list(shape), ", got ", shape_of(tensor));
+  check_storage(op, name, tensor);
+}
+
+void check_storage(const char* op, const char* name, const Tensor& tensor) {
+  if (!tensor.numel()) return;
+  int64_t elements = sum(tensor.storage_offset(), 1), bytes = 0;
+  for (int64_t i = 0; i < tensor.dim(); ++i)
+    elements = sum(elements, product(tensor.size(i) - 1, tensor.stride(i)));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(tensor.get(), &bytes));
+  const int64_t needed = product(elements, static_cast<int64_t>(tensor.element_size()));
+  REQUIRE(bytes >= needed && tensor.data_ptr(), op, ": ", name, ": expected a storage of ", needed,
+          " bytes or more, got ", bytes, "; was it freed?");
+}
+
+namespace {
+
+// Calls f, which allocates.  The text is torch's, which callers know that try again with a smaller batch; what follows
+// in it says where in libtorch's headers.
+template <typename F>
+Tensor allocated(const char* op, const std::string& what, const F& f) {
+  try {
+    return f();
+  } catch (const std::runtime_error& error) {
+    const std::string text = error.what();
+    raise(op, ": ", what, "expected memory, got: ", text.substr(0, text.find(" (originally from ")));
+  }
+}
+
+}  // namespace
+
+Tensor dense(const char* op, const char* name, const Tensor& tensor, torch::headeronly::MemoryFormat format) {
+  return allocated(op, std::string(name) + ": ", [&] { return torch::stable::contiguous(tensor, format); });
+}
+
+Tensor empty(const char* op, const Tensor& like, const std::vector<int64_t>& shape, ScalarType type,
+             torch::headeronly::MemoryFormat format) {
+  int64_t bytes = 8;  // an element's, at most
+  for (int64_t size : shape) bytes = product(bytes, size);
+  REQUIRE(bytes < kTooLarge, op, ": expected a result of fewer than 2^59 elements, got shape ", list(shape));
+  return allocated(op, "", [&] {
+    return torch::stable::empty(shape, type, std::nullopt, like.device(), std::nullopt, format);
+  });
 }
 
 Conv2dArgs check_conv2d(const char* op, const Tensor& x, const Tensor& w, const Geometry& geometry) {
@@ -145,29 +189,29 @@ Conv2dArgs check_conv2d(const char* op, const Tensor& x, const Tensor& w, const 
 
 Int8Call check_conv2d_int8(const char* op, const Tensor& x, const Tensor& w, const Geometry& geometry,
                            const Int8Options& options) {
-  STD_TORCH_CHECK(x.scalar_type() == ScalarType::Byte, op, ": x: expected dtype uint8, got ", name_of(x.scalar_type()));
+  REQUIRE(x.scalar_type() == ScalarType::Byte, op, ": x: expected dtype uint8, got ", name_of(x.scalar_type()));
   Int8Call call{};
   Int8Args& args = call.args;
   const Conv2dProblem& p = args.problem = check_problem(op, x, w, geometry);
-  const int64_t terms = p.C_in / p.groups * p.KH * p.KW;
-  STD_TORCH_CHECK(terms <= std::numeric_limits<int32_t>::max() / 255, op, ": w: expected at most ",
+  const int64_t terms = product(p.C_in / p.groups, p.KH, p.KW);
+  REQUIRE(terms <= std::numeric_limits<int32_t>::max() / 255, op, ": w: expected at most ",
                   std::numeric_limits<int32_t>::max() / 255, " terms, whose sum fits 32 bits, got ", terms);
   check_byte(op, "padding_value", options.padding_value);
   check_byte(op, "quant_max", options.quant_max, 1);
   check_byte(op, "zero_point", options.zero_point, 0, options.quant_max);
-  STD_TORCH_CHECK(options.scale.has_value() == options.offset.has_value(), op,
+  REQUIRE(options.scale.has_value() == options.offset.has_value(), op,
                   ": offset: expected both scale and offset or neither, got one");
-  STD_TORCH_CHECK(options.scale || !(options.residual || options.relu || options.quantize), op,
+  REQUIRE(options.scale || !(options.residual || options.relu || options.quantize), op,
                   ": scale: expected a tensor with residual, relu or quantize, got none");
   auto keep = [&](const Tensor& tensor) {
     call.owners.push_back(tensor);
     return call.owners.back().data_ptr();
   };
-  auto channels_last = [&](const Tensor& tensor) {
-    return keep(torch::stable::contiguous(tensor, torch::headeronly::MemoryFormat::ChannelsLast));
+  auto channels_last = [&](const char* name, const Tensor& tensor) {
+    return keep(dense(op, name, tensor, torch::headeronly::MemoryFormat::ChannelsLast));
   };
-  args.x = static_cast<const uint8_t*>(channels_last(x));
-  args.w = static_cast<const uint8_t*>(channels_last(w));
+  args.x = static_cast<const uint8_t*>(channels_last("x", x));
+  args.w = static_cast<const uint8_t*>(channels_last("w", w));
   if (options.scale) {
     args.scale = static_cast<const float*>(keep(per_filter(op, "scale", *options.scale, x, p.C_out)));
     args.offset = static_cast<const float*>(keep(per_filter(op, "offset", *options.offset, x, p.C_out)));
@@ -176,9 +220,9 @@ Int8Call check_conv2d_int8(const char* op, const Tensor& x, const Tensor& w, con
   if (options.residual) {
     args.float_residual = options.residual->scalar_type() == ScalarType::Float;
     check_shape(op, "residual", *options.residual, x, {p.N, p.C_out, p.OH, p.OW});
-    STD_TORCH_CHECK(args.float_residual || options.residual->scalar_type() == ScalarType::Byte, op,
+    REQUIRE(args.float_residual || options.residual->scalar_type() == ScalarType::Byte, op,
                     ": residual: expected dtype uint8 or float32, got ", name_of(options.residual->scalar_type()));
-    args.residual = channels_last(*options.residual);
+    args.residual = channels_last("residual", *options.residual);
     args.residual_scale = static_cast<float>(options.residual_scale);
   }
   const float zero = options.quantize ? static_cast<float>(options.zero_point) : 0.f;
@@ -189,12 +233,13 @@ Int8Call check_conv2d_int8(const char* op, const Tensor& x, const Tensor& w, con
 }
 
 QuantizeArgs check_quantize(const char* op, const Tensor& x, double scale, int64_t zero_point, int64_t quant_max) {
-  STD_TORCH_CHECK(x.dim() == 4, op, ": x: expected 4 dimensions (N, C, H, W), got shape ", shape_of(x));
+  REQUIRE(x.dim() == 4, op, ": x: expected 4 dimensions (N, C, H, W), got shape ", shape_of(x));
+  check_storage(op, "x", x);
   QuantizeArgs args{x.size(0), x.size(1), x.size(2), x.size(3), element_type(op, x), operand(x), nullptr, 0, 0, 0};
-  STD_TORCH_CHECK(args.type != ElementType::kFloat64, op,
+  REQUIRE(args.type != ElementType::kFloat64, op,
                   ": x: expected dtype float32, bfloat16 or float16, got float64");
   args.inverse_scale = static_cast<float>(1 / scale);
-  STD_TORCH_CHECK(scale > 0 && std::isfinite(scale) && args.inverse_scale > 0 && std::isfinite(args.inverse_scale), op,
+  REQUIRE(scale > 0 && std::isfinite(scale) && args.inverse_scale > 0 && std::isfinite(args.inverse_scale), op,
                   ": scale: expected a positive number whose inverse is one in float32, got ", scale);
   check_byte(op, "quant_max", quant_max, 1);
   check_byte(op, "zero_point", zero_point, 0, quant_max);
@@ -202,21 +247,21 @@ QuantizeArgs check_quantize(const char* op, const Tensor& x, double scale, int64
   return args;
 }
 
-Tensor empty_int8_output(const Tensor& x, const Int8Args& args) {
+Tensor empty_int8_output(const char* op, const Tensor& x, const Int8Args& args) {
   const ScalarType type = args.output == Int8Output::kSums      ? ScalarType::Int
                           : args.output == Int8Output::kFloat32 ? ScalarType::Float
                                                                 : ScalarType::Byte;
   const Conv2dProblem& p = args.problem;
-  return torch::stable::empty({p.N, p.C_out, p.OH, p.OW}, type, std::nullopt, x.device(), std::nullopt,
-                              torch::headeronly::MemoryFormat::ChannelsLast);
+  return empty(op, x, {p.N, p.C_out, p.OH, p.OW}, type, torch::headeronly::MemoryFormat::ChannelsLast);
 }
 
 void check_images(const char* op, const char* name, const Tensor& images, bool in_pieces) {
-  STD_TORCH_CHECK(images.is_cpu() && images.scalar_type() == ScalarType::Float, op, ": ", name,
+  REQUIRE(images.is_cpu() && images.scalar_type() == ScalarType::Float, op, ": ", name,
                   ": expected float32 on the CPU, got ", name_of(images.scalar_type()));
-  STD_TORCH_CHECK(images.dim() == 4 && images.numel() > 0, op, ": ", name,
+  REQUIRE(images.dim() == 4 && images.numel() > 0, op, ": ", name,
                   ": expected shape (N, C, H, W) without zeros, got ", shape_of(images));
-  STD_TORCH_CHECK(!in_pieces || order(operand(images), images.size(1), images.size(2), images.size(3)) != Order::kOther,
+  check_storage(op, name, images);
+  REQUIRE(!in_pieces || order(operand(images), images.size(1), images.size(2), images.size(3)) != Order::kOther,
                   op, ": ", name, ": expected images that are contiguous or channels_last, got other strides");
 }
 
@@ -227,7 +272,7 @@ Operand operand(const Tensor& tensor) {
 void collapse_full_kernel(Conv2dArgs* args, bool writes_gradient) {
   Conv2dProblem& p = args->problem;
   if (p.groups != 1 || p.OH != 1 || p.OW != 1 || p.KH != p.H || p.KW != p.W || p.pad_top || p.pad_left ||
-      p.dilation_h != 1 || p.dilation_w != 1 || p.H * p.W == 1)
+      p.dilation_h != 1 || p.dilation_w != 1 || product(p.H, p.W) == 1)
     return;
   const Order first = order(args->x, p.C_in, p.H, p.W);
   if (first == Order::kOther || order(args->w, p.C_in, p.H, p.W) != first ||
@@ -235,15 +280,15 @@ void collapse_full_kernel(Conv2dArgs* args, bool writes_gradient) {
     return;
   for (Operand* o : {&args->x, &args->w, writes_gradient ? &args->out : nullptr})
     if (o) o->stride[1] = o->stride[2] = o->stride[3] = 1;
-  p.C_in *= p.H * p.W;
+  p.C_in = product(p.C_in, p.H, p.W);
   p.H = p.W = p.KH = p.KW = p.stride_h = p.stride_w = 1;
 }
 
-Tensor empty_in_format_of(const Tensor& like, const std::vector<int64_t>& shape) {
+Tensor empty_in_format_of(const char* op, const Tensor& like, const std::vector<int64_t>& shape) {
   const bool channels_last = like.size(1) > 1 && like.stride(1) == 1 && !like.is_contiguous();
-  return torch::stable::empty(
-      shape, like.scalar_type(), std::nullopt, like.device(), std::nullopt,
-      channels_last ? torch::headeronly::MemoryFormat::ChannelsLast : torch::headeronly::MemoryFormat::Contiguous);
+  return empty(op, like, shape, like.scalar_type(),
+               channels_last ? torch::headeronly::MemoryFormat::ChannelsLast
+                             : torch::headeronly::MemoryFormat::Contiguous);
 }
 
 }  // namespace adderops

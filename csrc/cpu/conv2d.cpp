@@ -21,13 +21,13 @@ Tensor adder_conv2d(const Tensor& x, const Tensor& w, const std::optional<Tensor
   std::optional<Tensor> dense_bias;
   if (bias) {
     check_tensor(op, "bias", *bias, x, {p.C_out});
-    dense_bias = torch::stable::contiguous(*bias);
+    dense_bias = dense(op, "bias", *bias);
     args.bias = dense_bias->data_ptr();
   }
-  Tensor y = empty_in_format_of(x, {p.N, p.C_out, p.OH, p.OW});
+  Tensor y = empty_in_format_of(op, x, {p.N, p.C_out, p.OH, p.OW});
   args.out = operand(y);
   collapse_full_kernel(&args, false);
-  if (y.numel()) execute(kernels_for(op, args.type).forward, args);
+  if (y.numel()) execute(op, kernels_for(op, args.type).forward, args);
   return y;
 }
 
@@ -38,10 +38,10 @@ Tensor adder_conv2d_grad_x(const Tensor& grad_y, const Tensor& x, const Tensor& 
   const Conv2dProblem& p = args.problem;
   check_tensor(op, "grad_y", grad_y, x, {p.N, p.C_out, p.OH, p.OW});
   args.grad_y = operand(grad_y);
-  Tensor grad_x = empty_in_format_of(x, {p.N, p.C_in, p.H, p.W});
+  Tensor grad_x = empty_in_format_of(op, x, {p.N, p.C_in, p.H, p.W});
   args.out = operand(grad_x);
   collapse_full_kernel(&args, true);
-  if (grad_x.numel()) execute(kernels_for(op, args.type).grad_x, args);
+  if (grad_x.numel()) execute(op, kernels_for(op, args.type).grad_x, args);
   return grad_x;
 }
 
@@ -52,11 +52,11 @@ Tensor adder_conv2d_grad_w(const Tensor& grad_y, const Tensor& x, const Tensor& 
   const Conv2dProblem& p = args.problem;
   check_tensor(op, "grad_y", grad_y, x, {p.N, p.C_out, p.OH, p.OW});
   args.grad_y = operand(grad_y);
-  Tensor grad_w = empty_in_format_of(w, {p.C_out, p.C_in / p.groups, p.KH, p.KW});
+  Tensor grad_w = empty_in_format_of(op, w, {p.C_out, p.C_in / p.groups, p.KH, p.KW});
   args.out = operand(grad_w);
   if (!grad_y.numel()) return torch::stable::zero_(grad_w);  // an empty batch: a sum of nothing
   collapse_full_kernel(&args, true);
-  execute(kernels_for(op, args.type).grad_w, args);
+  execute(op, kernels_for(op, args.type).grad_w, args);
   return grad_w;
 }
 

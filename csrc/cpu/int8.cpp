@@ -21,19 +21,19 @@ Tensor adder_conv2d_int8(const Tensor& x, const Tensor& w, const std::optional<T
   Int8Call call = check_conv2d_int8(
       op, x, w, {stride, padding, dilation, groups},
       {scale, offset, residual, residual_scale, relu, quantize, zero_point, quant_max, padding_value});
-  Tensor y = empty_int8_output(x, call.args);
+  Tensor y = empty_int8_output(op, x, call.args);
   call.args.y = y.data_ptr();
-  if (y.numel()) execute(kernels_for(op, ElementType::kFloat32).int8, call.args);
+  if (y.numel()) execute(op, kernels_for(op, ElementType::kFloat32).int8, call.args);
   return y;
 }
 
 Tensor quantize(const Tensor& x, double scale, int64_t zero_point, int64_t quant_max) {
   const char* op = "quantize";
   QuantizeArgs args = check_quantize(op, x, scale, zero_point, quant_max);
-  Tensor y = torch::stable::empty({args.N, args.C, args.H, args.W}, torch::headeronly::ScalarType::Byte, std::nullopt,
-                                  x.device(), std::nullopt, torch::headeronly::MemoryFormat::ChannelsLast);
+  Tensor y = empty(op, x, {args.N, args.C, args.H, args.W}, torch::headeronly::ScalarType::Byte,
+                   torch::headeronly::MemoryFormat::ChannelsLast);
   args.y = static_cast<uint8_t*>(y.data_ptr());
-  if (y.numel()) execute(kernels_for(op, ElementType::kFloat32).quantize, args);
+  if (y.numel()) execute(op, kernels_for(op, ElementType::kFloat32).quantize, args);
   return y;
 }
 

@@ -12,18 +12,19 @@
 namespace adderops {
 namespace cpu {
 
+// What a call needs, and who computes it: a pass chooses among kernels, and the plain loops are one of them.  Sizes that
+// no machine has are kTooLarge (sizes.h).
+template <typename Args>
 struct Plan {
   int64_t shared_bytes;
   int64_t worker_bytes;
   int stages;
   int64_t tasks[3];
+  void (*run)(const Args&, int stage, int64_t task, char* shared, char* worker);
 };
 
 template <typename Args>
-struct Pass {
-  Plan (*plan)(const Args&);
-  void (*run)(const Args&, int stage, int64_t task, char* shared, char* worker);
-};
+using Pass = Plan<Args> (*)(const Args&);
 
 struct Kernels {
   const char* name;

@@ -1,4 +1,5 @@
-// float64 (and, before SIMD, every type) by the plain loops of definition.h: one task is one plane of the output.
+// The plain loops of definition.h: float64, and calls whose windows hold little but padding (tiling.inc).  One task is
+// one plane of the output.
 #include "../definition.h"
 #include "kernels.h"
 
@@ -48,7 +49,6 @@ struct GradW {
   }
 };
 
-Plan int8_plan(const Int8Args& args) { return {0, 0, 1, {args.problem.N * args.problem.C_out, 0, 0}}; }
 void int8_run(const Int8Args& args, int, int64_t task, char*, char*) {
   const Conv2dProblem& p = args.problem;
   const int64_t n = task / p.C_out, co = task % p.C_out;
@@ -58,9 +58,8 @@ void int8_run(const Int8Args& args, int, int64_t task, char*, char*) {
                               ((n * p.OH + oh) * p.OW + ow) * p.C_out + co);
 }
 
-template <typename P>
-Plan plan(const Conv2dArgs& args) {
-  return {0, 0, 1, {P::tasks(args.problem), 0, 0}};
+Plan<Int8Args> int8_plan(const Int8Args& args) {
+  return {0, 0, 1, {args.problem.N * args.problem.C_out, 0, 0}, int8_run};
 }
 
 template <typename P>
@@ -73,13 +72,14 @@ void run(const Conv2dArgs& args, int, int64_t task, char*, char*) {
   }
 }
 
+template <typename P>
+Plan<Conv2dArgs> plan(const Conv2dArgs& args) {
+  return {0, 0, 1, {P::tasks(args.problem), 0, 0}, run<P>};
+}
+
 }  // namespace
 
-extern const Kernels kDefinitionKernels = {"definition",
-                                           {plan<Forward>, run<Forward>},
-                                           {plan<GradX>, run<GradX>},
-                                           {plan<GradW>, run<GradW>},
-                                           {int8_plan, int8_run}};
+extern const Kernels kDefinitionKernels = {"definition", plan<Forward>, plan<GradX>, plan<GradW>, int8_plan};
 
 }  // namespace cpu
 }  // namespace adderops

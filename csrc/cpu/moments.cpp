@@ -26,10 +26,10 @@ Tensor kernel_moments(const Tensor& student, const Tensor& teacher, double scale
                       double centre_c, bool exponential) {
   const char* op = "_kernel_moments";
   MomentsArgs a = moments_args(op, student, teacher, scale_a, scale_c, centre_a, centre_c, exponential);
-  Tensor out = torch::stable::new_empty(student, {2 * a.C + 1, 2 * a.C});
+  Tensor out = empty(op, student, {product(2, a.C) + 1, product(2, a.C)}, student.scalar_type());
   a.second = static_cast<float*>(out.data_ptr());
   a.mean = a.second + 4 * a.C * a.C;
-  execute(kernels_for(op, ElementType::kFloat32).moments, a);
+  execute(op, kernels_for(op, ElementType::kFloat32).moments, a);
   return out;
 }
 
@@ -37,24 +37,24 @@ Tensor kernel_moments_grad(const Tensor& weights, const Tensor& student, const T
                            double scale_c, double centre_a, double centre_c, bool exponential) {
   const char* op = "_kernel_moments_grad";
   MomentsArgs a = moments_args(op, student, teacher, scale_a, scale_c, centre_a, centre_c, exponential);
-  check_tensor(op, "weights", weights, student, {2 * a.C + 1, a.C});
-  const Tensor dense = torch::stable::contiguous(weights);
-  a.weights = static_cast<const float*>(dense.data_ptr());
-  Tensor out = empty_in_format_of(student, {a.N, a.C, a.H, a.W});
+  check_tensor(op, "weights", weights, student, {product(2, a.C) + 1, a.C});
+  const Tensor contiguous = dense(op, "weights", weights);
+  a.weights = static_cast<const float*>(contiguous.data_ptr());
+  Tensor out = empty_in_format_of(op, student, {a.N, a.C, a.H, a.W});
   a.out = operand(out);
-  execute(kernels_for(op, ElementType::kFloat32).moments_gradient, a);
+  execute(op, kernels_for(op, ElementType::kFloat32).moments_gradient, a);
   return out;
 }
 
 Tensor abs_sum(const Tensor& x) {
   const char* op = "_abs_sum";
   check_images(op, "x", x, true);
-  Tensor out = torch::stable::new_empty(x, {x.size(0)});
+  Tensor out = empty(op, x, {x.size(0)}, x.scalar_type());
   MomentsArgs a{};
   a.N = x.size(0), a.C = x.size(1), a.H = x.size(2), a.W = x.size(3);
   a.student = operand(x);
   a.mean = static_cast<float*>(out.data_ptr());
-  execute(kernels_for(op, ElementType::kFloat32).abs_sum, a);
+  execute(op, kernels_for(op, ElementType::kFloat32).abs_sum, a);
   return out;
 }
 

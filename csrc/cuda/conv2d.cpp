@@ -4,7 +4,6 @@
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
-#include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
 #include <cstdlib>
@@ -49,7 +48,7 @@ int64_t code_for(const std::string& archs, int64_t capability) {
 }  // namespace
 
 void check(const char* op, cudaError_t status) {
-  STD_TORCH_CHECK(status == cudaSuccess, op, ": CUDA error: ", cudaGetErrorString(status));
+  REQUIRE(status == cudaSuccess, op, ": CUDA error: ", cudaGetErrorString(status));
 }
 
 // Asked once for each device: a call takes microseconds, and so would the questions.
@@ -65,7 +64,7 @@ Device properties(const char* op, int index) {
   check(op, cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, index));
   // Some kernels are empty in the code for some architectures: what counts is the code that runs, not the device.
   const int64_t code = code_for(ADDEROPS_CUDA_ARCHS, 10 * major + minor);
-  STD_TORCH_CHECK(code, op, ": x: expected a device that runs kernels for ", ADDEROPS_CUDA_ARCHS, ", got one of ",
+  REQUIRE(code, op, ": x: expected a device that runs kernels for ", ADDEROPS_CUDA_ARCHS, ", got one of ",
                   major, ".", minor, "; build adderops with TORCH_CUDA_ARCH_LIST=", major, ".", minor);
   return known[index] = {static_cast<int>(code), multiprocessors};
 }
@@ -87,7 +86,7 @@ void execute(const char* op, const Pass& pass, const Conv2dArgs& args, const Ten
   const Device device = properties(op, index);
   const int64_t bytes = pass.workspace(args, device, kAutomatic);
   std::optional<Tensor> workspace;
-  if (bytes) workspace = torch::stable::new_empty(x, {bytes}, torch::headeronly::ScalarType::Byte);
+  if (bytes) workspace = empty(op, x, {bytes}, torch::headeronly::ScalarType::Byte);
   check(op, pass.run(args, device, kAutomatic, workspace ? workspace->data_ptr() : nullptr, current_stream(index)));
 }
 
@@ -99,10 +98,10 @@ Tensor adder_conv2d(const Tensor& x, const Tensor& w, const std::optional<Tensor
   std::optional<Tensor> dense_bias;
   if (bias) {
     check_tensor(op, "bias", *bias, x, {p.C_out});
-    dense_bias = torch::stable::contiguous(*bias);
+    dense_bias = dense(op, "bias", *bias);
     args.bias = dense_bias->data_ptr();
   }
-  Tensor y = empty_in_format_of(x, {p.N, p.C_out, p.OH, p.OW});
+  Tensor y = empty_in_format_of(op, x, {p.N, p.C_out, p.OH, p.OW});
   args.out = operand(y);
   collapse_full_kernel(&args, false);
   if (y.numel()) execute(op, kForward, args, x);
@@ -116,7 +115,7 @@ Tensor adder_conv2d_grad_x(const Tensor& grad_y, const Tensor& x, const Tensor& 
   const Conv2dProblem& p = args.problem;
   check_tensor(op, "grad_y", grad_y, x, {p.N, p.C_out, p.OH, p.OW});
   args.grad_y = operand(grad_y);
-  Tensor grad_x = empty_in_format_of(x, {p.N, p.C_in, p.H, p.W});
+  Tensor grad_x = empty_in_format_of(op, x, {p.N, p.C_in, p.H, p.W});
   args.out = operand(grad_x);
   collapse_full_kernel(&args, true);
   if (grad_x.numel()) execute(op, kGradX, args, x);
@@ -130,7 +129,7 @@ Tensor adder_conv2d_grad_w(const Tensor& grad_y, const Tensor& x, const Tensor& 
   const Conv2dProblem& p = args.problem;
   check_tensor(op, "grad_y", grad_y, x, {p.N, p.C_out, p.OH, p.OW});
   args.grad_y = operand(grad_y);
-  Tensor grad_w = empty_in_format_of(w, {p.C_out, p.C_in / p.groups, p.KH, p.KW});
+  Tensor grad_w = empty_in_format_of(op, w, {p.C_out, p.C_in / p.groups, p.KH, p.KW});
   args.out = operand(grad_w);
   if (!grad_y.numel()) return torch::stable::zero_(grad_w);  // an empty batch: a sum of nothing
   collapse_full_kernel(&args, true);

@@ -27,7 +27,7 @@ Tensor adder_conv2d_int8(const Tensor& x, const Tensor& w, const std::optional<T
       {scale, offset, residual, residual_scale, relu, quantize, zero_point, quant_max, padding_value});
   const int index = x.get_device_index();  // by now x is known to be on a GPU, as all others
   const accelerator::DeviceGuard guard(index);
-  Tensor y = empty_int8_output(x, call.args);
+  Tensor y = empty_int8_output(op, x, call.args);
   call.args.y = y.data_ptr();
   if (y.numel()) check(op, launch_forward_int8(call.args, properties(op, index), kAutomatic, current_stream(index)));
   return y;
@@ -38,8 +38,8 @@ Tensor quantize(const Tensor& x, double scale, int64_t zero_point, int64_t quant
   QuantizeArgs args = check_quantize(op, x, scale, zero_point, quant_max);
   const int index = x.get_device_index();
   const accelerator::DeviceGuard guard(index);
-  Tensor y = torch::stable::empty({args.N, args.C, args.H, args.W}, torch::headeronly::ScalarType::Byte, std::nullopt,
-                                  x.device(), std::nullopt, torch::headeronly::MemoryFormat::ChannelsLast);
+  Tensor y = empty(op, x, {args.N, args.C, args.H, args.W}, torch::headeronly::ScalarType::Byte,
+                   torch::headeronly::MemoryFormat::ChannelsLast);
   args.y = static_cast<uint8_t*>(y.data_ptr());
   properties(op, index);  // raises where no kernel runs
   if (y.numel()) check(op, launch_quantize(args, current_stream(index)));

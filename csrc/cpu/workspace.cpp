@@ -1,0 +1,84 @@
+#include "workspace.h"
+
+#include <cinttypes>
+#include <cstdio>
+#include <cstdlib>
+#include <mutex>
+#include <utility>
+
+#include "../sizes.h"
+
+namespace adderops {
+namespace cpu {
+namespace {
+
+constexpr int64_t kMostBytes = 32 << 20;  // of a block in the pool
+constexpr int kPlaces = 64;
+
+// Blocks that no call uses.  A call that finds the pool in use does without it, so nobody ever waits: not a thread, nor
+// a child process that was forked while another thread held the lock.
+struct Pool {
+  std::mutex mutex;
+  Block places[kPlaces];
+
+  // The smallest block of at least `bytes`; where none is so large, an empty one, and the largest is freed: a larger
+  // one will come back in its place.
+  Block take(int64_t bytes) {
+    Block taken;
+    const std::unique_lock<std::mutex> lock(mutex, std::try_to_lock);
+    if (!lock) return taken;
+    Block* best = nullptr;
+    for (Block& b : places) {
+      if (!b.memory) continue;
+      const bool fits = b.bytes >= bytes;
+      if (!best || (best->bytes >= bytes ? fits && b.bytes < best->bytes : b.bytes > best->bytes)) best = &b;
+    }
+    if (best) taken = {std::move(best->memory), std::exchange(best->bytes, 0)};
+    return taken.bytes >= bytes ? std::move(taken) : Block{};
+  }
+
+  void give(Block block, int64_t most) {
+    if (block.bytes > kMostBytes) return;
+    const std::unique_lock<std::mutex> lock(mutex, std::try_to_lock);
+    if (!lock) return;
+    for (int64_t i = 0; i < kPlaces && i < most; ++i)
+      if (!places[i].memory) {
+        places[i] = std::move(block);
+        return;
+      }
+  }
+};
+
+// Never destroyed: threads may still compute while the process ends.
+Pool& pool() {
+  alignas(Pool) static char memory[sizeof(Pool)];
+  static Pool* const pool = new (memory) Pool;
+  return *pool;
+}
+
+Block allocate(const char* op, int64_t bytes) {
+  const int64_t whole = product(sum(bytes, kAlignment - 1) / kAlignment, kAlignment);
+  Block block{std::unique_ptr<char, Block::Free>(static_cast<char*>(std::aligned_alloc(kAlignment, whole))), whole};
+  if (!block.memory) throw OutOfMemory(op, bytes);
+  return block;
+}
+
+}  // namespace
+
+OutOfMemory::OutOfMemory(const char* op, int64_t bytes) noexcept {
+  const bool known = bytes < kTooLarge;
+  std::snprintf(text_, sizeof(text_), "%s: cannot allocate %s%" PRId64 " bytes of workspace", op,
+                known ? "" : "more than ", bytes);
+}
+
+void Block::Free::operator()(char* p) const { std::free(p); }
+
+Workspace::Workspace(const char* op, int64_t bytes, int64_t most_kept)
+    : block_(pool().take(bytes)), most_kept_(most_kept) {
+  if (!block_.memory) block_ = allocate(op, bytes);
+}
+
+Workspace::~Workspace() { pool().give(std::move(block_), most_kept_); }
+
+}  // namespace cpu
+}  // namespace adderops
