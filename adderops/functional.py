@@ -9,6 +9,7 @@ from torch import Tensor
 
 from adderops import _ops
 
+_LARGEST = 2**31 - 1  # stride, padding and dilation, as the operators take them
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _INT8_DTYPES = {
     "input": (torch.uint8,),
@@ -271,6 +272,8 @@ def _pair(name: str, value: int | Sequence[int], least: int, bad: Callable[..., 
         raise bad(name, expected, repr(value), TypeError) from None
     if len(values) not in (1, 2) or any(v < least for v in values):
         raise bad(name, expected, value)
+    if any(v > _LARGEST for v in values):
+        raise bad(name, "integers up to 2^31 - 1", value)
     return values[0], values[-1]
 
 
@@ -286,4 +289,6 @@ def _four_sides(padding, weight: Tensor, stride, dilation, bad: Callable[..., Ex
     if stride != (1, 1):
         raise bad("stride", "1 with padding='same'", stride)
     total = [dilation[axis] * (weight.size(2 + axis) - 1) for axis in range(2)]
+    if max(total) > 2 * _LARGEST:
+        raise bad("dilation", "a kernel of at most 2^32 - 1 pixels across with padding='same'", dilation)
     return total[0] // 2, total[0] - total[0] // 2, total[1] // 2, total[1] - total[1] // 2

@@ -192,6 +192,44 @@ LAYER_CASES = [
     case("lenet5", (3, 6, 14, 14), 16, 5),
 ]
 
+# Windows that hold little but padding, and for each a geometry with the same sums: the same taps of the same outputs see
+# the same pixels, all others none, at distances near at hand.
+FAR_CASES = [
+    (case("far-pixel", (1, 1, 1, 1), 1, 3, padding=2**30, dilation=2**30), dict(padding=3, dilation=3)),
+    (
+        case("far-sides", (2, 3, 4, 5), 7, 3, padding=(2**15, 2**30 - 1), dilation=(2**15, 2**30 - 1)),
+        dict(padding=9, dilation=9),
+    ),
+    (case("far-groups", (2, 6, 3, 2), 9, 3, padding=2**20, dilation=2**20, groups=3), dict(padding=8, dilation=8)),
+    (case("far-depthwise", (1, 5, 3, 4), 10, 3, padding=2**30, dilation=2**30, groups=5), dict(padding=8, dilation=8)),
+    (case("far-outputs", (2, 5, 1, 1), 18, 1, stride=2**30, padding=2**30), dict(stride=3, padding=3)),
+    (
+        case("far-outputs-depthwise", (2, 5, 1, 1), 5, 1, stride=2**30, padding=2**30, groups=5),
+        dict(stride=3, padding=3),
+    ),
+    (
+        case("far-both", (1, 4, 1, 1), 3, 3, stride=2**29, padding=2**30, dilation=2**29),
+        dict(stride=2, padding=4, dilation=2),
+    ),
+    (
+        case("far-one-side", (1, 3, 3, 3), 4, 1, stride=2**30, padding=(2**31 - 1, 0, 0, 2**31 - 1)),
+        dict(stride=4, padding=(7, 0, 0, 7)),
+    ),
+    (
+        case("far-all", (2, 64, 1, 1), 17, (2, 3), padding=(2**28 - 1, 2**28 - 2), dilation=(2**29 - 2, 2**28 - 2)),
+        dict(padding=(2, 3), dilation=(4, 3)),
+    ),
+]
+
+
+def near(far: Case, geometry: dict) -> Case:
+    """The other one of a pair of FAR_CASES."""
+    kernel = far.KH, far.KW
+    found = case(f"{far.name}-near", far.x_shape, far.C_out, kernel, groups=far.groups, **geometry)
+    assert found.y_shape == far.y_shape
+    return found
+
+
 CASES = [
     *CHANNEL_CASES,
     *PIXEL_CASES,

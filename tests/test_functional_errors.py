@@ -75,6 +75,17 @@ REFUSED = {
     "dilation zero": ((X, W), dict(dilation=(0, 1)), ValueError, "dilation", "at least 1", "(0, 1)"),
     "padding negative": ((X, W), dict(padding=-1), ValueError, "padding", "at least 0", "-1"),
     "padding empty": ((X, W), dict(padding=()), ValueError, "padding", "pair of integers", "()"),
+    "stride huge": ((X, W), dict(stride=2**31), ValueError, "stride", "up to 2^31 - 1", "2147483648"),
+    "padding huge": ((X, W), dict(padding=(0, 2**40)), ValueError, "padding", "up to 2^31 - 1", "(0, 1099511627776)"),
+    "dilation beyond any": ((X, W), dict(dilation=10**30), ValueError, "dilation", "up to 2^31 - 1", f"{10**30}"),
+    "same beyond any": (
+        (X, torch.zeros(6, 4, 4, 4)),
+        dict(padding="same", dilation=2**31 - 1),
+        ValueError,
+        "dilation",
+        "at most 2^32 - 1 pixels across",
+        "(2147483647, 2147483647)",
+    ),
     "padding word": ((X, W), dict(padding="full"), ValueError, "padding", "'same' or 'valid'", "'full'"),
     "same with stride": (
         (X, W),
@@ -106,8 +117,11 @@ REFUSED = {
     "input array": ((X.numpy(), W), {}, TypeError, "input", "a tensor", "ndarray"),
     "weight none": ((X, None), {}, TypeError, "weight", "a tensor", "NoneType"),
 }
-# the convolution of integers and of complex numbers exists, and it takes a weight on the meta device
-CONV2D_TAKES = ("input integers", "input complex", "input bool", "weight device")
+# the convolution of integers and of complex numbers exists; it takes a weight on the meta device, and a window of any size
+CONV2D_TAKES = (
+    *("input integers", "input complex", "input bool", "weight device"),
+    *("stride huge", "same beyond any"),
+)
 
 
 @pytest.mark.parametrize("name", REFUSED)
