@@ -45,22 +45,21 @@ ElementType element_type(const char* op, const Tensor& x) {
     case ScalarType::Half: return ElementType::kFloat16;
     default: break;
   }
-  raise(op, ": x: expected dtype float32, float64, bfloat16 or float16, got ",
-                  name_of(x.scalar_type()));
+  raise(op, ": x: expected dtype float32, float64, bfloat16 or float16, got ", name_of(x.scalar_type()));
 }
 
 void check_list(const char* op, const char* name, const std::vector<int64_t>& values, size_t count, int64_t least) {
   REQUIRE(values.size() == count, op, ": ", name, ": expected ", count, " integers, got ", list(values));
   for (int64_t v : values)
-    REQUIRE(v >= least && v <= std::numeric_limits<int32_t>::max(), op, ": ", name, ": expected integers from ",
-                    least, " to 2^31 - 1, got ", list(values));
+    REQUIRE(v >= least && v <= std::numeric_limits<int32_t>::max(), op, ": ", name, ": expected integers from ", least,
+            " to 2^31 - 1, got ", list(values));
 }
 
 int64_t out_size(const char* op, const char* axis, int64_t size, int64_t before, int64_t after, int64_t kernel,
                  int64_t dilation, int64_t stride) {
   const int64_t span = sum(product(dilation, kernel - 1), 1), padded = sum(size, before, after);
-  REQUIRE(padded >= span, op, ": w: expected a kernel no larger than the padded input in ", axis, ", got ",
-                  span, " > ", padded);
+  REQUIRE(padded >= span, op, ": w: expected a kernel no larger than the padded input in ", axis, ", got ", span, " > ",
+          padded);
   return (padded - span) / stride + 1;
 }
 
@@ -86,10 +85,9 @@ Conv2dProblem check_problem(const char* op, const Tensor& x, const Tensor& w, co
   check_list(op, "dilation", geometry.dilation, 2, 1);
   const int64_t groups = geometry.groups;
   REQUIRE(groups >= 1 && x.size(1) % groups == 0 && w.size(0) % groups == 0, op,
-                  ": groups: expected a positive divisor of C_in = ", x.size(1), " and C_out = ", w.size(0), ", got ",
-                  groups);
+          ": groups: expected a positive divisor of C_in = ", x.size(1), " and C_out = ", w.size(0), ", got ", groups);
   REQUIRE(w.size(0) > 0 && w.size(1) > 0 && w.size(2) > 0 && w.size(3) > 0, op,
-                  ": w: expected no empty dimension, got shape ", shape_of(w));
+          ": w: expected no empty dimension, got shape ", shape_of(w));
   check_storage(op, "x", x);
   check_tensor(op, "w", w, x, {w.size(0), x.size(1) / groups, w.size(2), w.size(3)});
 
@@ -108,14 +106,14 @@ Conv2dProblem check_problem(const char* op, const Tensor& x, const Tensor& w, co
 // One number for each filter, float32, beside x.
 Tensor per_filter(const char* op, const char* name, const Tensor& tensor, const Tensor& x, int64_t C_out) {
   REQUIRE(tensor.scalar_type() == ScalarType::Float, op, ": ", name, ": expected dtype float32, got ",
-                  name_of(tensor.scalar_type()));
+          name_of(tensor.scalar_type()));
   check_shape(op, name, tensor, x, {C_out});
   return dense(op, name, tensor);
 }
 
 void check_byte(const char* op, const char* name, int64_t value, int64_t least = 0, int64_t most = 255) {
-  REQUIRE(value >= least && value <= most, op, ": ", name, ": expected an integer from ", least, " to ", most,
-                  ", got ", value);
+  REQUIRE(value >= least && value <= most, op, ": ", name, ": expected an integer from ", least, " to ", most, ", got ",
+          value);
 }
 
 }  // namespace
@@ -123,14 +121,14 @@ void check_byte(const char* op, const char* name, int64_t value, int64_t least =
 void check_tensor(const char* op, const char* name, const Tensor& tensor, const Tensor& x,
                   const std::vector<int64_t>& shape) {
   REQUIRE(tensor.scalar_type() == x.scalar_type(), op, ": ", name, ": expected the dtype of x, ",
-                  name_of(x.scalar_type()), ", got ", name_of(tensor.scalar_type()));
+          name_of(x.scalar_type()), ", got ", name_of(tensor.scalar_type()));
   check_shape(op, name, tensor, x, shape);
 }
 
 void check_shape(const char* op, const char* name, const Tensor& tensor, const Tensor& x,
                  const std::vector<int64_t>& shape) {
   REQUIRE(tensor.is_cpu() == x.is_cpu() && tensor.get_device() == x.get_device(), op, ": ", name,
-                  ": expected the device of x, got another");
+          ": expected the device of x, got another");
   bool same = tensor.dim() == static_cast<int64_t>(shape.size());
   for (size_t i = 0; same && i < shape.size(); ++i) same = tensor.size(static_cast<int64_t>(i)) == shape[i];
   REQUIRE(same, op, ": ", name, ": expected shape ", list(shape), ", got ", shape_of(tensor));
@@ -140,8 +138,7 @@ void check_shape(const char* op, const char* name, const Tensor& tensor, const T
 void check_storage(const char* op, const char* name, const Tensor& tensor) {
   if (!tensor.numel()) return;
   int64_t elements = sum(tensor.storage_offset(), 1), bytes = 0;
-  for (int64_t i = 0; i < tensor.dim(); ++i)
-    elements = sum(elements, product(tensor.size(i) - 1, tensor.stride(i)));
+  for (int64_t i = 0; i < tensor.dim(); ++i) elements = sum(elements, product(tensor.size(i) - 1, tensor.stride(i)));
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(tensor.get(), &bytes));
   const int64_t needed = product(elements, static_cast<int64_t>(tensor.element_size()));
   REQUIRE(bytes >= needed && tensor.data_ptr(), op, ": ", name, ": expected a storage of ", needed,
@@ -173,9 +170,8 @@ Tensor empty(const char* op, const Tensor& like, const std::vector<int64_t>& sha
   int64_t bytes = 8;  // an element's, at most
   for (int64_t size : shape) bytes = product(bytes, size);
   REQUIRE(bytes < kTooLarge, op, ": expected a result of fewer than 2^59 elements, got shape ", list(shape));
-  return allocated(op, "", [&] {
-    return torch::stable::empty(shape, type, std::nullopt, like.device(), std::nullopt, format);
-  });
+  return allocated(
+      op, "", [&] { return torch::stable::empty(shape, type, std::nullopt, like.device(), std::nullopt, format); });
 }
 
 Conv2dArgs check_conv2d(const char* op, const Tensor& x, const Tensor& w, const Geometry& geometry) {
@@ -195,14 +191,14 @@ Int8Call check_conv2d_int8(const char* op, const Tensor& x, const Tensor& w, con
   const Conv2dProblem& p = args.problem = check_problem(op, x, w, geometry);
   const int64_t terms = product(p.C_in / p.groups, p.KH, p.KW);
   REQUIRE(terms <= std::numeric_limits<int32_t>::max() / 255, op, ": w: expected at most ",
-                  std::numeric_limits<int32_t>::max() / 255, " terms, whose sum fits 32 bits, got ", terms);
+          std::numeric_limits<int32_t>::max() / 255, " terms, whose sum fits 32 bits, got ", terms);
   check_byte(op, "padding_value", options.padding_value);
   check_byte(op, "quant_max", options.quant_max, 1);
   check_byte(op, "zero_point", options.zero_point, 0, options.quant_max);
   REQUIRE(options.scale.has_value() == options.offset.has_value(), op,
-                  ": offset: expected both scale and offset or neither, got one");
+          ": offset: expected both scale and offset or neither, got one");
   REQUIRE(options.scale || !(options.residual || options.relu || options.quantize), op,
-                  ": scale: expected a tensor with residual, relu or quantize, got none");
+          ": scale: expected a tensor with residual, relu or quantize, got none");
   auto keep = [&](const Tensor& tensor) {
     call.owners.push_back(tensor);
     return call.owners.back().data_ptr();
@@ -221,7 +217,7 @@ Int8Call check_conv2d_int8(const char* op, const Tensor& x, const Tensor& w, con
     args.float_residual = options.residual->scalar_type() == ScalarType::Float;
     check_shape(op, "residual", *options.residual, x, {p.N, p.C_out, p.OH, p.OW});
     REQUIRE(args.float_residual || options.residual->scalar_type() == ScalarType::Byte, op,
-                    ": residual: expected dtype uint8 or float32, got ", name_of(options.residual->scalar_type()));
+            ": residual: expected dtype uint8 or float32, got ", name_of(options.residual->scalar_type()));
     args.residual = channels_last("residual", *options.residual);
     args.residual_scale = static_cast<float>(options.residual_scale);
   }
@@ -236,11 +232,10 @@ QuantizeArgs check_quantize(const char* op, const Tensor& x, double scale, int64
   REQUIRE(x.dim() == 4, op, ": x: expected 4 dimensions (N, C, H, W), got shape ", shape_of(x));
   check_storage(op, "x", x);
   QuantizeArgs args{x.size(0), x.size(1), x.size(2), x.size(3), element_type(op, x), operand(x), nullptr, 0, 0, 0};
-  REQUIRE(args.type != ElementType::kFloat64, op,
-                  ": x: expected dtype float32, bfloat16 or float16, got float64");
+  REQUIRE(args.type != ElementType::kFloat64, op, ": x: expected dtype float32, bfloat16 or float16, got float64");
   args.inverse_scale = static_cast<float>(1 / scale);
   REQUIRE(scale > 0 && std::isfinite(scale) && args.inverse_scale > 0 && std::isfinite(args.inverse_scale), op,
-                  ": scale: expected a positive number whose inverse is one in float32, got ", scale);
+          ": scale: expected a positive number whose inverse is one in float32, got ", scale);
   check_byte(op, "quant_max", quant_max, 1);
   check_byte(op, "zero_point", zero_point, 0, quant_max);
   args.zero_point = static_cast<int32_t>(zero_point), args.quant_max = static_cast<int32_t>(quant_max);
@@ -257,12 +252,12 @@ Tensor empty_int8_output(const char* op, const Tensor& x, const Int8Args& args) 
 
 void check_images(const char* op, const char* name, const Tensor& images, bool in_pieces) {
   REQUIRE(images.is_cpu() && images.scalar_type() == ScalarType::Float, op, ": ", name,
-                  ": expected float32 on the CPU, got ", name_of(images.scalar_type()));
-  REQUIRE(images.dim() == 4 && images.numel() > 0, op, ": ", name,
-                  ": expected shape (N, C, H, W) without zeros, got ", shape_of(images));
+          ": expected float32 on the CPU, got ", name_of(images.scalar_type()));
+  REQUIRE(images.dim() == 4 && images.numel() > 0, op, ": ", name, ": expected shape (N, C, H, W) without zeros, got ",
+          shape_of(images));
   check_storage(op, name, images);
-  REQUIRE(!in_pieces || order(operand(images), images.size(1), images.size(2), images.size(3)) != Order::kOther,
-                  op, ": ", name, ": expected images that are contiguous or channels_last, got other strides");
+  REQUIRE(!in_pieces || order(operand(images), images.size(1), images.size(2), images.size(3)) != Order::kOther, op,
+          ": ", name, ": expected images that are contiguous or channels_last, got other strides");
 }
 
 Operand operand(const Tensor& tensor) {
@@ -286,9 +281,9 @@ void collapse_full_kernel(Conv2dArgs* args, bool writes_gradient) {
 
 Tensor empty_in_format_of(const char* op, const Tensor& like, const std::vector<int64_t>& shape) {
   const bool channels_last = like.size(1) > 1 && like.stride(1) == 1 && !like.is_contiguous();
-  return empty(op, like, shape, like.scalar_type(),
-               channels_last ? torch::headeronly::MemoryFormat::ChannelsLast
-                             : torch::headeronly::MemoryFormat::Contiguous);
+  return empty(
+      op, like, shape, like.scalar_type(),
+      channels_last ? torch::headeronly::MemoryFormat::ChannelsLast : torch::headeronly::MemoryFormat::Contiguous);
 }
 
 }  // namespace adderops

@@ -22,9 +22,9 @@ template <typename... Parts>
   ((text << parts), ...);
   throw std::runtime_error(text.str());
 }
-#define REQUIRE(condition, ...)                              \
-  do {                                                       \
-    if (!(condition)) ::adderops::raise(__VA_ARGS__);        \
+#define REQUIRE(condition, ...)                       \
+  do {                                                \
+    if (!(condition)) ::adderops::raise(__VA_ARGS__); \
   } while (false)
 
 // The integers of a call as the schema has them.

@@ -192,8 +192,8 @@ LAYER_CASES = [
     case("lenet5", (3, 6, 14, 14), 16, 5),
 ]
 
-# Windows that hold little but padding, and for each a geometry with the same sums: the same taps of the same outputs see
-# the same pixels, all others none, at distances near at hand.
+# Windows that hold little but padding, and for each a geometry near at hand with the same sums: the same taps of the
+# same outputs see the same pixels, all others see none.
 FAR_CASES = [
     (case("far-pixel", (1, 1, 1, 1), 1, 3, padding=2**30, dilation=2**30), dict(padding=3, dilation=3)),
     (

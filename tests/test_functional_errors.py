@@ -117,7 +117,7 @@ REFUSED = {
     "input array": ((X.numpy(), W), {}, TypeError, "input", "a tensor", "ndarray"),
     "weight none": ((X, None), {}, TypeError, "weight", "a tensor", "NoneType"),
 }
-# the convolution of integers and of complex numbers exists; it takes a weight on the meta device, and a window of any size
+# the convolution of integers and of complex numbers exists; it takes a weight on the meta device, and larger windows
 CONV2D_TAKES = (
     *("input integers", "input complex", "input bool", "weight device"),
     *("stride huge", "same beyond any"),

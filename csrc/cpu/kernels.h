@@ -12,8 +12,8 @@
 namespace adderops {
 namespace cpu {
 
-// What a call needs, and who computes it: a pass chooses among kernels, and the plain loops are one of them.  Sizes that
-// no machine has are kTooLarge (sizes.h).
+// What a call needs, and who computes it: a pass chooses among kernels, and the plain loops are one of them.  Sizes
+// that no machine has are kTooLarge (sizes.h).
 template <typename Args>
 struct Plan {
   int64_t shared_bytes;

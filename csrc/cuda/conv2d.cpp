@@ -64,8 +64,8 @@ Device properties(const char* op, int index) {
   check(op, cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, index));
   // Some kernels are empty in the code for some architectures: what counts is the code that runs, not the device.
   const int64_t code = code_for(ADDEROPS_CUDA_ARCHS, 10 * major + minor);
-  REQUIRE(code, op, ": x: expected a device that runs kernels for ", ADDEROPS_CUDA_ARCHS, ", got one of ",
-                  major, ".", minor, "; build adderops with TORCH_CUDA_ARCH_LIST=", major, ".", minor);
+  REQUIRE(code, op, ": x: expected a device that runs kernels for ", ADDEROPS_CUDA_ARCHS, ", got one of ", major, ".",
+          minor, "; build adderops with TORCH_CUDA_ARCH_LIST=", major, ".", minor);
   return known[index] = {static_cast<int>(code), multiprocessors};
 }
 

@@ -35,7 +35,7 @@ struct ForwardPlan {
 
 ForwardPlan plan(const Conv2dArgs& args, const Device& device, const Choice& choice, void* workspace) {
   const Conv2dProblem& p = args.problem;
-  const int64_t M = p.C_out / p.groups, C = p.C_in / p.groups, P = p.N * p.OH * p.OW;
+  const int64_t M = p.C_out / p.groups, C = p.C_in / p.groups, P = product(p.N, p.OH, p.OW);
   const int64_t bytes = element_bytes(args.type);
   ForwardPlan f{};
   f.direct = is_direct(args);
@@ -57,7 +57,7 @@ ForwardPlan plan(const Conv2dArgs& args, const Device& device, const Choice& cho
   f.grid = dim3((unsigned)blocks(P, size.columns), (unsigned)blocks(M, size.lanes), (unsigned)p.groups);
   f.packed = f.mma ? make_packed(p, M, C, size.lanes, kMmaSlab, 2, &carve)
                    : make_packed(p, M, C, size.lanes, kSlab, 4, &carve);
-  f.flags = carve.take<int>((int64_t)f.grid.x * f.grid.y * f.grid.z);
+  f.flags = carve.take<int>(product(f.grid.x, f.grid.y, f.grid.z));
   f.bytes = carve.used;
   return f;
 }

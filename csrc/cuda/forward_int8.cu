@@ -16,11 +16,12 @@ using Tile4 = Tile<64, 64, 8, 4, 4>;
 // Groups too narrow for a tile, and coordinates beyond a tile's?
 bool is_direct_int8(const Conv2dProblem& p) {
   const int64_t C = p.C_in / p.groups, M = p.C_out / p.groups, most = 0x3fffff00;
-  const bool narrow = p.groups > 1 && (M < 4 || C * M < 64);
-  const int64_t rows = p.H + (p.KH - 1) * p.dilation_h, columns = p.W + (p.KW - 1) * p.dilation_w;
-  const bool large = p.N * p.OH * p.OW > most || p.H + p.pad_top > most || p.W + p.pad_left > most ||
-                     p.OH * p.stride_h > most || p.OW * p.stride_w > most || rows > most || columns > most ||
-                     (rows * p.W + columns) * p.C_in > most || p.groups > 65535 || blocks(M, 16) > 65535;
+  const bool narrow = p.groups > 1 && (M < 4 || product(C, M) < 64);
+  const int64_t rows = sum(p.H, product(p.KH - 1, p.dilation_h)), columns = sum(p.W, product(p.KW - 1, p.dilation_w));
+  const bool large = product(p.N, p.OH, p.OW) > most || sum(p.H, p.pad_top) > most || sum(p.W, p.pad_left) > most ||
+                     product(p.OH, p.stride_h) > most || product(p.OW, p.stride_w) > most || rows > most ||
+                     columns > most || product(sum(product(rows, p.W), columns), p.C_in) > most || p.groups > 65535 ||
+                     blocks(M, 16) > 65535;
   return narrow || large;
 }
 
@@ -68,9 +69,9 @@ void launch(const Int8Args& args, int bytes, dim3 grid, cudaStream_t stream) {
 
 cudaError_t launch_forward_int8(const Int8Args& args, const Device& device, const Choice& choice, cudaStream_t stream) {
   const Conv2dProblem& p = args.problem;
-  const int64_t M = p.C_out / p.groups, P = p.N * p.OH * p.OW;
+  const int64_t M = p.C_out / p.groups, P = product(p.N, p.OH, p.OW);
   if (is_direct_int8(p)) {
-    LAUNCH((direct_int8_kernel), dim3(direct_grid(P * p.C_out)), dim3(kDirectInt8Threads), stream, args);
+    LAUNCH((direct_int8_kernel), dim3(direct_grid(product(P, p.C_out))), dim3(kDirectInt8Threads), stream, args);
     return cudaGetLastError();
   }
   const int bytes = piece_bytes(args), picked = pick_tile(kTiles, M, P, p.groups, device, choice);

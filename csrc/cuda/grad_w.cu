@@ -43,18 +43,18 @@ DenseTensor dense(const Operand& o, bool in_place, void* copy, int64_t H, int64_
 
 GradWPlan plan(const Conv2dArgs& args, const Device& device, const Choice& choice, void* workspace) {
   const Conv2dProblem& p = args.problem;
-  const int64_t M = p.C_out / p.groups, P = p.N * p.OH * p.OW;
+  const int64_t M = p.C_out / p.groups, P = product(p.N, p.OH, p.OW);
   const int64_t bytes = element_bytes(args.type), vector = 16 / bytes;
-  const int64_t C = round_up(p.C_in / p.groups, vector), K = C * p.KH * p.KW;
+  const int64_t C = round_up(p.C_in / p.groups, vector), K = product(C, p.KH, p.KW);
   GradWPlan f{};
   f.direct = is_direct(args);
   if (f.direct) return f;
-  f.tile = pick_tile(kTiles, M, K, p.groups * blocks(P, kLongestRun), device, choice);
+  f.tile = pick_tile(kTiles, M, K, product(p.groups, blocks(P, kLongestRun)), device, choice);
   f.size = kTiles[f.tile];
   // blocks enough for two waves of the device; fewer where the partial sums would take much memory
-  const int64_t tiles = blocks(M, f.size.lanes) * blocks(K, f.size.columns) * p.groups;
+  const int64_t tiles = product(blocks(M, f.size.lanes), blocks(K, f.size.columns), p.groups);
   int64_t splits = blocks(4 * device.multiprocessors, tiles);
-  const int64_t affordable = kPartialBytes / (p.C_out * (K + 1) * 4) + 1;
+  const int64_t affordable = kPartialBytes / product(p.C_out, K + 1, 4) + 1;
   if (splits > affordable) splits = affordable;
   if (splits > blocks(P, kShortestRun)) splits = blocks(P, kShortestRun);
   if (splits < blocks(P, kLongestRun)) splits = blocks(P, kLongestRun);
@@ -65,8 +65,8 @@ GradWPlan plan(const Conv2dArgs& args, const Device& device, const Choice& choic
   const bool planes = choice.layout == (int)Layout::kPlanes;
   const bool grad_y_dense = !planes && supports_channels(args.grad_y, M, bytes);
   const bool x_dense = !planes && supports_channels(args.x, p.C_in / p.groups, bytes);
-  f.grad_y = grad_y_dense ? nullptr : carve.take<char>(P * p.groups * round_up(M, vector) * bytes);
-  f.x = x_dense ? nullptr : carve.take<char>(p.N * p.H * p.W * p.groups * C * bytes);
+  f.grad_y = grad_y_dense ? nullptr : carve.take<char>(product(P, p.groups, round_up(M, vector), bytes));
+  f.x = x_dense ? nullptr : carve.take<char>(product(p.N, p.H, p.W, p.groups, C, bytes));
   f.shape = {(int)K, (int)C, (int)M, (int)splits, (int)slabs};
   GradWShape& g = f.shape;
   g.grad_y = dense(args.grad_y, grad_y_dense, f.grad_y, p.OH, p.OW, M, round_up(M, vector), p.groups, bytes);
@@ -81,8 +81,8 @@ GradWPlan plan(const Conv2dArgs& args, const Device& device, const Choice& choic
   g.row_x = p.stride_h * g.x.row - p.OW * p.stride_w * g.x.column;
   g.image_x = g.x.image - p.OH * p.stride_h * g.x.row;
   f.grid = dim3((unsigned)blocks(K, f.size.columns), (unsigned)blocks(M, f.size.lanes), (unsigned)(p.groups * splits));
-  f.partial = carve.take<float>(splits * p.C_out * K);
-  f.partial_sum = carve.take<float>(splits * p.C_out);
+  f.partial = carve.take<float>(product(splits, p.C_out, K));
+  f.partial_sum = carve.take<float>(product(splits, p.C_out));
   f.bytes = carve.used;
   return f;
 }

@@ -243,7 +243,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
   __syncthreads();
   for (int i = threadIdx.x; i < Tile::kLanes && lane0 + i < s.M; i += Tile::kThreads) {
     float sum = 0;
-    for (int group = 0; group < kGroups; ++group) sum += s_columns[group * Tile::kLanes + i];
+    for (int rows = 0; rows < kGroups; ++rows) sum += s_columns[rows * Tile::kLanes + i];
     partial_sum[(int64_t)(split * p.groups + group) * s.M + lane0 + i] = sum;
   }
 }

@@ -33,7 +33,7 @@ GradXPlan plan(const Conv2dArgs& args, const Device& device, const Choice& choic
   f.size = kTiles[f.tile];
   Carver carve{static_cast<char*>(workspace), 0};
   f.packed = make_packed(p, C, M, f.size.lanes, kSlab, 4, &carve);
-  f.flags = carve.take<int>(blocks(pixels, f.size.columns) * blocks(C, f.size.lanes) * p.groups);
+  f.flags = carve.take<int>(product(blocks(pixels, f.size.columns), blocks(C, f.size.lanes), p.groups));
   f.bytes = carve.used;
   return f;
 }

@@ -1,5 +1,6 @@
 // What the host sides of the passes share: launches, grids, the layout of the workspace, the choice of kernels.
 #pragma once
+#include "../sizes.h"
 #include "direct.cuh"
 #include "kernels.h"
 #include "pack.cuh"
@@ -14,7 +15,7 @@ namespace adderops {
 namespace cuda {
 
 inline int64_t blocks(int64_t size, int64_t step) { return (size + step - 1) / step; }
-inline int64_t round_up(int64_t size, int64_t step) { return blocks(size, step) * step; }
+inline int64_t round_up(int64_t size, int64_t step) { return product(blocks(size, step), step); }
 inline unsigned direct_grid(int64_t outputs) {
   const int64_t count = blocks(outputs, kDirectThreads);
   return (unsigned)(count < 0x7fffffff ? count : 0x7fffffff);
@@ -27,7 +28,7 @@ struct Carver {
   template <typename T>
   T* take(int64_t count) {
     T* p = base ? reinterpret_cast<T*>(base + used) : nullptr;
-    used += round_up(count * (int64_t)sizeof(T), 256);
+    used = sum(used, round_up(product(count, (int64_t)sizeof(T)), 256));
     return p;
   }
 };
@@ -35,13 +36,14 @@ struct Carver {
 // Does a direct kernel (direct.cuh) serve this?  Float64; groups too narrow for a tile; coordinates beyond a tile's.
 inline bool is_direct(const Conv2dArgs& args) {
   const Conv2dProblem& p = args.problem;
-  const int64_t C = p.C_in / p.groups, M = p.C_out / p.groups, taps = p.KH * p.KW, most = 0x3fffff00;
-  const bool narrow = C < 2 || (p.groups > 1 && C * M < 64);
-  const bool large = p.N * p.OH * p.OW > most || p.N * p.H * p.W > most || p.H + p.pad_top > most ||
-                     p.W + p.pad_left > most || (p.KH - 1) * p.dilation_h >= 1 << 15 ||
-                     (p.KW - 1) * p.dilation_w >= 1 << 15 || taps * (C + 128) > most || taps * (M + 128) > most ||
-                     p.stride_h * p.stride_w > 4096 || p.groups > 65535 || blocks(M, 16) > 65535 ||
-                     blocks(C, 16) > 65535;
+  const int64_t C = p.C_in / p.groups, M = p.C_out / p.groups, taps = product(p.KH, p.KW), most = 0x3fffff00;
+  const bool narrow = C < 2 || (p.groups > 1 && product(C, M) < 64);
+  const bool large = product(p.N, p.OH, p.OW) > most || product(p.N, p.H, p.W) > most || sum(p.H, p.pad_top) > most ||
+                     sum(p.W, p.pad_left) > most || product(p.OH, p.stride_h) > most ||
+                     product(p.OW, p.stride_w) > most || product(p.KH - 1, p.dilation_h) >= 1 << 15 ||
+                     product(p.KW - 1, p.dilation_w) >= 1 << 15 || product(taps, C + 128) > most ||
+                     product(taps, M + 128) > most || product(p.stride_h, p.stride_w) > 4096 || p.groups > 65535 ||
+                     blocks(M, 16) > 65535 || blocks(C, 16) > 65535;
   return args.type == ElementType::kFloat64 || narrow || large;
 }
 
@@ -70,7 +72,7 @@ int pick_tile(const TileSize (&tiles)[Count], int64_t lanes, int64_t columns, in
   int best = 0;
   double least = 0;
   for (int i = 0; i < Count; ++i) {
-    const int64_t count = blocks(lanes, tiles[i].lanes) * blocks(columns, tiles[i].columns) * batch;
+    const int64_t count = product(blocks(lanes, tiles[i].lanes), blocks(columns, tiles[i].columns), batch);
     const double cost = (double)blocks(count, device.multiprocessors) *
                         (tiles[i].lanes * tiles[i].columns + 4 * (tiles[i].lanes + tiles[i].columns));
     if (i == 0 || cost < least) best = i, least = cost;
@@ -115,9 +117,9 @@ inline Packed make_packed(const Conv2dProblem& p, int64_t lanes, int64_t channel
   const int64_t pitch = round_up(lanes, tile_lanes), depth = round_up(channels, slab), taps = p.KH * p.KW;
   const int64_t chunks = blocks(taps * depth, kPackRows), lane_blocks = blocks(pitch, kPackLanes);
   Packed f{{(int)lanes, (int)pitch, (int)channels, (int)depth, (int)taps, (int)p.KW, (int)chunks}, p.groups, {}};
-  f.weights = {carve->take<char>(p.groups * taps * depth * pitch * bytes),
-               carve->take<float>(p.groups * chunks * pitch),
-               carve->take<int>(p.groups * chunks * lane_blocks),
+  f.weights = {carve->take<char>(product(p.groups, taps, depth, pitch, bytes)),
+               carve->take<float>(product(p.groups, chunks, pitch)),
+               carve->take<int>(product(p.groups, chunks, lane_blocks)),
                (int)pitch,
                (int)chunks,
                (int)lane_blocks};
