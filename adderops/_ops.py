@@ -5,6 +5,7 @@ The only file that says `torch.ops.adderops`.  The schemas are in csrc/ops.cpp.
 
 from collections.abc import Sequence
 from importlib.util import find_spec
+from math import prod
 
 import torch
 from torch import Tensor
@@ -68,30 +69,60 @@ def output_shape(x, w, stride, padding, dilation) -> tuple[int, ...]:
     return x.size(0), w.size(0), height, width
 
 
+def _checked_shape(operator: str, x, w, stride, padding, dilation, groups) -> tuple[int, ...]:
+    """output_shape, or an error of csrc/checks.cpp where it follows from plain integers: symbolic ones get no guard."""
+
+    def refuse(argument: str, expected: str, got: object):
+        raise RuntimeError(f"{operator}: {argument}: expected {expected}, got {got}")
+
+    for name, tensor in (("x", x), ("w", w)):
+        if tensor.dim() != 4:
+            refuse(name, "4 dimensions", f"shape {tuple(tensor.shape)}")
+    for name, values, count, least in (
+        ("stride", stride, 2, 1),
+        ("padding", padding, 4, 0),
+        ("dilation", dilation, 2, 1),
+    ):
+        if len(values) != count:
+            refuse(name, f"{count} integers", tuple(values))
+        if any(isinstance(v, int) and not least <= v < 2**31 for v in values):
+            refuse(name, f"integers from {least} to 2^31 - 1", tuple(values))
+    shape = output_shape(x, w, stride, padding, dilation)
+    if any(isinstance(size, int) and size < 1 for size in shape[2:]):
+        refuse("w", "a kernel no larger than the padded input", tuple(w.shape))
+    if all(isinstance(size, int) for size in shape) and prod(shape) >= 2**59:
+        refuse("result", "fewer than 2^59 elements", f"shape {shape}")
+    return shape
+
+
 @torch.library.register_fake("adderops::adder_conv2d")
-def _(x, w, bias, stride, padding, dilation, groups):
-    return _empty_in_format_of(x, output_shape(x, w, stride, padding, dilation))
+def _(x, w, bias, *geometry):
+    return _empty_in_format_of(x, _checked_shape("adder_conv2d", x, w, *geometry))
 
 
 @torch.library.register_fake("adderops::adder_conv2d_int8")
 def _(x, w, scale, offset, residual, residual_scale, relu, quantize, zero_point, quant_max, padding_value, *geometry):
     dtype = torch.int32 if scale is None else torch.uint8 if quantize else torch.float32
-    shape = output_shape(x, w, *geometry[:3])
+    shape = _checked_shape("adder_conv2d_int8", x, w, *geometry)
     return torch.empty(shape, dtype=dtype, device=x.device, memory_format=torch.channels_last)
 
 
 @torch.library.register_fake("adderops::quantize")
 def _(x, scale, zero_point, quant_max):
+    if x.dim() != 4:
+        raise RuntimeError(f"quantize: x: expected 4 dimensions, got shape {tuple(x.shape)}")
     return torch.empty(x.shape, dtype=torch.uint8, device=x.device, memory_format=torch.channels_last)
 
 
 @torch.library.register_fake("adderops::adder_conv2d_grad_x")
-def _(grad_y, x, w, stride, padding, dilation, groups):
+def _(grad_y, x, w, *geometry):
+    _checked_shape("adder_conv2d_grad_x", x, w, *geometry)
     return _empty_in_format_of(x, x.shape)
 
 
 @torch.library.register_fake("adderops::adder_conv2d_grad_w")
-def _(grad_y, x, w, stride, padding, dilation, groups):
+def _(grad_y, x, w, *geometry):
+    _checked_shape("adder_conv2d_grad_w", x, w, *geometry)
     return _empty_in_format_of(w, w.shape)
 
 
