@@ -5,6 +5,8 @@ bounds the compiler processes.
 """
 
 import os
+import shlex
+import shutil
 import sys
 from glob import glob
 from pathlib import Path
@@ -87,6 +89,9 @@ class BuildExtension(cpp_extension.BuildExtension):
     """
 
     def run(self) -> None:
+        compiler = cpp_extension.get_cxx_compiler()
+        if not shutil.which((shlex.split(compiler) or [compiler])[0]):
+            sys.exit(f"adderops: no C++ compiler: expected {compiler!r} on the PATH; install g++, or name yours in CXX")
         print(f"adderops: {DECISION}", flush=True)
         if not any(extension.name == "adderops._cuda" for extension in self.extensions):
             for folder in (".", self.build_lib):

@@ -11,6 +11,7 @@ import faulthandler
 import random
 import resource
 import sys
+import time
 
 import torch
 from cases import one_thread
@@ -23,7 +24,7 @@ WRONG = (-(2**63), -(2**31), -1, 0, 2**31, 2**32 + 1, 2**40, 2**62, 2**63 - 1)
 SCALES = (0.1, 1.0, 3e-39, 0.0, -1.0, float("inf"), float("-inf"), float("nan"), 1e308, 1e-320)
 FLOATS = (torch.float32, torch.float32, torch.float32, torch.float64, torch.bfloat16, torch.float16)
 DTYPES = (*FLOATS, torch.uint8, torch.int8, torch.int32, torch.int64, torch.bool, torch.complex64, torch.float8_e4m3fn)
-SECONDS = 100  # a call that takes longer hangs
+SECONDS = 240  # a call that takes longer hangs
 REFUSALS = (RuntimeError, ValueError, TypeError, MemoryError, NotImplementedError)
 
 
@@ -205,18 +206,18 @@ def main() -> None:
     args = parser.parse_args()
     pages = int(open("/proc/self/statm").read().split()[0])
     # what one call may take beyond what the process has by now
-    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + (384 << 20), resource.RLIM_INFINITY))
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + (80 << 20), resource.RLIM_INFINITY))
     faulthandler.enable()
     hostile, count = Hostile(args.seed), collections.Counter()
     x, w = torch.randn(2, 8, 9, 9), torch.randn(8, 8, 3, 3)
-    honest = functional.adder_conv2d(x, w)
+    honest, slowest = functional.adder_conv2d(x, w), (0.0, "")
     for i in range(args.calls):
         name, arguments, function = hostile.call()
         what = f"call {i}, {'functional' if function else 'ops'}.{name}({shown(arguments)})"
         if args.show:
             print(what, flush=True)
         faulthandler.dump_traceback_later(SECONDS, exit=True)
-        outcome = "answered"
+        outcome, begin = "answered", time.process_time()
         try:
             through_function(name, arguments) if function else getattr(OPS, name)(**arguments)
         except REFUSALS as error:
@@ -227,9 +228,11 @@ def main() -> None:
         except Exception as error:
             sys.exit(f"{what}: {type(error).__name__}: {error}")
         faulthandler.cancel_dump_traceback_later()
+        slowest = max(slowest, (time.process_time() - begin, what))
         count[outcome] += 1
         if not torch.equal(functional.adder_conv2d(x, w), honest):
             sys.exit(f"{what}: the honest call behind it is wrong")
+    print("slowest: {:.1f} s, {}".format(*slowest))
     print(f"{args.calls} calls: " + ", ".join(f"{n} {outcome}" for outcome, n in count.most_common()))
 
 

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -95,3 +96,36 @@ def test_the_build_asks_for_torch_where_none_is_new_enough(installed, monkeypatc
         (tmp_path / "torch").mkdir()
         (tmp_path / "torch" / "version.py").write_text(f"__version__ = '{installed}'\ndebug = False\n")
     assert build_requirements(monkeypatch, tmp_path) == (("torch>=2.11", "numpy"), False)
+
+
+def copied_sources(folder: Path) -> Path:
+    """The files of the checkout that are not results of a build."""
+    ignored = shutil.ignore_patterns(".git", "*.so", "build", "dist", "*.egg-info", "__pycache__", ".*_cache", "runs")
+    return Path(shutil.copytree(CHECKOUT, folder / "tree", ignore=ignored))
+
+
+def test_no_compiler_is_one_line(tmp_path):
+    run = subprocess.run(
+        [sys.executable, "setup.py", "build_ext", "--inplace"],
+        cwd=copied_sources(tmp_path),
+        env={**os.environ, "ADDEROPS_CUDA": "0", "CXX": "no-such-compiler -O2"},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 1 and "Traceback" not in run.stderr
+    last = run.stderr.splitlines()[-1]
+    assert last.startswith("adderops: no C++ compiler: expected 'no-such-compiler -O2' on the PATH; install g++")
+
+
+def test_the_source_distribution_is_whole(tmp_path):
+    """Whatever a test or a build reads is in it: every tracked file but those of the repository alone."""
+    tree = copied_sources(tmp_path)
+    command = [sys.executable, "setup.py", "-q", "sdist", "--formats=tar", "--dist-dir", str(tmp_path)]
+    run = subprocess.run(command, cwd=tree, env={**os.environ, "ADDEROPS_CUDA": "0"}, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    (archive,) = tmp_path.glob("adderops-*.tar")
+    with tarfile.open(archive) as tar:
+        packed = {Path(*Path(name).parts[1:]) for name in tar.getnames()}
+    wanted = {path.relative_to(tree) for path in tree.rglob("*") if path.is_file()}
+    missing = {path for path in wanted - packed if not any("egg-info" in part for part in path.parts)}
+    assert missing <= {Path(".gitignore")}, sorted(map(str, missing))

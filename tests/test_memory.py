@@ -130,3 +130,41 @@ def test_the_guard_pages_guard():
     """The test above can fail: reading one byte behind a guarded tensor does end the process."""
     touch = "x = guarded(torch.ones(1, 1, 3, 5), True); ctypes.string_at(x.data_ptr() + 60, 1)"
     assert run(GUARDED.format(tests=os.path.dirname(__file__), cases="[]", touch=touch)).returncode == -signal.SIGSEGV
+
+
+THREADS = """
+import re, threading
+import torch
+from adderops.functional import adder_conv2d
+
+def resident():
+    return int(re.search(r"VmRSS:\\s+(\\d+) kB", open("/proc/self/status").read()).group(1)) / 1024
+
+torch.set_num_threads(2)
+x, w = torch.randn(1, 512, 7, 7), torch.randn(512, 512, 3, 3)  # 9 MiB of packed weights a call
+want = adder_conv2d(x, w)
+before, wrong, done = resident(), [], threading.Barrier(41)
+
+def work():
+    if not torch.equal(adder_conv2d(x, w), want):
+        wrong.append(1)
+    done.wait()   # every thread has made its call,
+    done.wait()   # and none has ended
+
+threads = [threading.Thread(target=work) for _ in range(40)]
+for thread in threads:
+    thread.start()
+done.wait()
+print(resident() - before, len(wrong))
+done.wait()
+"""
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="no /proc/self/status to read the memory from")
+def test_calling_threads_keep_no_memory_each():
+    """What calls leave for later ones is the process's: at most a block for each of torch's threads, of 32 MiB."""
+    done = run(THREADS)
+    assert done.returncode == 0, done.stderr
+    kept, wrong = done.stdout.split()
+    print(f"{float(kept):.1f} MiB for 40 threads")
+    assert int(wrong) == 0 and float(kept) < 2 * 32 + 40

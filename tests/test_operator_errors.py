@@ -121,3 +121,72 @@ def test_unknown_instruction_set(name, value, monkeypatch):
 def test_empty_instruction_set_means_the_best(monkeypatch):
     monkeypatch.setenv("ADDEROPS_CPU_ISA", "")
     assert OPS._cpu_isa() == OPS._cpu_isas()[-1]
+
+
+def freed(t: torch.Tensor, share: float = 0) -> torch.Tensor:
+    """t, with only a share of the memory that its elements need: as FSDP leaves a parameter."""
+    t = t.clone()
+    t.untyped_storage().resize_(int(t.untyped_storage().nbytes() * share))
+    return t
+
+
+def bytes_of(shape: tuple[int, ...]) -> torch.Tensor:
+    return torch.ones(shape, dtype=torch.uint8)
+
+
+IMAGES, NUMBERS = (2, 3, 4, 5), (0.1, 0.2, 0.3, 0.4, True)
+INT8_OPTIONS = (1.0, False, False, 0, 255, 0, *GEOMETRY.values())
+# operator, the tensors of a call by name, and the call
+CALLS_WITH_STORAGE = [
+    (
+        "adder_conv2d",
+        dict(x=torch.ones(X), w=torch.ones(W), bias=torch.ones(BIAS)),
+        lambda f, t: f(*t, *GEOMETRY.values()),
+    ),
+    *(
+        (
+            name,
+            dict(grad_y=torch.ones(GRAD_Y), x=torch.ones(X), w=torch.ones(W)),
+            lambda f, t: f(*t, *GEOMETRY.values()),
+        )
+        for name in NAMES[1:]
+    ),
+    (
+        "adder_conv2d_int8",
+        dict(x=bytes_of(X), w=bytes_of(W), scale=torch.ones(8), offset=torch.ones(8), residual=bytes_of(GRAD_Y)),
+        lambda f, t: f(*t, *INT8_OPTIONS),
+    ),
+    ("quantize", dict(x=torch.ones(X)), lambda f, t: f(*t, 0.1, 0, 255)),
+    ("_kernel_moments", dict(student=torch.ones(IMAGES), teacher=torch.ones(IMAGES)), lambda f, t: f(*t, *NUMBERS)),
+    (
+        "_kernel_moments_grad",
+        dict(weights=torch.ones(7, 3), student=torch.ones(IMAGES), teacher=torch.ones(IMAGES)),
+        lambda f, t: f(*t, *NUMBERS),
+    ),
+    ("_abs_sum", dict(x=torch.ones(IMAGES)), lambda f, t: f(*t)),
+]
+
+
+@pytest.mark.parametrize("share", (0, 0.9), ids=("gone", "too short"))
+@pytest.mark.parametrize("name, tensors, call", CALLS_WITH_STORAGE, ids=[c[0] for c in CALLS_WITH_STORAGE])
+def test_storage_that_is_gone(name, tensors, call, share):
+    op = getattr(OPS, name).default
+    call(op, tensors.values())
+    for spoiled in tensors:
+        given = [freed(t, share) if key == spoiled else t for key, t in tensors.items()]
+        with pytest.raises(RuntimeError, match=f"{name}: {spoiled}: expected a storage of [0-9]+ bytes or more, got "):
+            call(op, given)
+
+
+def test_an_empty_tensor_needs_no_storage():
+    x = freed(torch.ones(X))[:0]
+    assert OPS.adder_conv2d(x, torch.ones(W), None, *GEOMETRY.values()).shape == (0, *GRAD_Y[1:])
+
+
+def test_errors_are_the_text_alone():
+    """No line of our sources, nor of libtorch's headers, on the machine that built them."""
+    for arguments in (dict(stride=[0, 1]), dict(x=torch.ones(1, 1, 1, 1).expand(2**50, 4, 5, 6))):
+        with pytest.raises(RuntimeError) as caught:
+            call("adder_conv2d", **arguments)
+        assert str(caught.value).startswith("adder_conv2d: ") and "csrc" not in str(caught.value)
+        assert "originally from" not in str(caught.value)

@@ -1,4 +1,4 @@
-"""Hostile calls of every operator end in an answer or in a Python exception that names the operator (hostile_calls.py)."""
+"""Hostile calls of every operator end in an answer, or in a Python exception that names the operator."""
 
 import os
 import subprocess

@@ -41,20 +41,20 @@ struct Tensor {
 };
 
 template <typename Args>
-void run(const cpu::Pass<Args>& pass, const Args& args, bool last_first = true) {
-  const cpu::Plan plan = pass.plan(args);
+void run(cpu::Pass<Args> pass, const Args& args, bool last_first = true) {
+  const cpu::Plan<Args> plan = pass(args);
   // sizes that aligned_alloc accepts, and never zero
   char* shared = static_cast<char*>(std::aligned_alloc(64, (plan.shared_bytes / 64 + 1) * 64));
   char* worker = static_cast<char*>(std::aligned_alloc(64, (plan.worker_bytes / 64 + 1) * 64));
   for (int stage = 0; stage < plan.stages; ++stage)
     for (int64_t i = 0; i < plan.tasks[stage]; ++i)
-      pass.run(args, stage, last_first ? plan.tasks[stage] - 1 - i : i, shared, worker);
+      plan.run(args, stage, last_first ? plan.tasks[stage] - 1 - i : i, shared, worker);
   std::free(shared);
   std::free(worker);
 }
 
-bool check(const char* isa, const char* name, const cpu::Pass<Conv2dArgs>& pass,
-           const cpu::Pass<Conv2dArgs>& definition, Conv2dArgs args, const Tensor& like) {
+bool check(const char* isa, const char* name, cpu::Pass<Conv2dArgs> pass, cpu::Pass<Conv2dArgs> definition,
+           Conv2dArgs args, const Tensor& like) {
   Tensor got = like, expected = like;
   got.operand.data = got.data.data(), expected.operand.data = expected.data.data();
   args.out = got.operand;
