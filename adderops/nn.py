@@ -47,9 +47,12 @@ class AdderConv2d(_AdderLayer, _ConvNd):
         in_channels, out_channels, kernel_size, stride, padding, dilation, groups, padding_mode, device, dtype: as in
             `torch.nn.Conv2d`. A zero-padded pixel takes part in the distance.
         bias: False unlike `torch.nn.Conv2d`, because a BatchNorm follows.
-        eta: the backward pass hands over a weight gradient of root mean square `eta` (AdderNet's adaptive rate:
-            `adderops.optim.normalize_gradient`, of each call's gradient), so that any optimizer serves; None hands over
-            the raw gradient. Under gradient accumulation or data parallelism use `adderops.optim.AdaptiveRate`.
+        eta: every `torch.optim.Optimizer` steps with a weight gradient of root mean square `eta` (AdderNet's fixed
+            rate, `adderops.optim.normalize_gradient`); None leaves the raw gradient.  The layer hands over the raw
+            gradient and the start of `step` normalizes it, so that loss scaling, clipping, accumulation and averaging
+            over replicas change only its direction.  Under `torch.func` and in an exported training program the
+            backward pass normalizes.  Before updates of your own call `adderops.optim.normalize_gradients`; a warning
+            says so at the first one without.
 
     Shape:
         (N, C_in, H, W) or (C_in, H, W) -> (N, C_out, OH, OW) or (C_out, OH, OW).
@@ -67,9 +70,11 @@ class AdderConv2d(_AdderLayer, _ConvNd):
     >>> y = layer(torch.randn(8, 16, 28, 28))
     >>> y.shape
     torch.Size([8, 32, 28, 28])
+    >>> optimizer, before = torch.optim.SGD(layer.parameters(), lr=0.1), layer.weight.detach().clone()
     >>> y.square().sum().backward()
-    >>> print(f"{layer.weight.grad.square().mean().sqrt():.4f}")
-    0.2000
+    >>> optimizer.step()
+    >>> print(f"{(layer.weight - before).square().mean().sqrt():.4f}")  # lr * eta
+    0.0200
     """
 
     def __init__(

@@ -24,7 +24,7 @@ from adderops.distill.interrupt import Interrupted, StopRequest, stop_request
 from adderops.distill.log import Log
 from adderops.distill.task import Losses
 from adderops.models import classifier
-from adderops.optim import AdaptiveRate, AdaptiveRateLayer
+from adderops.optim import AdaptiveRateLayer
 from adderops.quant import observe
 
 try:
@@ -92,8 +92,6 @@ class _Run:
         self.writes = distributed.rank() == 0
         self.task = build_task(config, data.in_channels, data.num_classes, device)
         self.optimizer = build_optimizer(config, self.task)
-        if any(isinstance(module, AdaptiveRateLayer) for module in self.task.modules()):
-            AdaptiveRate(self.task, self.optimizer)
         self.average = build_average(config, self.task)
         self.role = main_role(config)
         self.log = Log(folder, config.tensorboard and self.writes)
