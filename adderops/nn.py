@@ -1,21 +1,30 @@
 """Adder layers, and `convert`, which puts them into any model."""
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterable
+from numbers import Integral
+from operator import index
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
-from torch.nn.modules.utils import _pair
 
 from adderops.functional import adder_conv2d
 from adderops.optim import AdaptiveRateLayer
 
 _NAME_OF_CHECKPOINT_KEY = {"adder": "weight", "b": "bias"}  # the names in AdderNet's published checkpoints
+_MARK = "_extra_state"  # the key that PyTorch gives to what get_extra_state returns
+_FUSERS = (nn.utils.fuse_conv_bn_eval.__code__, nn.utils.fuse_linear_bn_eval.__code__)
 
 
 class _AdderLayer(AdaptiveRateLayer):
-    """What the adder layers share: initialisation, and the keys of AdderNet's checkpoints."""
+    """What the adder layers share: initialisation, and what tells their weights from those of other layers.
+
+    The weights of an adder layer and of a convolution have the same shapes and other meanings.  So an adder layer's
+    part of a state_dict has a mark beside the weight, `_extra_state`, and weights without it are refused, other than
+    AdderNet's published ones, which have a name of their own.
+    """
 
     bias: nn.Parameter | None
 
@@ -25,11 +34,35 @@ class _AdderLayer(AdaptiveRateLayer):
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
-    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
+    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors) -> None:
         for old, new in _NAME_OF_CHECKPOINT_KEY.items():
             if prefix + old in state_dict and prefix + new not in state_dict:
                 state_dict[prefix + new] = state_dict.pop(prefix + old)
-        super()._load_from_state_dict(state_dict, prefix, *args)
+                state_dict.setdefault(prefix + _MARK, self.get_extra_state())
+        if state_dict.setdefault(prefix + _MARK, None) is None and prefix + "weight" in state_dict:
+            errors.append(
+                f"{prefix}weight: expected the weight of an {type(self).__name__}, got one without the mark "
+                f"{prefix}{_MARK}, as of an ordinary layer; adder weights saved before there were marks load through "
+                "adderops.models.mark_adder_weights"
+            )
+            return
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
+
+    def get_extra_state(self) -> Tensor:
+        return torch.ones((), dtype=torch.uint8)  # a tensor, which every file of weights can hold
+
+    def set_extra_state(self, state: Tensor | None) -> None:
+        """It is a mark, not a state: that it is there is all it says."""
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        # these two take any layer with weight and bias for a linear map, whose weights a BatchNorm can scale
+        caller = sys._getframe(1).f_back
+        if caller is not None and caller.f_code in _FUSERS:
+            raise TypeError(
+                f"{caller.f_code.co_name}: expected a linear layer, got {type(self).__name__}: a BatchNorm cannot be "
+                "folded into the weights of an adder layer"
+            )
+        super().register_parameter(name, param)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, eta={self.eta}"
@@ -57,7 +90,9 @@ class AdderConv2d(_AdderLayer, _ConvNd):
     Shape:
         (N, C_in, H, W) or (C_in, H, W) -> (N, C_out, OH, OW) or (C_out, OH, OW).
 
-    `load_state_dict` also takes the keys `adder` and `b` of AdderNet's published checkpoints for `weight` and `bias`.
+    A state_dict has a mark beside the weight, `_extra_state`; `load_state_dict` refuses weights without it, because
+    those of a convolution have the same shape.  It also takes the keys `adder` and `b` of AdderNet's published
+    checkpoints for `weight` and `bias`.
 
     Raises:
         ValueError, TypeError: as `adderops.functional.adder_conv2d`.
@@ -95,13 +130,13 @@ class AdderConv2d(_AdderLayer, _ConvNd):
         super().__init__(
             in_channels,
             out_channels,
-            _pair(kernel_size),
-            _pair(stride),
-            padding if isinstance(padding, str) else _pair(padding),
-            _pair(dilation),
+            _pair("kernel_size", kernel_size),
+            _pair("stride", stride),
+            padding if isinstance(padding, str) else _pair("padding", padding),
+            _pair("dilation", dilation),
             transposed=False,
-            output_padding=_pair(0),
-            groups=groups,
+            output_padding=(0, 0),
+            groups=int(groups) if isinstance(groups, Integral) else groups,  # numpy's too
             bias=bias,
             padding_mode=padding_mode,
             device=device,
@@ -114,6 +149,17 @@ class AdderConv2d(_AdderLayer, _ConvNd):
         if self.padding_mode != "zeros":
             input, padding = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode), 0
         return adder_conv2d(input, self.rated_weight(), self.bias, self.stride, padding, self.dilation, self.groups)
+
+
+def _pair(name: str, value: int | Iterable[int]) -> tuple[int, int]:
+    """(height, width) of an argument that nn.Conv2d takes as one integer or two, numpy's among them."""
+    try:
+        values = tuple(map(index, value)) if isinstance(value, Iterable) else (index(value),) * 2
+    except TypeError:
+        values = ()
+    if len(values) != 2:
+        raise TypeError(f"AdderConv2d: {name}: expected an integer or a pair of integers, got {value!r}")
+    return values
 
 
 class AdderLinear(_AdderLayer):
@@ -134,7 +180,7 @@ class AdderLinear(_AdderLayer):
     Source: AdderNet, arXiv 1912.13200.
 
     >>> layer = AdderLinear(2, 1)
-    >>> _ = layer.load_state_dict({"weight": torch.tensor([[3.0, 3.0]])})
+    >>> _ = nn.init.constant_(layer.weight, 3.0)
     >>> layer(torch.tensor([1.0, 5.0])).detach()
     tensor([-4.])
     """

@@ -50,7 +50,7 @@ def normalize_gradients(parameters: Iterable[Tensor]) -> None:
     twice is normalizing once.
 
     Args:
-        parameters: of any model; those that are not the weight of an adder layer, or have no gradient, stay as they are.
+        parameters: of any model; what is no adder weight, or has no gradient, stays as it is.
 
     >>> from adderops import AdderLinear
     >>> layer = AdderLinear(4, 2, eta=0.2)
@@ -227,10 +227,7 @@ def _in_exported_program(weight: Tensor, eta: float) -> Tensor:
 
 
 _in_exported_program.register_fake(lambda weight, eta: torch.empty_like(weight))
-_in_exported_program.register_autograd(
-    lambda ctx, grad: (normalize_gradient(grad, ctx.eta), None),
-    setup_context=lambda ctx, inputs, output: setattr(ctx, "eta", inputs[1]),
-)
+_in_exported_program.register_autograd(_NormalizedGradient.backward, setup_context=_NormalizedGradient.setup_context)
 
 
 def _rated(weight: Tensor, eta: float) -> Tensor:

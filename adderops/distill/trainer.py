@@ -23,7 +23,7 @@ from adderops.distill.evaluate import correct, evaluate, to_device
 from adderops.distill.interrupt import Interrupted, StopRequest, stop_request
 from adderops.distill.log import Log
 from adderops.distill.task import Losses
-from adderops.models import classifier
+from adderops.models import classifier, mark_adder_weights
 from adderops.optim import AdaptiveRateLayer
 from adderops.quant import observe
 
@@ -111,7 +111,8 @@ class _Run:
                     f"{self.folder}: expected the configuration of the run in this folder, got another: {described}"
                 )
             for name, part in self._parts().items():
-                part.load_state_dict(state[name])
+                saved = state[name]
+                part.load_state_dict(mark_adder_weights(saved, part) if isinstance(part, nn.Module) else saved)
             self.epoch, self.step, self.sums = state["epoch"], state["step"], Counter(state["sums"])
             self.log.rows, self.log.layers = state["log"], state["layers"]
             if self.writes:
