@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
+from adderops.dataflow import reasons_to_stay
 from adderops.functional import adder_conv2d
 from adderops.optim import AdaptiveRateLayer
 
@@ -228,28 +229,40 @@ def convert(
 ) -> nn.Module:
     """Replaces the `nn.Conv2d` of a model by `AdderConv2d` of the same geometry with new weights, in place.
 
-    The first convolution and a convolution that is the classifier (no convolution or linear layer is registered after
-    it) stay, as in AdderNet.  So do convolutions whose replacement would lose something: a `forward` of their own,
-    hooks, parametrizations, parameters not yet initialised.  Device, dtype, memory format and training mode are kept;
-    a module that occurs in several places is replaced by one.
+    Those become adder layers that a normalisation follows: directly, or behind a concatenation, pooling or change of
+    shape.  All others stay, because the outputs of an adder layer are all <= 0 and large: gates (squeeze-and-excitation
+    would be shut for good), heads, what is added to a shortcut unnormalised.  BatchNorm, InstanceNorm, GroupNorm and
+    LayerNorm count; a frozen BatchNorm does not, whose statistics are those of other weights.
+
+    As in AdderNet the first convolution stays (no layer stands before it), and so does a classifier with a BatchNorm on
+    its logits (no layer stands behind it).  The model's graph decides, by `torch.fx`; where its forward cannot be
+    traced, the graphs of its parts and the order of registration.
+
+    A convolution also stays where its replacement would lose something: a `forward` of its own, hooks,
+    parametrizations, parameters not yet initialised.  Device, dtype, memory format and training mode are kept; a module
+    that occurs in several places is replaced by one.
 
     Args:
         model: any module; where it is itself a `Conv2d` that gets replaced, use the return value.
-        filter: called with each candidate's name and module; decides in place of the rule for first and classifier.
+        filter: called with each candidate's name and module; decides in place of the rule.
         eta: of the new layers.
         verbose: prints one line for each convolution: replaced, or kept and why.
 
     Returns:
         The model.
 
-    >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.LazyLinear(10))
+    >>> model = nn.Sequential(
+    ...     *(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU()),
+    ...     *(nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8), nn.ReLU()),
+    ...     *(nn.Conv2d(8, 8, 3), nn.Sigmoid(), nn.Flatten(), nn.LazyLinear(10)),
+    ... )
     >>> model = convert(model)
     convert: kept     0: first convolution
-    convert: replaced 1: AdderConv2d(8, 8, kernel_size=(3, 3), stride=(1, 1), eta=0.2)
-    convert: 1 of 2 convolutions replaced
+    convert: replaced 3: AdderConv2d(8, 8, kernel_size=(3, 3), stride=(1, 1), eta=0.2)
+    convert: kept     6: no normalisation behind it but Sigmoid
+    convert: 1 of 3 convolutions replaced
     """
-    weighted = [m for m in model.modules() if isinstance(m, (_ConvNd, nn.Linear, AdderLinear))]
-    first = next((m for m in weighted if isinstance(m, _ConvNd)), None)
+    reasons = reasons_to_stay(model) if filter is None else {}
     report = print if verbose else lambda line: None
     replacements: dict[nn.Module, nn.Module] = {}
     seen = 0
@@ -260,10 +273,8 @@ def convert(
         kept = _cannot_replace(module)
         if kept is None and filter is not None:
             kept = None if filter(name, module) else "filter"
-        elif kept is None and module is first:
-            kept = "first convolution"
-        elif kept is None and module is weighted[-1]:
-            kept = "classifier"
+        elif kept is None:
+            kept = reasons[module]
         if kept is None:
             replacements[module] = _adder_layer_like(module, eta)
         report(f"convert: kept     {name}: {kept}" if kept else f"convert: replaced {name}: {replacements[module]}")
