@@ -42,9 +42,8 @@ class _AdderLayer(AdaptiveRateLayer):
                 state_dict.setdefault(prefix + _MARK, self.get_extra_state())
         if state_dict.setdefault(prefix + _MARK, None) is None and prefix + "weight" in state_dict:
             errors.append(
-                f"{prefix}weight: expected the weight of an {type(self).__name__}, got one without the mark "
-                f"{prefix}{_MARK}, as of an ordinary layer; adder weights saved before there were marks load through "
-                "adderops.models.mark_adder_weights"
+                f"{prefix}weight: expected the weight of an {type(self).__name__}, got one without the mark of adder "
+                f"weights, {prefix}{_MARK} (from before there were marks: adderops.models.mark_adder_weights)"
             )
             return
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)

@@ -46,8 +46,8 @@ def normalize_gradient(grad: Tensor, eta: float) -> Tensor:
 def normalize_gradients(parameters: Iterable[Tensor]) -> None:
     """Applies `normalize_gradient` to `.grad` of every adder weight among the parameters, in place.
 
-    `step` of every `torch.optim.Optimizer` does this by itself.  Call it before an update of your own.  Normalizing
-    twice is normalizing once.
+    `step` of every `torch.optim.Optimizer` does this by itself; call it before an update of your own.  A second call
+    changes nothing but the last digit.
 
     Args:
         parameters: of any model; what is no adder weight, or has no gradient, stays as it is.

@@ -39,7 +39,9 @@ def train(model: nn.Module, loss_of, images: torch.Tensor, steps: int, lr: float
     return losses
 
 
-def train_classifier(model: nn.Module, steps: int, lr: float = 0.05, side: int = 32) -> tuple[list[float], float, float]:
+def train_classifier(
+    model: nn.Module, steps: int, lr: float = 0.05, side: int = 32
+) -> tuple[list[float], float, float]:
     """Losses, accuracy on other images, and the part of the logits that depends on the image."""
     (images, labels), (others, other_labels) = bars(256, 1, side), bars(64, 2, side)
     losses = train(model, lambda m, part: F.cross_entropy(m(images[part]), labels[part]), images, steps, lr)

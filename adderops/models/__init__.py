@@ -66,8 +66,7 @@ def create_model(arch: str, kind: str = "adder", in_channels: int = 3, num_class
 
     Args:
         arch: one of `ARCHITECTURES`; or 'torchvision/NAME' or 'timm/NAME' where that package is installed.
-            kind='adder' puts such a network through `adderops.convert`, but for convolutions without a normalisation
-            behind them.
+            kind='adder' puts such a network through `adderops.convert`.  A tag of timm's (resnet18.a1_in1k) is allowed.
         kind: 'adder' or 'cnn'.
         in_channels: of the images.
         num_classes: number of logits.

@@ -33,11 +33,11 @@ def unwrap_state_dict(content: Mapping[str, Any], model: nn.Module) -> dict[str,
     """
     state = find_state_dict(content)
     named = {".".join(part for part in key.split(".") if part not in _OF_WRAPPERS): v for key, v in state.items()}
-    own = [name.partition(".")[0] for name in model.state_dict()]
+    own = model.state_dict().keys()
     while True:
         first = {name.partition(".")[0] for name in named if name != "n_averaged"}  # a counter of AveragedModel
         prefix = first.pop() if len(first) == 1 else None
-        if prefix not in _OUTERMOST or prefix in own:
+        if prefix not in _OUTERMOST or own & named.keys():
             return named
         named = {name.partition(".")[2]: value for name, value in named.items() if name != "n_averaged"}
 
@@ -106,6 +106,11 @@ def load_reference_checkpoint(model: nn.Module, state_dict: Mapping[str, Any]) -
     for name, module in model.named_modules():
         prefix = f"{name}." if name else ""
         marked = f"{prefix}_extra_state" in state or f"{prefix}adder" in state
+        if f"{prefix}weight" in state and not marked and isinstance(module, AdaptiveRateLayer):
+            raise RuntimeError(
+                f"{prefix}weight: expected the weight of an {type(module).__name__}, got one without the mark of adder "
+                "weights (from before there were marks: adderops.models.mark_adder_weights)"
+            )
         if marked and isinstance(module, (nn.Conv2d, nn.Linear)):
             raise RuntimeError(
                 f"{prefix}weight: expected the weight of a {type(module).__name__}, got one of an adder layer"

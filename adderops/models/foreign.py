@@ -54,7 +54,8 @@ def _torchvision(arch: str, in_channels: int, num_classes: int) -> nn.Module:
 
 def _timm(arch: str, in_channels: int, num_classes: int) -> nn.Module:
     timm = _import("timm", arch)
-    name = _known_name(arch, timm.list_models())  # without the tag of pretrained weights: resnet18.a1_in1k
+    # with the tag of pretrained weights too: resnet18.a1_in1k
+    name = _known_name(arch, timm.list_models() + timm.list_pretrained())
     return timm.create_model(name, pretrained=False, in_chans=in_channels, num_classes=num_classes)
 
 
@@ -73,7 +74,6 @@ def _import(library: str, arch: str) -> ModuleType:
 
 def _known_name(arch: str, names: list[str]) -> str:
     library, _, name = arch.partition("/")
-    name = name.partition(".")[0] if library == "timm" else name
     if name not in names:
         close = ", ".join(f"'{library}/{n}'" for n in difflib.get_close_matches(name, names, n=5, cutoff=0))
         raise ValueError(f"arch: expected one of {len(names)} networks of {library}, such as {close}, got {arch!r}")
