@@ -70,7 +70,8 @@ def adder_conv2d(
         if not isinstance(tensor, Tensor):
             raise _bad(name, "a tensor", type(tensor).__name__, TypeError)
         if tensor.dtype not in _DTYPES:
-            raise _bad(name, "dtype float32, float64, bfloat16 or float16", tensor.dtype, TypeError)
+            by_others = " of torch.ao: adder layers are quantized by adderops.quant" if tensor.is_quantized else ""
+            raise _bad(name, "dtype float32, float64, bfloat16 or float16", f"{tensor.dtype}{by_others}", TypeError)
         # autocast brings the dtypes together behind this check
         if tensor.dtype != input.dtype and not torch.is_autocast_enabled(input.device.type):
             raise _bad(name, f"the dtype of input, {input.dtype}", tensor.dtype, TypeError)

@@ -1,21 +1,31 @@
 """Adder layers, and `convert`, which puts them into any model."""
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterable
+from numbers import Integral
+from operator import index
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
-from torch.nn.modules.utils import _pair
 
+from adderops.dataflow import reasons_to_stay
 from adderops.functional import adder_conv2d
 from adderops.optim import AdaptiveRateLayer
 
 _NAME_OF_CHECKPOINT_KEY = {"adder": "weight", "b": "bias"}  # the names in AdderNet's published checkpoints
+_MARK = "_extra_state"  # the key that PyTorch gives to what get_extra_state returns
+_FUSERS = (nn.utils.fuse_conv_bn_eval.__code__, nn.utils.fuse_linear_bn_eval.__code__)
 
 
 class _AdderLayer(AdaptiveRateLayer):
-    """What the adder layers share: initialisation, and the keys of AdderNet's checkpoints."""
+    """What the adder layers share: initialisation, and what tells their weights from those of other layers.
+
+    The weights of an adder layer and of a convolution have the same shapes and other meanings.  So an adder layer's
+    part of a state_dict has a mark beside the weight, `_extra_state`, and weights without it are refused, other than
+    AdderNet's published ones, which have a name of their own.
+    """
 
     bias: nn.Parameter | None
 
@@ -25,11 +35,34 @@ class _AdderLayer(AdaptiveRateLayer):
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
-    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
+    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors) -> None:
         for old, new in _NAME_OF_CHECKPOINT_KEY.items():
             if prefix + old in state_dict and prefix + new not in state_dict:
                 state_dict[prefix + new] = state_dict.pop(prefix + old)
-        super()._load_from_state_dict(state_dict, prefix, *args)
+                state_dict.setdefault(prefix + _MARK, self.get_extra_state())
+        if state_dict.setdefault(prefix + _MARK, None) is None and prefix + "weight" in state_dict:
+            errors.append(
+                f"{prefix}weight: expected the weight of an {type(self).__name__}, got one without the mark of adder "
+                f"weights, {prefix}{_MARK} (from before there were marks: adderops.models.mark_adder_weights)"
+            )
+            return
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
+
+    def get_extra_state(self) -> Tensor:
+        return torch.ones((), dtype=torch.uint8)  # a tensor, which every file of weights can hold
+
+    def set_extra_state(self, state: Tensor | None) -> None:
+        """It is a mark, not a state: that it is there is all it says."""
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        # these two take any layer with weight and bias for a linear map, whose weights a BatchNorm can scale
+        caller = sys._getframe(1).f_back
+        if caller is not None and caller.f_code in _FUSERS:
+            raise TypeError(
+                f"{caller.f_code.co_name}: expected a linear layer, got {type(self).__name__}: a BatchNorm cannot be "
+                "folded into the weights of an adder layer"
+            )
+        super().register_parameter(name, param)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, eta={self.eta}"
@@ -47,14 +80,19 @@ class AdderConv2d(_AdderLayer, _ConvNd):
         in_channels, out_channels, kernel_size, stride, padding, dilation, groups, padding_mode, device, dtype: as in
             `torch.nn.Conv2d`. A zero-padded pixel takes part in the distance.
         bias: False unlike `torch.nn.Conv2d`, because a BatchNorm follows.
-        eta: the backward pass hands over a weight gradient of root mean square `eta` (AdderNet's adaptive rate:
-            `adderops.optim.normalize_gradient`, of each call's gradient), so that any optimizer serves; None hands over
-            the raw gradient. Under gradient accumulation or data parallelism use `adderops.optim.AdaptiveRate`.
+        eta: every `torch.optim.Optimizer` steps with a weight gradient of root mean square `eta` (AdderNet's fixed
+            rate, `adderops.optim.normalize_gradient`); None leaves the raw gradient.  The layer hands over the raw
+            gradient and the start of `step` normalizes it, so that loss scaling, clipping, accumulation and averaging
+            over replicas change only its direction.  Under `torch.func` and in an exported training program the
+            backward pass normalizes.  Before updates of your own call `adderops.optim.normalize_gradients`; a warning
+            says so at the first one without.
 
     Shape:
         (N, C_in, H, W) or (C_in, H, W) -> (N, C_out, OH, OW) or (C_out, OH, OW).
 
-    `load_state_dict` also takes the keys `adder` and `b` of AdderNet's published checkpoints for `weight` and `bias`.
+    A state_dict has a mark beside the weight, `_extra_state`; `load_state_dict` refuses weights without it, because
+    those of a convolution have the same shape.  It also takes the keys `adder` and `b` of AdderNet's published
+    checkpoints for `weight` and `bias`.
 
     Raises:
         ValueError, TypeError: as `adderops.functional.adder_conv2d`.
@@ -67,9 +105,11 @@ class AdderConv2d(_AdderLayer, _ConvNd):
     >>> y = layer(torch.randn(8, 16, 28, 28))
     >>> y.shape
     torch.Size([8, 32, 28, 28])
+    >>> optimizer, before = torch.optim.SGD(layer.parameters(), lr=0.1), layer.weight.detach().clone()
     >>> y.square().sum().backward()
-    >>> print(f"{layer.weight.grad.square().mean().sqrt():.4f}")
-    0.2000
+    >>> optimizer.step()
+    >>> print(f"{(layer.weight - before).square().mean().sqrt():.4f}")  # lr * eta
+    0.0200
     """
 
     def __init__(
@@ -90,13 +130,13 @@ class AdderConv2d(_AdderLayer, _ConvNd):
         super().__init__(
             in_channels,
             out_channels,
-            _pair(kernel_size),
-            _pair(stride),
-            padding if isinstance(padding, str) else _pair(padding),
-            _pair(dilation),
+            _pair("kernel_size", kernel_size),
+            _pair("stride", stride),
+            padding if isinstance(padding, str) else _pair("padding", padding),
+            _pair("dilation", dilation),
             transposed=False,
-            output_padding=_pair(0),
-            groups=groups,
+            output_padding=(0, 0),
+            groups=int(groups) if isinstance(groups, Integral) else groups,  # numpy's too
             bias=bias,
             padding_mode=padding_mode,
             device=device,
@@ -109,6 +149,17 @@ class AdderConv2d(_AdderLayer, _ConvNd):
         if self.padding_mode != "zeros":
             input, padding = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode), 0
         return adder_conv2d(input, self.rated_weight(), self.bias, self.stride, padding, self.dilation, self.groups)
+
+
+def _pair(name: str, value: int | Iterable[int]) -> tuple[int, int]:
+    """(height, width) of an argument that nn.Conv2d takes as one integer or two, numpy's among them."""
+    try:
+        values = tuple(map(index, value)) if isinstance(value, Iterable) else (index(value),) * 2
+    except TypeError:
+        values = ()
+    if len(values) != 2:
+        raise TypeError(f"AdderConv2d: {name}: expected an integer or a pair of integers, got {value!r}")
+    return values
 
 
 class AdderLinear(_AdderLayer):
@@ -129,7 +180,7 @@ class AdderLinear(_AdderLayer):
     Source: AdderNet, arXiv 1912.13200.
 
     >>> layer = AdderLinear(2, 1)
-    >>> _ = layer.load_state_dict({"weight": torch.tensor([[3.0, 3.0]])})
+    >>> _ = nn.init.constant_(layer.weight, 3.0)
     >>> layer(torch.tensor([1.0, 5.0])).detach()
     tensor([-4.])
     """
@@ -177,28 +228,40 @@ def convert(
 ) -> nn.Module:
     """Replaces the `nn.Conv2d` of a model by `AdderConv2d` of the same geometry with new weights, in place.
 
-    The first convolution and a convolution that is the classifier (no convolution or linear layer is registered after
-    it) stay, as in AdderNet.  So do convolutions whose replacement would lose something: a `forward` of their own,
-    hooks, parametrizations, parameters not yet initialised.  Device, dtype, memory format and training mode are kept;
-    a module that occurs in several places is replaced by one.
+    Those become adder layers that a normalisation follows: directly, or behind a concatenation, pooling or change of
+    shape.  All others stay, because the outputs of an adder layer are all <= 0 and large: gates (squeeze-and-excitation
+    would be shut for good), heads, what is added to a shortcut unnormalised.  BatchNorm, InstanceNorm, GroupNorm and
+    LayerNorm count; a frozen BatchNorm does not, whose statistics are those of other weights.
+
+    As in AdderNet the first convolution stays (no layer stands before it), and so does a classifier with a BatchNorm on
+    its logits (no layer stands behind it).  The model's graph decides, by `torch.fx`; where its forward cannot be
+    traced, the graphs of its parts and the order of registration.
+
+    A convolution also stays where its replacement would lose something: a `forward` of its own, hooks,
+    parametrizations, parameters not yet initialised.  Device, dtype, memory format and training mode are kept; a module
+    that occurs in several places is replaced by one.
 
     Args:
         model: any module; where it is itself a `Conv2d` that gets replaced, use the return value.
-        filter: called with each candidate's name and module; decides in place of the rule for first and classifier.
+        filter: called with each candidate's name and module; decides in place of the rule.
         eta: of the new layers.
         verbose: prints one line for each convolution: replaced, or kept and why.
 
     Returns:
         The model.
 
-    >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.LazyLinear(10))
+    >>> model = nn.Sequential(
+    ...     *(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU()),
+    ...     *(nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8), nn.ReLU()),
+    ...     *(nn.Conv2d(8, 8, 3), nn.Sigmoid(), nn.Flatten(), nn.LazyLinear(10)),
+    ... )
     >>> model = convert(model)
     convert: kept     0: first convolution
-    convert: replaced 1: AdderConv2d(8, 8, kernel_size=(3, 3), stride=(1, 1), eta=0.2)
-    convert: 1 of 2 convolutions replaced
+    convert: replaced 3: AdderConv2d(8, 8, kernel_size=(3, 3), stride=(1, 1), eta=0.2)
+    convert: kept     6: no normalisation behind it but Sigmoid
+    convert: 1 of 3 convolutions replaced
     """
-    weighted = [m for m in model.modules() if isinstance(m, (_ConvNd, nn.Linear, AdderLinear))]
-    first = next((m for m in weighted if isinstance(m, _ConvNd)), None)
+    reasons = reasons_to_stay(model) if filter is None else {}
     report = print if verbose else lambda line: None
     replacements: dict[nn.Module, nn.Module] = {}
     seen = 0
@@ -209,10 +272,8 @@ def convert(
         kept = _cannot_replace(module)
         if kept is None and filter is not None:
             kept = None if filter(name, module) else "filter"
-        elif kept is None and module is first:
-            kept = "first convolution"
-        elif kept is None and module is weighted[-1]:
-            kept = "classifier"
+        elif kept is None:
+            kept = reasons[module]
         if kept is None:
             replacements[module] = _adder_layer_like(module, eta)
         report(f"convert: kept     {name}: {kept}" if kept else f"convert: replaced {name}: {replacements[module]}")

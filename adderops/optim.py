@@ -1,12 +1,23 @@
-"""The adaptive rate of AdderNet: every adder layer takes weight steps of the same size, whatever its gradient's.
+"""The fixed rate of AdderNet: every adder layer takes weight steps of the same size, whatever its gradient's.
 
-There is one formula, `normalize_gradient`, and two places for it.  By default each layer applies it in its own
-backward pass, so that a model with adder layers trains under any stock optimizer.  `AdaptiveRate` applies it just
-before `optimizer.step()` instead, where the gradient is whole: exact under gradient accumulation and data parallelism.
+One rule: the layers hand over the raw gradient, and a hook that every `torch.optim.Optimizer` runs just before its step
+normalizes it.  So loss scaling, clipping, accumulation and averaging over replicas act on ordinary gradients, and the
+step is the documented one.  Where a layer's weight is not a parameter that an optimizer could hold (`torch.func`, an
+exported program) the backward pass normalizes instead.
 """
+
+import math
+import numbers
+import warnings
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.utils.weak import WeakTensorKeyDictionary
 
 
 def normalize_gradient(grad: Tensor, eta: float) -> Tensor:
@@ -31,112 +42,245 @@ def normalize_gradient(grad: Tensor, eta: float) -> Tensor:
     return (grad.to(dtype) * (eta * grad.numel() ** 0.5 / norm.clamp(min=1e-12))).to(grad.dtype)
 
 
-class _NormalizedGradient(torch.autograd.Function):
-    """Identity whose backward is `normalize_gradient`: a function, not a hook, so that copies of a layer keep it."""
+@torch.no_grad()
+def normalize_gradients(parameters: Iterable[Tensor]) -> None:
+    """Applies `normalize_gradient` to `.grad` of every adder weight among the parameters, in place.
 
-    @staticmethod
-    def forward(ctx, weight: Tensor, eta: float) -> Tensor:
-        ctx.eta = eta
-        return weight.view_as(weight)
+    `step` of every `torch.optim.Optimizer` does this by itself; call it before an update of your own.  A second call
+    changes nothing but the last digit.
 
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
-        return normalize_gradient(grad, ctx.eta), None
+    Args:
+        parameters: of any model; what is no adder weight, or has no gradient, stays as it is.
+
+    >>> from adderops import AdderLinear
+    >>> layer = AdderLinear(4, 2, eta=0.2)
+    >>> layer(torch.randn(8, 4)).sum().backward()
+    >>> normalize_gradients(layer.parameters())
+    >>> with torch.no_grad():
+    ...     layer.weight -= 0.1 * layer.weight.grad
+    >>> print(f"{layer.weight.grad.square().mean().sqrt():.4f}")
+    0.2000
+    """
+    _normalize(parameters)
 
 
 class AdaptiveRateLayer(nn.Module):
-    """A layer with a `weight` and an `eta`: the base of the adder layers, and what `AdaptiveRate` looks for.
+    """A layer with a `weight` and an `eta`: the base of the adder layers.
 
     `forward` of a subclass calls `self.rated_weight()` once in place of `self.weight`.
     """
 
     weight: nn.Parameter
     eta: float | None
-    _rate_taken_over = False  # True in layers whose gradients an AdaptiveRate normalizes
+
+    def __new__(cls, *args, **kwargs):
+        layer = super().__new__(cls)  # constructed, copied or unpickled
+        _watches[layer] = _Watch()
+        return layer
 
     def set_eta(self, eta: float | None) -> None:
-        if eta is not None and not (isinstance(eta, (int, float)) and eta > 0):
-            raise ValueError(f"{type(self).__name__}: eta: expected a positive number or None, got {eta!r}")
-        self.eta = eta
+        if eta is not None and not (isinstance(eta, numbers.Real) and 0 < eta < math.inf):
+            raise ValueError(f"{type(self).__name__}: eta: expected a positive finite number or None, got {eta!r}")
+        self.eta = None if eta is None else float(eta)
 
     def rated_weight(self) -> Tensor:
-        if self.eta is None or self._rate_taken_over:
-            return self.weight
-        return _NormalizedGradient.apply(self.weight, self.eta)
+        """The weight; its gradient gets the rate in the optimizer's step, or else in the backward pass."""
+        weight = self.weight
+        if self.eta is None or getattr(self, "_is_replica", False):  # of nn.DataParallel: gradients are summed up
+            return weight
+        if torch.compiler.is_exporting():
+            return _in_exported_program(weight, self.eta) if self.training else weight
+        if isinstance(weight, nn.Parameter):
+            return _watched(self) if self.training else weight
+        return _rated(weight, self.eta)
 
-    def __getstate__(self) -> dict:
-        # A copy has an optimizer of its own, or none: it does not inherit the AdaptiveRate.
-        return {name: value for name, value in self.__dict__.items() if name != "_rate_taken_over"}
+
+# --- in the optimizer's step ---
+
+
+def _normalize(parameters: Iterable[Tensor], grad_scale: Tensor | float | None = None) -> None:
+    # looked up each time: `.to()`, `load_state_dict(assign=True)`, FSDP and others replace parameters
+    layers = {id(layer.__dict__.get("_parameters", {}).get("weight")): layer for layer in list(_watches)}
+    for parameter in parameters:
+        if parameter.grad is None:
+            continue
+        layer = layers.get(id(parameter))
+        eta = layer.eta if layer is not None else _weights_in_graphs.get(parameter)
+        if layer is not None:
+            _watches[layer].stepped = True
+        if eta is not None:
+            grad = normalize_gradient(parameter.grad, eta)
+            # in place: the gradient may be a view into a bucket of DistributedDataParallel
+            parameter.grad.copy_(grad if grad_scale is None else grad * grad_scale)
+
+
+@torch.no_grad()
+def _normalize_held(optimizer: Any) -> None:
+    # a fused step divides by the loss scale inside its kernel
+    scale = getattr(optimizer, "grad_scale", None)
+    for group in optimizer.param_groups:
+        _normalize(group["params"], scale)
+
+
+def _before_step(optimizer: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+    """Normalizes the gradients that the step finds, or those that each call of its closure leaves."""
+
+    def and_normalize(closure: Callable) -> Callable:
+        def closure_and_normalize():
+            loss = closure()
+            _normalize_held(optimizer)
+            return loss
+
+        return closure_and_normalize
+
+    if callable(kwargs.get("closure")):
+        return args, {**kwargs, "closure": and_normalize(kwargs["closure"])}
+    if len(args) > 1 and callable(args[1]):  # args[0] is the optimizer
+        return (args[0], and_normalize(args[1]), *args[2:]), kwargs
+    _normalize_held(optimizer)
+    return None
+
+
+register_optimizer_step_pre_hook(_before_step)
 
 
 class AdaptiveRate:
-    """Normalizes the weight gradients of a model's adder layers just before each step of an optimizer.
+    """Applies the rate before each `step` of an optimizer that is no `torch.optim.Optimizer` and wraps none.
 
-    From construction to `remove()` the layers hand over raw gradients, which add up over micro-batches and average
-    over replicas as gradients do, and each `optimizer.step()` applies `normalize_gradient(grad, layer.eta)` once to the
-    result.  Layers with `eta=None` keep the raw gradient.  A closure given to `step` is normalized at each evaluation.
+    A `torch.optim.Optimizer` needs no such object, nor does what wraps one (accelerate's, Lightning's): its step
+    applies the rate by itself.  There the constructor only checks that it holds the weights.
 
     Args:
         model: holds the adder layers; may be wrapped (DistributedDataParallel, torch.compile).
-        optimizer: any `torch.optim.Optimizer`; the layers whose weight it holds are taken over.
+        optimizer: has `param_groups` as torch's and a `step`, which may take a closure.
 
     Raises:
-        ValueError: the optimizer holds no adder weight of the model, or another AdaptiveRate has the layer already.
-
-    With `torch.amp.GradScaler` and a fused optimizer call `scaler.unscale_(optimizer)` before `scaler.step(optimizer)`:
-    a fused step removes the loss scale itself, after the normalization that has removed it already.
+        ValueError: the optimizer holds no weight of an adder layer of the model: there is none, or it has copies.
 
     >>> from adderops import AdderLinear
+    >>> class Descent:
+    ...     def __init__(self, parameters, lr):
+    ...         self.param_groups = [{"params": list(parameters), "lr": lr}]
+    ...
+    ...     def step(self):
+    ...         for group in self.param_groups:
+    ...             for parameter in group["params"]:
+    ...                 parameter.data -= group["lr"] * parameter.grad
     >>> layer = AdderLinear(4, 2, eta=0.2)
-    >>> optimizer = torch.optim.SGD(layer.parameters(), lr=1.0)
+    >>> optimizer = Descent(layer.parameters(), lr=1.0)
     >>> rate = AdaptiveRate(layer, optimizer)
-    >>> for micro_batch in torch.randn(3, 8, 4):
-    ...     layer(micro_batch).sum().backward()
+    >>> layer(torch.randn(8, 4)).sum().backward()
     >>> before = layer.weight.detach().clone()
     >>> optimizer.step()
     >>> print(f"{(layer.weight - before).square().mean().sqrt():.4f}")
     0.2000
     """
 
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    def __init__(self, model: nn.Module, optimizer: Any) -> None:
         held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        self._layers = [m for m in model.modules() if isinstance(m, AdaptiveRateLayer) and id(m.weight) in held]
-        if not self._layers:
+        if not any(isinstance(m, AdaptiveRateLayer) and id(m.weight) in held for m in model.modules()):
             raise ValueError(
                 "AdaptiveRate: optimizer: expected one with the weight of an adder layer of model, got none"
             )
-        if any(layer._rate_taken_over for layer in self._layers):
-            raise ValueError(
-                "AdaptiveRate: model: expected layers without one, got layers that another AdaptiveRate has"
-            )
-        for layer in self._layers:
-            layer._rate_taken_over = True
-        self._hook = optimizer.register_step_pre_hook(self._before_step)
+        if not _wraps_torch_optimizer(optimizer):
+            step = optimizer.step
 
-    def remove(self) -> None:
-        """Gives the scaling back to the layers."""
-        self._hook.remove()
-        for layer in self._layers:
-            layer._rate_taken_over = False
-        self._layers = []
+            def rated_step(*args, **kwargs):
+                (_, *args), kwargs = _before_step(optimizer, (optimizer, *args), kwargs) or ((optimizer, *args), kwargs)
+                return step(*args, **kwargs)
 
-    @torch.no_grad()
-    def _normalize(self) -> None:
-        layer_of_weight = {id(layer.weight): layer for layer in self._layers}  # a shared weight is normalized once
-        for layer in layer_of_weight.values():
-            if layer.eta is not None and layer.weight.grad is not None:
-                # in place: the gradient may be a view into a bucket of DistributedDataParallel
-                layer.weight.grad.copy_(normalize_gradient(layer.weight.grad, layer.eta))
+            optimizer.step = rated_step
 
-    def _before_step(self, optimizer, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-        closure = kwargs.get("closure") or next(iter(args[1:]), None)  # args[0] is the optimizer
-        if closure is None:
-            self._normalize()
-            return None
 
-        def closure_and_normalize():
-            loss = closure()
-            self._normalize()
-            return loss
+def _wraps_torch_optimizer(optimizer: Any) -> bool:
+    wrapped = (getattr(optimizer, name, None) for name in ("optimizer", "_optimizer", "base_optimizer"))
+    return isinstance(optimizer, torch.optim.Optimizer) or any(
+        _wraps_torch_optimizer(inner) for inner in wrapped if inner is not None
+    )
 
-        return args[:1], {**kwargs, "closure": closure_and_normalize}
+
+# --- in the backward pass ---
+
+
+class _NormalizedGradient(torch.autograd.Function):
+    """Identity whose backward is `normalize_gradient`, under the transforms of torch.func too."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(weight: Tensor, eta: float) -> Tensor:
+        return weight.view_as(weight)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        ctx.eta = inputs[1]
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        return normalize_gradient(grad, ctx.eta), None
+
+
+@torch.library.custom_op("adderops::_normalized_gradient", mutates_args=())
+def _in_exported_program(weight: Tensor, eta: float) -> Tensor:
+    """The same as an operator, because torch.export keeps operators and no autograd.Function."""
+    return weight.clone()
+
+
+_in_exported_program.register_fake(lambda weight, eta: torch.empty_like(weight))
+_in_exported_program.register_autograd(_NormalizedGradient.backward, setup_context=_NormalizedGradient.setup_context)
+
+
+def _rated(weight: Tensor, eta: float) -> Tensor:
+    if isinstance(weight, nn.Parameter) and not torch.compiler.is_compiling():  # in a graph made by torch.fx
+        _weights_in_graphs[weight] = eta
+        return weight
+    return _NormalizedGradient.apply(weight, eta)
+
+
+torch.fx.wrap("_rated")
+_weights_in_graphs = WeakTensorKeyDictionary()  # eta of each: its layer may be gone
+
+
+# --- weights that somebody else moves ---
+
+
+@dataclass
+class _Watch:
+    """What is known of a layer until a step has applied its rate: from then on its loop is known to be right."""
+
+    stepped: bool = False
+    differentiated: bool = False
+    values: Tensor | None = None  # some of the weight's, from its last forward
+
+
+_watches: WeakKeyDictionary[AdaptiveRateLayer, _Watch] = WeakKeyDictionary()
+_WATCHED_VALUES = 64
+
+
+def _watched(layer: AdaptiveRateLayer) -> Tensor:
+    """The weight; warns if it has changed behind a backward pass and no optimizer's step has been seen."""
+    weight = layer.weight
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing() or type(weight) is not nn.Parameter
+    if traced or not (torch.is_grad_enabled() and weight.requires_grad) or weight.is_meta:
+        return weight
+    watch = _watches[layer]
+    if watch.stepped or (weight.is_cuda and torch.cuda.is_current_stream_capturing()):
+        return weight
+    values = weight.detach().flatten()[:_WATCHED_VALUES].clone()
+    if watch.differentiated and watch.values.shape == values.shape and not torch.equal(watch.values, values):
+        warnings.warn(
+            f"{type(layer).__name__}: weight: expected steps of a torch.optim.Optimizer that holds it, got a change "
+            f"after a backward pass without one, so the rate eta={layer.eta} was not applied: call "
+            "adderops.optim.normalize_gradients(model.parameters()) before each update",
+            stacklevel=4,
+        )
+        watch.stepped = True
+        return weight
+    watch.values = values
+
+    def note(grad: Tensor) -> None:
+        watch.differentiated = True
+
+    view = weight.view_as(weight)
+    view.register_hook(note)
+    return view

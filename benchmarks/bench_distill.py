@@ -34,7 +34,6 @@ from adderops import AdderConv2d
 from adderops.distill import FeatureMatch, PKKDTask, SingleTask
 from adderops.distill.matching import STUDENT_FACTOR, TEACHER_FACTOR
 from adderops.models import create_model, matched_layers
-from adderops.optim import AdaptiveRate
 
 # network -> images a step, for all and for the eager contestant (whose temporaries stay below 1 GiB)
 NETWORKS = {"lenet5": (256, 32), "resnet20": (128, 4)}
@@ -133,8 +132,6 @@ def step_of(
     images = torch.randn(batch, 1, 32, 32).to(device, memory_format=memory_format)
     labels = torch.randint(0, 10, (batch,)).to(device)
     optimizer = torch.optim.SGD([p for p in task.parameters() if p.requires_grad], 0.01, momentum=0.9)
-    if contestant != "cnn":
-        AdaptiveRate(task, optimizer)
 
     def step() -> None:
         optimizer.zero_grad()

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from adderops.distill import FeatureMatch, PKKDTask, SingleTask
 from adderops.distill.task import imitation_loss
 from adderops.models import IntermediateOutputs, lenet5
-from adderops.optim import AdaptiveRate
 
 
 @pytest.fixture(autouse=True)
@@ -181,7 +180,6 @@ def test_a_step_mixes_no_devices(features, width):
         task = PKKDTask(*networks, FeatureMatch([16, 120, 84], features=features, width=width)).float()
         images, labels = torch.empty(4, 1, 32, 32, dtype=torch.float32), torch.empty(4, dtype=torch.int64)
     optimizer = torch.optim.SGD([p for p in task.parameters() if p.requires_grad], 0.1, momentum=0.9)
-    AdaptiveRate(task, optimizer)
     losses = task(images, labels)
     assert {name: value.device.type for name, value in task.diagnose(losses).items()} == dict.fromkeys(
         ("l_mid", "var_yc", "width_a", "width_c", "gradient_ratio"), "meta"

@@ -7,7 +7,11 @@ from dataclasses import asdict, fields, replace
 import pytest
 import torch
 from distill_runs import assert_same_state, rows_of
-from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch.optim.optimizer import (
+    _global_optimizer_pre_hooks,
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
 
 from adderops import AdderConv2d
 from adderops.distill import RECIPES, Config, train, trainer
@@ -104,13 +108,14 @@ def test_adder_gradients_are_scaled_to_rms_eta_just_before_each_step(config, dat
     def record_before(optimizer, *_) -> None:
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
         assert held == {id(p) for p in tasks[0].parameters()}
-        before.append(gradient_rms())  # hooks of all optimizers come before an optimizer's own
+        before.append(gradient_rms())
 
     hooks = [
         register_optimizer_step_pre_hook(record_before),
         register_optimizer_step_post_hook(lambda *_: after.append(gradient_rms())),
     ]
     try:
+        _global_optimizer_pre_hooks.move_to_end(hooks[0].id, last=False)  # before that of adderops
         train(replace(config, accumulate=2), data, tmp_path)
     finally:
         for hook in hooks:

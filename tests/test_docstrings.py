@@ -35,6 +35,7 @@ def test_the_public_functions_have_examples():
         "nn.AdderLinear",
         "nn.convert",
         "optim.normalize_gradient",
+        "optim.normalize_gradients",
         "optim.AdaptiveRate",
         "info.describe",
     }

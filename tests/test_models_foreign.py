@@ -112,6 +112,16 @@ def test_networks_without_normalisation_have_no_adder_form():
     assert all(isinstance(m, AdderConv2d) for m in matched_layers(model).values())
 
 
+def test_names_of_timm_with_a_tag():
+    need("timm")
+    with torch.device("meta"):
+        tagged, plain = (create_model(f"timm/{name}", "cnn") for name in ("resnet18.a1_in1k", "resnet18"))
+    assert str(tagged) == str(plain)
+    for wrong in ("resnet17.a1_in1k", "resnet18.a7_in7k"):
+        with pytest.raises(ValueError, match=f"arch: expected one of .* got 'timm/{wrong}'"):
+            create_model(f"timm/{wrong}")
+
+
 @pytest.mark.parametrize("library", ["torchvision", "timm"])
 def test_a_missing_package_is_named_with_the_remedy(library, monkeypatch):
     monkeypatch.setitem(sys.modules, library, None)

@@ -1,6 +1,8 @@
 """The layers stand where nn.Conv2d and nn.Linear stood: arguments, padding modes, state dicts, devices, printing."""
 
+import copy
 import inspect
+import pickle
 
 import numpy as np
 import pytest
@@ -61,12 +63,17 @@ def integers(*shape):
     return torch.randint(-9, 10, shape).double()
 
 
+def fill(layer, weight, bias):
+    layer.weight.data.copy_(weight)
+    layer.bias.data.copy_(bias)
+
+
 @pytest.mark.parametrize("batched", [True, False])
 @pytest.mark.parametrize("mode", ["zeros", "reflect", "replicate", "circular"])
 @pytest.mark.parametrize("padding", [(2, 1), "same"])
 def test_padding_modes(mode, padding, batched):
     layer = AdderConv2d(4, 6, (3, 4), padding=padding, groups=2, bias=True, padding_mode=mode, dtype=torch.float64)
-    layer.load_state_dict({"weight": integers(6, 2, 3, 4), "bias": integers(6)})
+    fill(layer, integers(6, 2, 3, 4), integers(6))
     x = integers(2, 4, 7, 8)
     # numpy's names of the same paddings; rows (above, below), columns (left, right), the odd one of 'same' on the right
     sides = ((1, 1), (1, 2)) if padding == "same" else ((2, 2), (1, 1))
@@ -80,7 +87,7 @@ def test_padding_modes(mode, padding, batched):
 def test_every_argument_reaches_the_operator():
     x = integers(2, 4, 9, 9)
     layer = AdderConv2d(4, 6, (2, 3), (1, 2), (2, 1), (2, 1), 2, True, "zeros", 0.3, "cpu", torch.float64)
-    layer.load_state_dict({"weight": integers(6, 2, 2, 3), "bias": integers(6)})
+    fill(layer, integers(6, 2, 2, 3), integers(6))
     expected = reference.adder_conv2d(x, layer.weight, layer.bias, (1, 2), (2, 2, 1, 1), (2, 1), 2)
     assert torch.equal(layer(x), expected)
     assert layer.eta == 0.3
@@ -89,7 +96,7 @@ def test_every_argument_reaches_the_operator():
 @pytest.mark.parametrize("shape", [(5,), (3, 5), (2, 3, 5), (0, 5), (2, 0, 5)], ids=str)
 def test_linear_is_the_negative_distance(shape):
     layer = AdderLinear(5, 4, bias=True, dtype=torch.float64)
-    layer.load_state_dict({"weight": integers(4, 5), "bias": integers(4)})
+    fill(layer, integers(4, 5), integers(4))
     x = integers(*shape).requires_grad_()
     y = layer(x)
     expected = layer.bias - (x[..., None, :] - layer.weight).abs().sum(-1)
@@ -139,18 +146,105 @@ def test_published_checkpoint_keys_load(make, prefix):
     assert torch.equal(layer.bias, saved.bias + 2)
 
 
-def test_state_dict_is_that_of_the_twin():
-    for layer, twin in (
-        (AdderConv2d(3, 4, 3, bias=True), nn.Conv2d(3, 4, 3)),
-        (AdderLinear(3, 4, bias=True), nn.Linear(3, 4)),
+TWINS = [
+    (lambda: AdderConv2d(3, 4, 3, bias=True), lambda: nn.Conv2d(3, 4, 3)),
+    (lambda: AdderLinear(3, 4, bias=True), lambda: nn.Linear(3, 4)),
+]
+
+
+@pytest.mark.parametrize("make, twin", TWINS)
+def test_state_dict_is_that_of_the_twin_and_a_mark(make, twin):
+    layer, state = make(), make().state_dict()
+    assert state.keys() == twin().state_dict().keys() | {"_extra_state"}
+    layer.load_state_dict(state)
+    assert torch.equal(layer.weight, state["weight"])
+    with pytest.raises(RuntimeError, match="Unexpected key.*adder"):
+        layer.load_state_dict({**state, "adder": state["weight"]})
+    with pytest.raises(RuntimeError, match="Missing key.*weight"):
+        layer.load_state_dict({"bias": state["bias"]})
+    layer.load_state_dict({"bias": state["bias"] + 1}, strict=False)
+    assert torch.equal(layer.bias, state["bias"] + 1)
+
+
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("make, twin", TWINS)
+def test_weights_of_ordinary_layers_are_refused(make, twin, strict):
+    model = nn.ModuleDict({"body": make()})
+    before = model["body"].weight.detach().clone()
+    with pytest.raises(
+        RuntimeError, match=f"body.weight: expected the weight of an {type(model['body']).__name__}, got"
     ):
-        layer.load_state_dict(twin.state_dict())
-        assert torch.equal(layer.weight, twin.weight)
-        assert layer.state_dict().keys() == twin.state_dict().keys()
-        with pytest.raises(RuntimeError, match="Unexpected key.*adder"):
-            layer.load_state_dict({**twin.state_dict(), "adder": twin.weight})
-        with pytest.raises(RuntimeError, match="Missing key.*weight"):
-            layer.load_state_dict({"bias": twin.bias})
+        model.load_state_dict(nn.ModuleDict({"body": twin()}).state_dict(), strict=strict)
+    assert torch.equal(model["body"].weight, before)
+    with pytest.raises(RuntimeError, match="body._extra_state"):
+        nn.ModuleDict({"body": twin()}).load_state_dict(model.state_dict())
+
+
+@pytest.mark.parametrize("make, twin", TWINS)
+def test_the_mark_is_a_tensor_that_tools_carry_along(make, twin, tmp_path):
+    model = nn.Sequential(make(), nn.BatchNorm2d(4))
+    state = model.state_dict()
+    safetensors = pytest.importorskip("safetensors.torch")
+    safetensors.save_file(state, tmp_path / "model.safetensors")
+    model.load_state_dict(safetensors.load_file(tmp_path / "model.safetensors"))
+    torch.save(state, tmp_path / "model.pt")
+    model.load_state_dict(torch.load(tmp_path / "model.pt", weights_only=True))
+    model.load_state_dict(
+        {name: value.float() * 0.5 + value.float() * 0.5 for name, value in state.items()}
+    )  # averages
+    average = torch.optim.swa_utils.AveragedModel(model, use_buffers=True)
+    average.update_parameters(model)
+    average.load_state_dict(average.state_dict())
+    assert set(dict(model.named_buffers())) == {"1.running_mean", "1.running_var", "1.num_batches_tracked"}
+    copied = copy.deepcopy(model)
+    copied.load_state_dict(pickle.loads(pickle.dumps(model)).state_dict())
+    parameters, buffers = torch.func.stack_module_state([model, copied])
+    assert parameters.keys() == dict(model.named_parameters()).keys() and len(buffers) == 3
+
+
+def test_functional_call_takes_a_state_dict():
+    layer, x = AdderConv2d(3, 4, 3), torch.randn(1, 3, 5, 5)
+    state = {name: value + 1 for name, value in layer.state_dict().items()}
+    expected = adder_conv2d(x, layer.weight + 1)
+    assert torch.equal(torch.func.functional_call(layer, state, (x,)), expected)
+    assert layer.state_dict().keys() == {"weight", "_extra_state"}
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_fusers_of_linear_layers_refuse(bias):
+    with pytest.raises(TypeError, match="fuse_conv_bn_eval: expected a linear layer, got AdderConv2d"):
+        nn.utils.fuse_conv_bn_eval(AdderConv2d(3, 4, 3, bias=bias).eval(), nn.BatchNorm2d(4).eval())
+    with pytest.raises(TypeError, match="fuse_linear_bn_eval: expected a linear layer, got AdderLinear"):
+        nn.utils.fuse_linear_bn_eval(AdderLinear(3, 4, bias=bias).eval(), nn.BatchNorm1d(4).eval())
+    layer = AdderConv2d(3, 4, 3, bias=bias)
+    layer.weight = nn.Parameter(torch.zeros(4, 3, 3, 3))  # anybody else may
+    layer.bias = nn.Parameter(torch.zeros(4))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_quantization_of_torch_ao_names_ours():
+    model = nn.Sequential(
+        torch.ao.quantization.QuantStub(), nn.Conv2d(3, 4, 3), AdderConv2d(4, 4, 3), torch.ao.quantization.DeQuantStub()
+    ).eval()
+    model.qconfig = torch.ao.quantization.default_qconfig
+    prepared = torch.ao.quantization.prepare(model)
+    prepared(torch.randn(1, 3, 8, 8))
+    with pytest.raises(TypeError, match="adder_conv2d: input: .* adder layers are quantized by adderops.quant"):
+        torch.ao.quantization.convert(prepared)(torch.randn(1, 3, 8, 8))
+
+
+@pytest.mark.parametrize("name", ["kernel_size", "stride", "padding", "dilation"])
+def test_integers_of_numpy(name):
+    arguments = {"kernel_size": 3, name: np.int64(2), "groups": np.int64(2)}
+    layer, twin = (kind(np.int64(4), np.int64(4), **arguments) for kind in (AdderConv2d, nn.Conv2d))
+    x = torch.zeros(1, 4, 9, 9)
+    assert layer(x).shape == twin(x).shape
+    assert type(getattr(layer, name)[0]) is int and type(layer.groups) is int
+    assert getattr(AdderConv2d(4, 4, **{"kernel_size": 3, name: np.array([1, 2])}), name) == (1, 2)
+    for bad in ("ab", 1.5, (1, 2, 3), None):
+        if (name, bad) != ("padding", "ab"):
+            with pytest.raises(TypeError, match=f"AdderConv2d: {name}: expected an integer or a pair of integers, got"):
+                AdderConv2d(4, 4, **{"kernel_size": 3, name: bad})
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,15 @@ from adderops.distill.data import Data, load_data
 from adderops.distill.distributed import synchronize_batchnorm
 from adderops.distill.matching import FeatureMatch
 from adderops.distill.task import PKKDTask, SingleTask
-from adderops.models import classifier, create_model, input_size, load_reference_checkpoint, matched_layers
+from adderops.models import (
+    classifier,
+    create_model,
+    input_size,
+    load_reference_checkpoint,
+    mark_adder_weights,
+    matched_layers,
+    unwrap_state_dict,
+)
 from adderops.optim import AdaptiveRateLayer
 from adderops.quant import Scheme, insert
 
@@ -104,7 +112,9 @@ def load_weights(network: nn.Module, path: Path, any_classifier: bool = False) -
         FileNotFoundError: no such file.
         ValueError: not a state_dict, or not one of this network.
     """
-    state = {name.removeprefix("module."): value for name, value in load_state_dict(path).items()}
+    state = unwrap_state_dict(load_state_dict(path), network)
+    if path.name.startswith("student") and (path.parent / "config.json").exists():
+        state = mark_adder_weights(state, network)  # a run of before there were marks
     own = network.state_dict()
     if any_classifier:
         # what stands behind the classifier (a BatchNorm on the logits) goes with it

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from adderops.files import write_atomically
+from adderops.models.checkpoints import find_state_dict
 
 FORMAT = 2
 
@@ -56,16 +57,17 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def load_state_dict(path: Path) -> dict[str, Tensor]:
-    """Loads a state_dict; executes no code from the file.
+    """Loads a state_dict, or that of a trainer's checkpoint; executes no code from the file.
 
     Raises:
         FileNotFoundError: no such file.
         ValueError: damaged, or not a state_dict.
     """
-    state = _load_tensors(path, "state_dict")
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise ValueError(f"{path}: expected a state_dict, got something else")
-    return state
+    content = _load_tensors(path, "state_dict")
+    try:
+        return dict(find_state_dict(content))
+    except ValueError:
+        raise ValueError(f"{path}: expected a state_dict, got something else") from None
 
 
 def _load_tensors(path: Path, what: str) -> Any:

@@ -14,7 +14,7 @@ from adderops.distill.checkpoint import load_state_dict
 from adderops.distill.config import MACHINE, Config
 from adderops.distill.data.idx import SIDE
 from adderops.distill.data.sources import find_source
-from adderops.models import classifier, create_model, input_size
+from adderops.models import classifier, create_model, input_size, mark_adder_weights
 from adderops.quant import Scheme, insert
 
 NETWORKS = ("student", "student_ema", "teacher", "teacher_ema")
@@ -158,7 +158,7 @@ class RunFolder:
             network = create_model(self.config.arch, kind, *_sizes(self.config.arch, state))
             if self.config.bits is not None and name.startswith("student"):
                 network = insert(network, Scheme(self.config.bits))
-            network.load_state_dict(state)
+            network.load_state_dict(mark_adder_weights(state, network))  # runs of before there were marks
         except (RuntimeError, KeyError) as error:
             raise ValueError(f"{path}: expected a state_dict of {self.config.arch}, got another: {error}") from error
         return network.eval()

@@ -23,8 +23,8 @@ from adderops.distill.evaluate import correct, evaluate, to_device
 from adderops.distill.interrupt import Interrupted, StopRequest, stop_request
 from adderops.distill.log import Log
 from adderops.distill.task import Losses
-from adderops.models import classifier
-from adderops.optim import AdaptiveRate, AdaptiveRateLayer
+from adderops.models import classifier, mark_adder_weights
+from adderops.optim import AdaptiveRateLayer
 from adderops.quant import observe
 
 try:
@@ -92,8 +92,6 @@ class _Run:
         self.writes = distributed.rank() == 0
         self.task = build_task(config, data.in_channels, data.num_classes, device)
         self.optimizer = build_optimizer(config, self.task)
-        if any(isinstance(module, AdaptiveRateLayer) for module in self.task.modules()):
-            AdaptiveRate(self.task, self.optimizer)
         self.average = build_average(config, self.task)
         self.role = main_role(config)
         self.log = Log(folder, config.tensorboard and self.writes)
@@ -113,7 +111,8 @@ class _Run:
                     f"{self.folder}: expected the configuration of the run in this folder, got another: {described}"
                 )
             for name, part in self._parts().items():
-                part.load_state_dict(state[name])
+                saved = state[name]
+                part.load_state_dict(mark_adder_weights(saved, part) if isinstance(part, nn.Module) else saved)
             self.epoch, self.step, self.sums = state["epoch"], state["step"], Counter(state["sums"])
             self.log.rows, self.log.layers = state["log"], state["layers"]
             if self.writes:

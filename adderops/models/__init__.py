@@ -4,11 +4,9 @@ They are plain modules: `network(x)` gives logits.  `IntermediateOutputs` gets t
 first convolution and the classifier out of any of them, and out of networks of torchvision and timm.
 """
 
-from collections.abc import Mapping
+from torch import nn
 
-from torch import Tensor, nn
-from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
-
+from adderops.models.checkpoints import load_reference_checkpoint, mark_adder_weights, unwrap_state_dict
 from adderops.models.foreign import LIBRARIES, create_foreign_model
 from adderops.models.intermediates import IntermediateOutputs, classifier, matched_layers
 from adderops.models.lenet import LeNet5BN, lenet5
@@ -51,12 +49,14 @@ __all__ = [
     "input_size",
     "lenet5",
     "load_reference_checkpoint",
+    "mark_adder_weights",
     "matched_layers",
     "mobilenet",
     "resnet18",
     "resnet20",
     "resnet32",
     "resnet50",
+    "unwrap_state_dict",
     "vgg_small",
 ]
 
@@ -66,8 +66,7 @@ def create_model(arch: str, kind: str = "adder", in_channels: int = 3, num_class
 
     Args:
         arch: one of `ARCHITECTURES`; or 'torchvision/NAME' or 'timm/NAME' where that package is installed.
-            kind='adder' puts such a network through `adderops.convert`, but for convolutions without a normalisation
-            behind them.
+            kind='adder' puts such a network through `adderops.convert`.  A tag of timm's (resnet18.a1_in1k) is allowed.
         kind: 'adder' or 'cnn'.
         in_channels: of the images.
         num_classes: number of logits.
@@ -109,24 +108,3 @@ def _library(arch: str) -> str | None:
         choices = [*map(repr, ARCHITECTURES), *(f"'{known}/NAME'" for known in LIBRARIES)]
         raise ValueError(f"arch: expected one of {', '.join(choices)}, got {arch!r}")
     return None if arch in ARCHITECTURES else library
-
-
-def load_reference_checkpoint(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
-    """Loads a checkpoint of the AdderNet reference code strictly into `model`.
-
-    Takes the prefix `module.` off the keys; the adder layers take the key `adder` for their `weight` by themselves.
-
-    Args:
-        model: an adder network of the same architecture, `resnet20()` for example.
-        state_dict: flat, as the reference code publishes it; it is not changed.
-
-    Raises:
-        RuntimeError: missing, unexpected or misshapen entries.
-
-    >>> student, published = resnet20(), resnet20().state_dict()
-    >>> published = {f"module.{k}": v for k, v in published.items()}
-    >>> load_reference_checkpoint(student, published)
-    """
-    state = dict(state_dict)
-    consume_prefix_in_state_dict_if_present(state, "module.")
-    model.load_state_dict(state)

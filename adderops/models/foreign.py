@@ -6,8 +6,6 @@ import warnings
 from types import ModuleType
 
 from torch import nn
-from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.modules.conv import _ConvNd
 
 from adderops.models.intermediates import matched_layers
 from adderops.models.kinds import layer_of_kind
@@ -20,9 +18,6 @@ _TORCHVISION_OPTIONS = dict.fromkeys(("googlenet", "inception_v3"), {"aux_logits
 def create_foreign_model(arch: str, kind: str, in_channels: int, num_classes: int) -> nn.Module:
     """Builds 'torchvision/NAME' or 'timm/NAME', untrained; kind='adder' puts it through `adderops.convert`.
 
-    Of the matched layers only those with a normalisation behind them become adder layers.  The others, gates of
-    squeeze-and-excitation above all, stay: outputs that are all <= 0 would shut a gate for good.
-
     Raises:
         ModuleNotFoundError: the package is not installed.
         ValueError: unknown name or kind; in_channels other than 3 for torchvision; kind='adder' for a network of which
@@ -34,8 +29,7 @@ def create_foreign_model(arch: str, kind: str, in_channels: int, num_classes: in
     layer_of_kind(kind)
     model = _BUILDERS[arch.partition("/")[0]](arch, in_channels, num_classes)
     if kind == "adder":
-        replaceable = matched_layers(model).keys() & _names_before_a_norm(model)
-        convert(model, filter=lambda name, conv: name in replaceable, verbose=False)
+        convert(model, verbose=False)
         matched = matched_layers(model)
         ordinary = [name for name, layer in matched.items() if not isinstance(layer, AdderConv2d)]
         if len(ordinary) == len(matched):
@@ -44,21 +38,10 @@ def create_foreign_model(arch: str, kind: str, in_channels: int, num_classes: in
             named = ", ".join(ordinary[:3]) + (", ..." if len(ordinary) > 3 else "")
             warnings.warn(
                 f"{arch}: {len(ordinary)} of {len(matched)} convolutions stay ordinary, having no normalisation behind "
-                f"them or a forward of their own: {named}",
+                f"them or a forward of their own (`adderops.convert` says which): {named}",
                 stacklevel=3,
             )
     return model
-
-
-def _names_before_a_norm(model: nn.Module) -> set[str]:
-    """Names of the layers behind which a normalisation is registered before the next layer."""
-    names, last = set(), ""
-    for name, module in model.named_modules():
-        if isinstance(module, (_ConvNd, nn.Linear)):
-            last = name
-        elif isinstance(module, (_NormBase, nn.GroupNorm, nn.LayerNorm)):
-            names.add(last)
-    return names
 
 
 def _torchvision(arch: str, in_channels: int, num_classes: int) -> nn.Module:
@@ -71,7 +54,8 @@ def _torchvision(arch: str, in_channels: int, num_classes: int) -> nn.Module:
 
 def _timm(arch: str, in_channels: int, num_classes: int) -> nn.Module:
     timm = _import("timm", arch)
-    name = _known_name(arch, timm.list_models())
+    # with the tag of pretrained weights too: resnet18.a1_in1k
+    name = _known_name(arch, timm.list_models() + timm.list_pretrained())
     return timm.create_model(name, pretrained=False, in_chans=in_channels, num_classes=num_classes)
 
 

@@ -16,8 +16,6 @@ def _weighted_layers(model: nn.Module) -> dict[str, nn.Module]:
 def classifier(model: nn.Module) -> tuple[str, nn.Module]:
     """Returns name and module of the classifier: the convolution or linear layer that is registered last.
 
-    `adderops.convert` goes by the same rule.
-
     Raises:
         ValueError: the model has no such layer.
 
@@ -33,9 +31,8 @@ def classifier(model: nn.Module) -> tuple[str, nn.Module]:
 def matched_layers(model: nn.Module) -> dict[str, nn.Module]:
     """Returns the layers that PKKD matches, by name: all 2-d convolutions but the first and the classifier.
 
-    These are `AdderConv2d` and `nn.Conv2d` in the order in which they are registered.  The first convolution and the
-    classifier are those that `adderops.convert` keeps, so the CNN and the adder network of one architecture have the
-    same names.  A layer that occurs twice is listed once.
+    These are `AdderConv2d` and `nn.Conv2d` in the order in which they are registered, so the CNN and the adder network
+    of one architecture have the same names.  A layer that occurs twice is listed once.
 
     >>> from adderops.models import lenet5
     >>> list(matched_layers(lenet5("adder"))), list(matched_layers(lenet5("cnn")))
