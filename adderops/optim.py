@@ -34,10 +34,15 @@ def normalize_gradient(grad: Tensor, eta: float) -> Tensor:
 class _NormalizedGradient(torch.autograd.Function):
     """Identity whose backward is `normalize_gradient`: a function, not a hook, so that copies of a layer keep it."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx, weight: Tensor, eta: float) -> Tensor:
-        ctx.eta = eta
+    def forward(weight: Tensor, eta: float) -> Tensor:
         return weight.view_as(weight)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        ctx.eta = inputs[1]
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
@@ -60,7 +65,7 @@ class AdaptiveRateLayer(nn.Module):
         self.eta = eta
 
     def rated_weight(self) -> Tensor:
-        if self.eta is None or self._rate_taken_over:
+        if self.eta is None or self._rate_taken_over or torch.jit.is_tracing():
             return self.weight
         return _NormalizedGradient.apply(self.weight, self.eta)
 
