@@ -1,9 +1,24 @@
 """Adder convolution for PyTorch: -sum|x - w| in place of sum x*w (AdderNet, arXiv 1912.13200)."""
 
+import importlib
+
 __version__ = "0.1.0"
 
 from adderops import functional, nn, optim, reference
 from adderops.batchnorm import reestimate_batchnorm
 from adderops.nn import AdderConv2d, AdderLinear, convert
 
+# Imported when first used: they take time or need packages that `pip install adderops` alone does not bring.
+_LAZY = ("distill", "export", "info", "models", "operations", "quant")
+
 __all__ = ["AdderConv2d", "AdderLinear", "convert", "functional", "nn", "optim", "reestimate_batchnorm", "reference"]
+
+
+def __getattr__(name: str):
+    if name in _LAZY:
+        return importlib.import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LAZY})

@@ -1,14 +1,20 @@
-"""Loads the compiled operators and tells PyTorch what it needs to know of them: fake kernels, autograd, autocast.
+"""Loads the compiled operators and tells PyTorch what it needs to know of them: fake kernels, autograd, vmap, autocast,
+operation counts.
 
 The only file that says `torch.ops.adderops`.  The schemas are in csrc/ops.cpp.
 """
 
+import math
 from collections.abc import Sequence
 from importlib.util import find_spec
 from math import prod
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from adderops import _onnx_registration
+from adderops._transforms import register_autograd, register_vmap
 
 try:
     from adderops import _C  # noqa: F401  (registers the schemas and the CPU kernels)
@@ -145,22 +151,32 @@ def _backward(ctx, grad_y):
     )
 
 
-torch.library.register_autograd("adderops::adder_conv2d", _backward, setup_context=_save_for_backward)
+register_autograd(adder_conv2d, _backward, _save_for_backward)
 
 
-def _refuse_second_derivative(operator: str) -> None:
+def _refuse_differentiation(op, reason: str) -> None:
     def backward(ctx, grad):
         raise RuntimeError(
-            f"{operator}: expected no differentiation of its result, got a backward pass through it; the training "
-            "gradients of the adder convolution are not a derivative, so a second derivative is not defined"
+            f"{op._opname}: expected no differentiation of its result, got a backward pass through it; {reason}"
         )
 
-    # without this PyTorch would take the result for a constant and return wrong second gradients
-    torch.library.register_autograd(f"adderops::{operator}", backward)
+    # without this PyTorch would take the result for a constant, and return wrong gradients
+    register_autograd(op, backward)
 
 
-_refuse_second_derivative("adder_conv2d_grad_x")
-_refuse_second_derivative("adder_conv2d_grad_w")
+_NO_SECOND_DERIVATIVE = (
+    "the training gradients of the adder convolution are not a derivative, so a second derivative is not defined"
+)
+_refuse_differentiation(adder_conv2d_grad_x, _NO_SECOND_DERIVATIVE)
+_refuse_differentiation(adder_conv2d_grad_w, _NO_SECOND_DERIVATIVE)
+_refuse_differentiation(adder_conv2d_int8, "it is for inference; train with adder_conv2d")
+
+
+# --- vmap ---
+
+for _op in (adder_conv2d, adder_conv2d_grad_x, adder_conv2d_int8, quantize):
+    register_vmap(_op)
+register_vmap(adder_conv2d_grad_w, gradient_of_filters=True)
 
 
 # --- autocast: float32, unlike F.conv2d.  |y| grows with the number of terms (1e2 to 5e3 in real layers) while layers
@@ -168,3 +184,22 @@ _refuse_second_derivative("adder_conv2d_grad_w")
 
 for _device in ("cpu", "cuda"):
     torch.library.register_autocast("adderops::adder_conv2d", _device, torch.float32)
+
+
+# --- operation counts, for torch.utils.flop_counter.FlopCounterMode and what is built on it: 2 per term of a sum, here
+# the subtraction and the accumulation, as PyTorch counts 2 per term of a convolution and of each of its gradients ---
+
+
+@register_flop_formula([adder_conv2d.overloadpacket, adder_conv2d_int8.overloadpacket])
+def _forward_flops(x_shape, w_shape, *_, out_shape, **__) -> int:
+    return 2 * math.prod(out_shape) * math.prod(w_shape[1:])
+
+
+@register_flop_formula([adder_conv2d_grad_x.overloadpacket, adder_conv2d_grad_w.overloadpacket])
+def _gradient_flops(grad_y_shape, x_shape, w_shape, *_, **__) -> int:
+    return 2 * math.prod(grad_y_shape) * math.prod(w_shape[1:])
+
+
+# --- torch.onnx.export ---
+
+_onnx_registration.register()

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
+from torch.optim.swa_utils import AveragedModel
 
 from adderops import _ops
 from adderops.files import write_atomically
@@ -28,11 +29,14 @@ def export_program(
     """Exports a model in evaluation mode as a `torch.export` program of any batch size.
 
     Args:
-        model: of one input; it is left as it is, and the program has weights of its own.
+        model: of one input; it is left as it is, and the program has weights of its own. Taken out of DataParallel,
+            DistributedDataParallel, AveragedModel and torch.compile.
         example: an input (N, ...), N >= 1; the other dimensions are fixed by it.
         path: where to save the program too (usually *.pt2), written atomically; None saves nothing.
         decompose: replaces the operator adderops::adder_conv2d by pad, im2col and cdist of PyTorch, so that the
-            program loads and runs with torch alone.  Otherwise `import adderops` before `torch.export.load`.
+            program loads and runs with torch alone.  Otherwise `import adderops` before `torch.export.load`, and, in a
+            process that runs a package that AOTInductor has made of the program, before
+            `torch._inductor.aoti_load_package`.
 
     Returns:
         The program; `program.module()` is callable.
@@ -67,7 +71,8 @@ def export_onnx(model: nn.Module, example: Tensor, path: str | os.PathLike, *, o
     The file has the input `input`, of shape (batch, ...); it has passed `onnx.checker`, and is written atomically.
 
     Args:
-        model: of one input; it is left as it is.
+        model: of one input; it is left as it is. Taken out of DataParallel, DistributedDataParallel, AveragedModel and
+            torch.compile.
         example: an input (N, ...), N >= 1; the other dimensions are fixed by it.
         path: of the file (usually *.onnx), which holds the weights and so is limited to 2 GiB.
         opset: version of the ONNX operators, from 18 to the latest that onnx knows.
@@ -89,6 +94,8 @@ def export_onnx(model: nn.Module, example: Tensor, path: str | os.PathLike, *, o
         import onnx
         import onnxscript  # noqa: F401  (of torch.onnx.export)
         from onnx_ir.passes.common import ClearMetadataAndDocStringPass
+
+        from adderops._onnx import adder_conv2d
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
             f"export_onnx: {error.name} is missing: install the extra adderops[export]", name=error.name
@@ -105,7 +112,7 @@ def export_onnx(model: nn.Module, example: Tensor, path: str | os.PathLike, *, o
         dynamic_shapes=({0: "batch"},),
         opset_version=opset,
         input_names=["input"],
-        custom_translation_table={_ops.adder_conv2d: _onnx_adder_conv2d()},
+        custom_translation_table={_ops.adder_conv2d: adder_conv2d},
         verbose=False,
     )
     ClearMetadataAndDocStringPass()(converted.model)  # stack traces, with the paths of this machine
@@ -119,10 +126,22 @@ def _trace(function: str, model: nn.Module, example: Tensor) -> ExportedProgram:
         raise TypeError(f"{function}: example: expected a tensor, got {type(example).__name__}")
     if example.dim() == 0 or len(example) == 0:
         raise ValueError(f"{function}: example: expected (N, ...) with N >= 1, got shape {tuple(example.shape)}")
-    replica = copy.deepcopy(model).eval().requires_grad_(False)
+    replica = copy.deepcopy(_unwrapped(model)).eval().requires_grad_(False)
     # two images, because torch.export takes a batch of 1 for a constant; zeros, because a program is saved with them
     images = example.new_zeros((2, *example.shape[1:]))
     return torch.export.export(replica, (images,), dynamic_shapes=({0: Dim("batch")},))
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside of what torch.compile, data parallelism and weight averaging put round it, in any order."""
+    wrappers = nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel
+    while True:
+        if isinstance(getattr(model, "_orig_mod", None), nn.Module):
+            model = model._orig_mod
+        elif isinstance(model, wrappers):
+            model = model.module
+        else:
+            return model
 
 
 def _positions(padded: int, kernel: int, stride: int, dilation: int) -> int:
@@ -143,57 +162,6 @@ def _adder_conv2d_by_cdist(x, w, bias, stride, padding, dilation, groups) -> Ten
     if bias is not None:
         y = y + bias.to(dtype)[:, None, None]
     return y.to(w.dtype)
-
-
-def _onnx_adder_conv2d():
-    """The operator in ONNX: with x as (N, groups, C_in/groups, H, W), a Scan over the K terms of every output.
-
-    y (N, groups, M, OH, OW) starts as the bias; a step k = (ci, kh, kw) takes |x_k - w_k| off it, where x_k
-    (N, groups, 1, OH, OW) is a strided slice of x beginning at `begin_k`, and w_k (groups, M, 1, 1).  Written out as
-    a sequence of operators, tap by tap or filter by filter, it would be hundreds of nodes, slower and larger in memory.
-    """
-    from onnxscript import ir
-    from onnxscript import opset18 as op
-
-    def step_k(x, size, stride, axes, dtype) -> ir.Graph:
-        y, w_k = (ir.Value(name=name, type=ir.TensorType(dtype)) for name in ("y", "w_k"))
-        begin_k = ir.Value(name="begin_k", type=ir.TensorType(ir.DataType.INT64))
-        tape = ir.tape.Tape()
-        end_k = tape.op("Add", [begin_k, size])
-        x_k = tape.op("Slice", [x, begin_k, end_k, axes, stride])
-        term = tape.op("Abs", [tape.op("Sub", [x_k, w_k])])
-        y_next = tape.op("Sub", [y, term])
-        return ir.Graph([y, w_k, begin_k], [y_next], nodes=tape.nodes, name="step_k")
-
-    def integers(values) -> ir.Value:
-        return op.Constant(value=ir.tensor(values, dtype=ir.DataType.INT64))
-
-    def adder_conv2d(x, w, bias, stride, padding, dilation, groups):
-        C_out, K_in, KH, KW = w.shape
-        top, bottom, left, right = padding
-        H, W = x.shape[2] + top + bottom, x.shape[3] + left + right
-        OH, OW = map(_positions, (H, W), (KH, KW), stride, dilation)
-        dtype, dtype_of_y = x.dtype, x.dtype
-        if dtype != ir.DataType.DOUBLE:  # the halves are summed in float32, as by the operator
-            dtype = ir.DataType.FLOAT
-            x, w, bias = (t if t is None else op.Cast(t, to=dtype) for t in (x, w, bias))
-
-        batch = op.Shape(x, start=0, end=1)
-        start = op.CastLike(0.0, x) if bias is None else op.Reshape(bias, integers([groups, -1, 1, 1]))
-        y = op.Expand(start, op.Concat(batch, integers([groups, C_out // groups, OH, OW]), axis=0))
-        if any(padding):
-            x = op.Pad(x, integers([0, 0, top, left, 0, 0, bottom, right]))
-        x = op.Reshape(x, integers([0, groups, K_in, H, W]))
-        w = op.Transpose(op.Reshape(w, integers([groups, C_out // groups, -1])), perm=[2, 0, 1])
-        w = op.Reshape(w, integers([0, 0, 0, 1, 1]))
-        begin = [[ci, kh * dilation[0], kw * dilation[1]] for ci in range(K_in) for kh in range(KH) for kw in range(KW)]
-        size = [1, (OH - 1) * stride[0] + 1, (OW - 1) * stride[1] + 1]
-        body = step_k(x, integers(size), integers([1, *stride]), integers([2, 3, 4]), dtype)
-        y = op.Scan(y, w, integers(begin), body=body, num_scan_inputs=2)
-        y = op.Reshape(y, integers([0, C_out, OH, OW]))
-        return y if dtype_of_y == dtype else op.Cast(y, to=dtype_of_y)
-
-    return adder_conv2d
 
 
 def _writable(function: str, path: str | os.PathLike | None) -> Path | None:

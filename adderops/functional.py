@@ -1,15 +1,25 @@
-"""The adder convolution as functions, of floats and of bytes, with the argument rules of `F.conv2d`."""
+"""The adder convolution as functions, of floats and of bytes, with the argument rules of `F.conv2d`.
 
+Each begins like the functions of `torch.nn.functional`: an argument with a `__torch_function__` of its own (a proxy of
+`torch.fx`, a subclass of Tensor) decides what the call means; only tensors are checked.
+"""
+
+import math
+import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from operator import index
 
 import torch
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function
 
 from adderops import _ops
 
 _LARGEST = 2**31 - 1  # stride, padding and dilation, as the operators take them
+# The argument rules read sizes that a trace may take for constants: silent, as in PyTorch's own functions
+warnings.filterwarnings("ignore", category=torch.jit.TracerWarning, module=r"adderops\.functional")
+
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _INT8_DTYPES = {
     "input": (torch.uint8,),
@@ -64,24 +74,56 @@ def adder_conv2d(
     >>> adder_conv2d(torch.tensor([[[1.0, 5.0, 3.0]]]), torch.tensor([[[[3.0, 3.0]]]]))
     tensor([[[-4., -2.]]])
     """
-    for name, tensor in (("input", input), ("weight", weight), ("bias", bias)):
-        if tensor is None and name == "bias":
-            continue
-        if not isinstance(tensor, Tensor):
-            raise _bad(name, "a tensor", type(tensor).__name__, TypeError)
-        if tensor.dtype not in _DTYPES:
-            by_others = " of torch.ao: adder layers are quantized by adderops.quant" if tensor.is_quantized else ""
-            raise _bad(name, "dtype float32, float64, bfloat16 or float16", f"{tensor.dtype}{by_others}", TypeError)
-        # autocast brings the dtypes together behind this check
-        if tensor.dtype != input.dtype and not torch.is_autocast_enabled(input.device.type):
-            raise _bad(name, f"the dtype of input, {input.dtype}", tensor.dtype, TypeError)
-    _check_devices(input=input, weight=weight, bias=bias)
+    tensors = (input, weight, bias)
+    if has_torch_function(tensors):
+        return handle_torch_function(adder_conv2d, tensors, *tensors, stride, padding, dilation, groups)
+    _check_floats("adder_conv2d", *tensors)
     geometry = _geometry(input, weight, stride, padding, dilation, groups)
     if bias is not None and bias.shape != (weight.size(0),):
         raise _bad("bias", f"shape ({weight.size(0)},)", tuple(bias.shape))
     if input.dim() == 4:
         return _ops.adder_conv2d(input, weight, bias, *geometry)
     return _ops.adder_conv2d(input.unsqueeze(0), weight, bias, *geometry).squeeze(0)
+
+
+def adder_linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    r"""Returns minus the L1 distance of every vector to every filter: a 1x1 adder convolution, with its gradients.
+
+    .. math:: y[co] = -\sum_{ci} |x[ci] - W[co,ci]| + b[co]
+
+    Args:
+        input: (*, in_features), with any number of leading dimensions; dtypes as in `adder_conv2d`.
+        weight: (out_features, in_features), same dtype and device.
+        bias: (out_features), or None.
+
+    Returns:
+        (*, out_features).
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as `adder_conv2d`.
+
+    Source: AdderNet, arXiv 1912.13200, equation 2.
+
+    >>> import torch
+    >>> from adderops.functional import adder_linear
+    >>> adder_linear(torch.tensor([1.0, 5.0]), torch.tensor([[3.0, 3.0], [1.0, 4.0]]))
+    tensor([-4., -1.])
+    """
+    tensors = (input, weight, bias)
+    if has_torch_function(tensors):
+        return handle_torch_function(adder_linear, tensors, *tensors)
+    _check_floats("adder_linear", *tensors)
+    bad = partial(_bad, operator="adder_linear")
+    if weight.dim() != 2 or weight.numel() == 0:
+        raise bad("weight", "shape (out_features, in_features) without zeros", tuple(weight.shape))
+    features_out, features_in = weight.shape
+    if input.dim() == 0 or input.size(-1) != features_in:
+        raise bad("input", f"shape (*, {features_in})", tuple(input.shape))
+    if bias is not None and bias.shape != (features_out,):
+        raise bad("bias", f"shape ({features_out},)", tuple(bias.shape))
+    pixels = input.reshape(-1, features_in, 1, 1)
+    y = _ops.adder_conv2d(pixels, weight[..., None, None], bias, (1, 1), (0, 0, 0, 0), (1, 1), 1)
+    return y.reshape(*input.shape[:-1], features_out)
 
 
 def adder_conv2d_int8(
@@ -140,6 +182,11 @@ def adder_conv2d_int8(
     >>> adder_conv2d_int8(x, w, torch.tensor([0.25]), torch.tensor([8.0]), dtype=torch.uint8)
     tensor([[[[0, 3]]]], dtype=torch.uint8)
     """
+    inputs = (input, weight, scale, offset, residual)
+    if has_torch_function(inputs):
+        options = dict(relu=relu, dtype=dtype, zero_point=zero_point, quant_max=quant_max, padding_value=padding_value)
+        geometry = dict(stride=stride, padding=padding, dilation=dilation, groups=groups)
+        return handle_torch_function(adder_conv2d_int8, inputs, *inputs, residual_scale, **options, **geometry)
     bad = partial(_bad, operator="adder_conv2d_int8")
     floats = {"scale": scale, "offset": offset}
     tensors = {"input": input, "weight": weight, **floats, "residual": residual}
@@ -166,11 +213,16 @@ def adder_conv2d_int8(
         raise bad("dtype", f"{' or '.join(map(str, results))} {with_or_without} scale", dtype)
     if scale is None and (relu or residual is not None):
         raise bad("scale", "a tensor with relu or residual", "None")
-    _check_byte("quant_max", quant_max, bad, least=1)
-    _check_byte("zero_point", zero_point, bad, most=quant_max)
-    _check_byte("padding_value", padding_value, bad)
+    if not isinstance(relu, bool):
+        raise bad("relu", "a bool", repr(relu), TypeError)
+    residual_scale = _number("residual_scale", residual_scale, bad)
+    if not math.isfinite(residual_scale):
+        raise bad("residual_scale", "a finite number", residual_scale)
+    quant_max = _byte("quant_max", quant_max, bad, least=1)
+    zero_point = _byte("zero_point", zero_point, bad, most=quant_max)
+    padding_value = _byte("padding_value", padding_value, bad)
     quantize = dtype == torch.uint8
-    epilogue = (scale, offset, residual, float(residual_scale), relu, quantize, zero_point, quant_max, padding_value)
+    epilogue = (scale, offset, residual, residual_scale, relu, quantize, zero_point, quant_max, padding_value)
     shape = _ops.output_shape(input, weight, *geometry[:3])
     if residual is not None and residual.shape != shape:
         raise bad("residual", f"shape {shape}", tuple(residual.shape))
@@ -200,6 +252,8 @@ def quantize(input: Tensor, scale: float, zero_point: int = 0, quant_max: int = 
     >>> quantize(torch.tensor([[[[-1.0, 0.0, 0.3, 100.0]]]]), 0.1, 5)
     tensor([[[[  0,   5,   8, 255]]]], dtype=torch.uint8)
     """
+    if has_torch_function((input,)):
+        return handle_torch_function(quantize, (input,), input, scale, zero_point, quant_max)
     bad = partial(_bad, operator="quantize")
     if not isinstance(input, Tensor):
         raise bad("input", "a tensor", type(input).__name__, TypeError)
@@ -208,11 +262,12 @@ def quantize(input: Tensor, scale: float, zero_point: int = 0, quant_max: int = 
     _check_devices("quantize", input=input)
     if input.dim() != 4:
         raise bad("input", "shape (N, C, H, W)", tuple(input.shape))
+    scale = _number("scale", scale, bad)
     if not 2**-126 <= scale <= 2**126:
         raise bad("scale", "a positive number whose inverse is one in float32", scale)
-    _check_byte("quant_max", quant_max, bad, least=1)
-    _check_byte("zero_point", zero_point, bad, most=quant_max)
-    return _ops.quantize(input, float(scale), zero_point, quant_max)
+    quant_max = _byte("quant_max", quant_max, bad, least=1)
+    zero_point = _byte("zero_point", zero_point, bad, most=quant_max)
+    return _ops.quantize(input, scale, zero_point, quant_max)
 
 
 def _bad(
@@ -221,12 +276,54 @@ def _bad(
     return error(f"{operator}: {argument}: expected {expected}, got {got}")
 
 
-def _check_byte(name: str, value: int, bad: Callable[..., Exception], least: int = 0, most: int = 255) -> None:
-    if not isinstance(value, int) or not least <= value <= most:
-        raise bad(name, f"an integer from {least} to {most}", repr(value))
+def _integer(value) -> int:
+    """The value of any integer, NumPy's too; TypeError for everything else, a bool included, as in `F.conv2d`."""
+    if isinstance(value, bool):
+        raise TypeError
+    return index(value)
 
 
-def _check_devices(operator: str = "adder_conv2d", *, input: Tensor, **others: Tensor | None) -> None:
+def _byte(name: str, value, bad: Callable[..., Exception], least: int = 0, most: int = 255) -> int:
+    expected = f"an integer from {least} to {most}"
+    try:
+        byte = _integer(value)
+    except TypeError:
+        raise bad(name, expected, repr(value), TypeError) from None
+    if not least <= byte <= most:
+        raise bad(name, expected, repr(value))
+    return byte
+
+
+def _number(name: str, value, bad: Callable[..., Exception]) -> float:
+    try:
+        if isinstance(value, (str, bytes, bool)):
+            raise TypeError
+        return float(value)
+    except (TypeError, ValueError, RuntimeError):  # the last two from arrays and tensors of several numbers
+        raise bad(name, "a number", repr(value), TypeError) from None
+
+
+def _check_floats(operator: str, input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    bad = partial(_bad, operator=operator)
+    for name, tensor in (("input", input), ("weight", weight), ("bias", bias)):
+        if tensor is None and name == "bias":
+            continue
+        if not isinstance(tensor, Tensor):
+            raise bad(name, "a tensor", type(tensor).__name__, TypeError)
+        if tensor.dtype not in _DTYPES:
+            by_others = " of torch.ao: adder layers are quantized by adderops.quant" if tensor.is_quantized else ""
+            raise bad(name, "dtype float32, float64, bfloat16 or float16", f"{tensor.dtype}{by_others}", TypeError)
+        # autocast brings the dtypes together behind this check
+        if tensor.dtype != input.dtype and not _is_autocast_enabled(input.device.type):
+            raise bad(name, f"the dtype of input, {input.dtype}", tensor.dtype, TypeError)
+    _check_devices(operator, input=input, weight=weight, bias=bias)
+
+
+def _is_autocast_enabled(device_type: str) -> bool:
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+
+
+def _check_devices(operator: str, *, input: Tensor, **others: Tensor | None) -> None:
     bad = partial(_bad, operator=operator)
     for name, tensor in others.items():
         if tensor is not None and tensor.device != input.device:
@@ -246,8 +343,10 @@ def _geometry(
         raise bad("input", "shape (N, C_in, H, W) or (C_in, H, W)", tuple(input.shape))
     if weight.dim() != 4 or weight.numel() == 0:
         raise bad("weight", "shape (C_out, C_in/groups, KH, KW) without zeros", tuple(weight.shape))
-    if not isinstance(groups, int):
-        raise bad("groups", "an integer", type(groups).__name__, TypeError)
+    try:
+        groups = _integer(groups)
+    except TypeError:
+        raise bad("groups", "an integer", repr(groups), TypeError) from None
     channels_in, channels_out = input.size(-3), weight.size(0)
     if groups < 1 or channels_in % groups or channels_out % groups:
         raise bad("groups", f"a positive divisor of C_in = {channels_in} and C_out = {channels_out}", groups)
@@ -268,7 +367,7 @@ def _pair(name: str, value: int | Sequence[int], least: int, bad: Callable[..., 
     """(height, width) of an argument given as one integer or as a sequence of one or two."""
     expected = f"an integer or a pair of integers, at least {least}"
     try:
-        values = (index(value),) if not isinstance(value, (tuple, list)) else tuple(index(v) for v in value)
+        values = tuple(map(_integer, value)) if isinstance(value, (tuple, list)) else (_integer(value),)
     except TypeError:
         raise bad(name, expected, repr(value), TypeError) from None
     if len(values) not in (1, 2) or any(v < least for v in values):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from adderops.dataflow import reasons_to_stay
-from adderops.functional import adder_conv2d
+from adderops.functional import adder_conv2d, adder_linear
 from adderops.optim import AdaptiveRateLayer
 
 _NAME_OF_CHECKPOINT_KEY = {"adder": "weight", "b": "bias"}  # the names in AdderNet's published checkpoints
@@ -63,6 +63,12 @@ class _AdderLayer(AdaptiveRateLayer):
                 "folded into the weights of an adder layer"
             )
         super().register_parameter(name, param)
+
+    def __prepare_scriptable__(self):
+        raise TypeError(
+            f"{type(self).__name__}: expected torch.export or torch.jit.trace, got torch.jit.script, "
+            "which cannot compile the argument rules of adder_conv2d"
+        )
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, eta={self.eta}"
@@ -205,12 +211,7 @@ class AdderLinear(_AdderLayer):
         self.set_eta(eta)
 
     def forward(self, input: Tensor) -> Tensor:
-        if input.dim() == 0 or input.size(-1) != self.in_features:
-            raise ValueError(f"AdderLinear: input: expected shape (*, {self.in_features}), got {tuple(input.shape)}")
-        pixels = input.reshape(-1, self.in_features, 1, 1)
-        return adder_conv2d(pixels, self.rated_weight()[..., None, None], self.bias).reshape(
-            *input.shape[:-1], self.out_features
-        )
+        return adder_linear(input, self.rated_weight(), self.bias)
 
     def extra_repr(self) -> str:
         return (

@@ -10,7 +10,6 @@ take 40.81 M (81.18 M).  The two networks differ by twelve layers of 2.36 M, so 
 """
 
 import copy
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -21,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from adderops import _ops
 
-_ADDER_CONV2D = _ops.adder_conv2d.overloadpacket
+_ADDERS = (_ops.adder_conv2d.overloadpacket, _ops.adder_conv2d_int8.overloadpacket)
 
 # pJ an operation (multiplication, addition), 45 nm, 0.9 V: M. Horowitz, "Computing's energy problem (and what we can
 # do about it)", ISSCC 2014, figure 1.1.9, doi:10.1109/ISSCC.2014.6757323
@@ -93,7 +92,7 @@ def count_operations(model: nn.Module, example: Tensor | Sequence[int]) -> Opera
     """
     batch = _one_image(model, example)
     replica = copy.deepcopy(model).to("meta").eval()
-    counter = FlopCounterMode(display=False, custom_mapping={_ADDER_CONV2D: _additions_of_adder})
+    counter = FlopCounterMode(display=False)
     with torch.no_grad(), counter:
         replica(batch)
 
@@ -125,13 +124,9 @@ def _one_image(model: nn.Module, example: Tensor | Sequence[int]) -> Tensor:
     return torch.empty((1, *shape[1:]), dtype=dtype, device="meta")
 
 
-def _additions_of_adder(x_shape, w_shape, *_, out_shape, **__) -> int:
-    return 2 * math.prod(out_shape) * math.prod(w_shape[1:])
-
-
 def _split(flops: Mapping[Any, int]) -> tuple[int, int]:
     """(multiplications, additions), from floating-point operations by operator."""
-    of_adders = flops.get(_ADDER_CONV2D, 0)
+    of_adders = sum(flops.get(adder, 0) for adder in _ADDERS)
     of_products = sum(flops.values()) - of_adders
     return of_products // 2, of_products // 2 + of_adders
 

@@ -1,13 +1,15 @@
 """The argument rules of `adderops.functional.adder_conv2d`: those of `F.conv2d`, and clear errors."""
 
+import math
 import re
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
-from adderops import reference
-from adderops.functional import adder_conv2d
+from adderops import AdderConv2d, reference
+from adderops.functional import adder_conv2d, adder_conv2d_int8, adder_linear, quantize
 
 X_SHAPE, W_SHAPE = (2, 4, 9, 11), (6, 4, 3, 2)
 
@@ -43,6 +45,94 @@ def test_arguments_mean_what_they_mean_in_conv2d(name, batched, bias):
     y = adder_conv2d(x, w, b, **arguments)
     assert y.shape == F.conv2d(x, w, b, **arguments).shape
     assert torch.equal(y, expected)
+
+
+@pytest.mark.parametrize("kind", [np.int8, np.uint8, np.int32, np.int64], ids=lambda kind: kind.__name__)
+def test_integers_of_numpy(kind):
+    x, w = torch.randint(-9, 10, X_SHAPE).double(), torch.randint(-9, 10, (6, 2, 3, 2)).double()
+    numpy = dict(stride=kind(2), padding=(kind(1), 1), dilation=[kind(1), kind(2)], groups=kind(2))
+    python = dict(stride=2, padding=1, dilation=(1, 2), groups=2)
+    assert F.conv2d(x, w, **numpy).shape == F.conv2d(x, w, **python).shape
+    assert torch.equal(adder_conv2d(x, w, **numpy), adder_conv2d(x, w, **python))
+    layer = AdderConv2d(4, 6, (kind(3), 2), **numpy)
+    assert torch.equal(layer(x.float()), adder_conv2d(x.float(), layer.weight, **python))
+    bytes = quantize(x.float(), 0.5, kind(3), kind(100))
+    assert torch.equal(bytes, quantize(x.float(), 0.5, 3, 100))
+    options = dict(zero_point=kind(3), quant_max=kind(100), padding_value=kind(3), groups=kind(2), padding=kind(1))
+    of_python = {name: int(value) for name, value in options.items()}
+    scale, offset = torch.full((6,), 0.01), torch.full((6,), 90.0)
+    arguments = bytes, w.abs().byte(), scale, offset
+    assert torch.equal(
+        adder_conv2d_int8(*arguments, dtype=torch.uint8, **options),
+        adder_conv2d_int8(*arguments, dtype=torch.uint8, **of_python),
+    )
+
+
+FLOATS = torch.zeros(1, 2, 3, 3)
+BYTES, PER_FILTER = FLOATS.byte(), torch.zeros(2)
+
+
+@pytest.mark.parametrize(
+    "call, error, message",
+    [
+        (lambda: quantize(FLOATS, None), TypeError, "quantize: scale: expected a number, got None"),
+        (lambda: quantize(FLOATS, "0.1"), TypeError, "quantize: scale: expected a number, got '0.1'"),
+        (lambda: quantize(FLOATS, [0.1]), TypeError, r"quantize: scale: expected a number, got \[0.1\]"),
+        (lambda: quantize(FLOATS, True), TypeError, "quantize: scale: expected a number, got True"),
+        (lambda: quantize(FLOATS, torch.ones(2)), TypeError, "quantize: scale: expected a number, got tensor"),
+        (lambda: quantize(FLOATS, math.nan), ValueError, "quantize: scale: expected a positive number .*, got nan"),
+        (lambda: quantize(FLOATS, math.inf), ValueError, "quantize: scale: expected a positive number .*, got inf"),
+        (
+            lambda: quantize(FLOATS, 1, 1.0),
+            TypeError,
+            "quantize: zero_point: expected an integer from 0 to 255, got 1.0",
+        ),
+        (
+            lambda: quantize(FLOATS, 1, 256),
+            ValueError,
+            "quantize: zero_point: expected an integer from 0 to 255, got 256",
+        ),
+        (
+            lambda: quantize(FLOATS, 1, 0, True),
+            TypeError,
+            "quantize: quant_max: expected an integer from 1 to 255, got Tr",
+        ),
+        *(
+            (
+                lambda r=r: adder_conv2d_int8(BYTES, BYTES[:, :, :1], PER_FILTER[:1], PER_FILTER[:1], None, r),
+                error,
+                f"adder_conv2d_int8: residual_scale: expected a {kind}number, got",
+            )
+            for r, error, kind in (
+                ([], TypeError, ""),
+                (None, TypeError, ""),
+                ("1", TypeError, ""),
+                (math.nan, ValueError, "finite "),
+                (-math.inf, ValueError, "finite "),
+            )
+        ),
+        (
+            lambda: adder_conv2d_int8(BYTES, BYTES, PER_FILTER[:1], PER_FILTER[:1], relu=1),
+            TypeError,
+            "adder_conv2d_int8: relu: expected a bool, got 1",
+        ),
+        (lambda: adder_linear(FLOATS, FLOATS), ValueError, "adder_linear: weight: expected shape .out_features, in_f"),
+        (
+            lambda: adder_linear(FLOATS, PER_FILTER[None]),
+            ValueError,
+            r"adder_linear: input: expected shape \(\*, 2\), got",
+        ),
+        (
+            lambda: adder_linear(PER_FILTER, PER_FILTER[None], PER_FILTER),
+            ValueError,
+            "adder_linear: bias: expected shape",
+        ),
+        (lambda: adder_linear(BYTES, PER_FILTER), TypeError, "adder_linear: input: expected dtype float32"),
+    ],
+)
+def test_the_other_functions_name_their_arguments(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
 
 
 @pytest.mark.parametrize("shape", [(0, 4, 9, 11), (3, 4, 3, 2)], ids=["empty batch", "one pixel out"])
@@ -98,7 +188,10 @@ REFUSED = {
     "groups of input": ((X, W), dict(groups=3), ValueError, "groups", "divisor of C_in = 4 and C_out = 6", "3"),
     "groups of output": ((X, W), dict(groups=4), ValueError, "groups", "divisor of C_in = 4 and C_out = 6", "4"),
     "groups zero": ((X, W), dict(groups=0), ValueError, "groups", "positive divisor", "0"),
-    "groups float": ((X, W), dict(groups=2.0), TypeError, "groups", "an integer", "float"),
+    "groups float": ((X, W), dict(groups=2.0), TypeError, "groups", "an integer", "2.0"),
+    "groups bool": ((X, W), dict(groups=True), TypeError, "groups", "an integer", "True"),
+    "stride bool": ((X, W), dict(stride=True), TypeError, "stride", "pair of integers", "True"),
+    "padding bool": ((X, W), dict(padding=True), TypeError, "padding", "pair of integers", "True"),
     "channels": ((X, W[:, :3]), {}, ValueError, "weight", "C_in/groups = 4 input channels", "(6, 3, 3, 2)"),
     "channels of groups": ((X, W), dict(groups=2), ValueError, "weight", "C_in/groups = 2 input", "(6, 4, 3, 2)"),
     "kernel too high": ((X[:, :, :2], W), {}, ValueError, "weight", "padded input in height", "3 > 2"),
@@ -114,12 +207,20 @@ REFUSED = {
     "weight dtype": ((X, W.double()), {}, TypeError, "weight", "dtype of input, torch.float32", "torch.float64"),
     "bias dtype": ((X, W, B.half()), {}, TypeError, "bias", "dtype of input, torch.float32", "torch.float16"),
     "weight device": ((X, W.to("meta")), {}, ValueError, "weight", "device of input, cpu", "meta"),
+    "meta dtypes": (
+        (X.to("meta"), W.to("meta").double()),
+        {},
+        TypeError,
+        "weight",
+        "dtype of input, torch.float32",
+        "torch.float64",
+    ),
     "input array": ((X.numpy(), W), {}, TypeError, "input", "a tensor", "ndarray"),
     "weight none": ((X, None), {}, TypeError, "weight", "a tensor", "NoneType"),
 }
 # the convolution of integers and of complex numbers exists; it takes a weight on the meta device, and larger windows
 CONV2D_TAKES = (
-    *("input integers", "input complex", "input bool", "weight device"),
+    *("input integers", "input complex", "input bool", "weight device", "meta dtypes"),
     *("stride huge", "same beyond any"),
 )
 

@@ -108,7 +108,7 @@ def test_linear_is_the_negative_distance(shape):
 
 def test_linear_names_a_wrong_input():
     for shape in ((3, 4), ()):
-        with pytest.raises(ValueError, match=r"AdderLinear: input: expected shape \(\*, 5\), got \("):
+        with pytest.raises(ValueError, match=r"adder_linear: input: expected shape \(\*, 5\), got \("):
             AdderLinear(5, 2)(torch.zeros(shape))
 
 

@@ -61,6 +61,11 @@ class Quantized(nn.Module):
             self.input_low.copy_(-self.input_high)
 
     def _check_calibrated(self) -> None:
+        if torch.compiler.is_exporting():
+            raise RuntimeError(
+                f"{type(self).__name__}: expected the network that adderops.quant.convert makes of a calibrated one, "
+                "got the calibrated one, whose grids follow from its weights at each call: convert before the export"
+            )
         if not self.calibrated:
             raise RuntimeError(
                 f"{type(self).__name__}: expected a layer that has seen inputs, got a range of 0: "

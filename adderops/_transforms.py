@@ -1,0 +1,105 @@
+"""How an operator takes part in the transformations of PyTorch: reverse and forward mode differentiation, vmap.
+
+`torch.library.register_autograd` gives an operator that `torch.func.grad` refuses and whose forward mode derivative is
+silently 0, hence `register_autograd` here.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch._functorch.utils import enable_single_level_autograd_function
+from torch.autograd import forward_ad
+
+# Tensors with one entry per filter in their first dimension.  All others are (N, C, H, W).
+_OF_FILTERS = ("w", "bias", "scale", "offset")
+
+
+def register_autograd(op, backward: Callable, setup_context: Callable | None = None) -> None:
+    """Makes `backward(ctx, grad)` the gradients of an operator, in ordinary autograd and in each level of torch.func.
+
+    Arguments as in `torch.library.register_autograd`.  Forward mode is an error.
+    """
+
+    def below_autograd(*args):
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(*args)
+
+    class Differentiable(torch.autograd.function._SingleLevelFunction):
+        @staticmethod
+        def forward(ctx, *args):
+            if _transformed():  # a Function has turned differentiation off, for the outer levels too
+                with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
+                    result = below_autograd(*args)
+            else:
+                result = below_autograd(*args)
+            if setup_context is not None:
+                setup_context(ctx, args, result)
+            return result
+
+    Differentiable.backward = staticmethod(backward)
+
+    def autograd(*args):
+        transformed = _transformed()
+        if transformed or forward_ad._current_level >= 0:
+            _refuse_tangents(op, args)
+        if not (torch.is_grad_enabled() and any(isinstance(arg, Tensor) and arg.requires_grad for arg in args)):
+            return below_autograd(*args)
+        if not transformed:
+            return Differentiable.apply(*args)
+        with enable_single_level_autograd_function():
+            return Differentiable.apply(*args)
+
+    torch.library.impl(op.name(), "Autograd")(autograd)
+
+
+def _transformed() -> bool:
+    """Whether this call is inside of a transformation of torch.func."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def _refuse_tangents(op, args: tuple) -> None:
+    for argument, value in zip(op._schema.arguments, args, strict=True):
+        if isinstance(value, Tensor) and forward_ad.unpack_dual(value, level=0).tangent is not None:
+            raise RuntimeError(
+                f"{op._opname}: {argument.name}: expected no forward mode differentiation (jvp, jacfwd, linearize), "
+                "got a dual tensor; an adder convolution has training gradients, for reverse mode, and no derivative"
+            )
+
+
+def register_vmap(op, *, gradient_of_filters: bool = False) -> None:
+    """Makes `torch.vmap` of a convolution one call: B samples are B times the images, or B times the groups.
+
+    As images where all samples have the same filters.  As groups, side by side in the channels, where they have not,
+    and for a gradient of the filters, which is one per sample.  One image and one group under B sets of filters is the
+    case of an ensemble: its channels need no copies, for all filters are filters of the one group.
+    """
+    names = [argument.name for argument in op._schema.arguments]
+
+    def vmap(info, in_dims, *args):
+        values, dims = dict(zip(names, args, strict=True)), dict(zip(names, in_dims, strict=True))
+        tensors = [name for name in names if isinstance(values[name], Tensor)]
+        as_images = not gradient_of_filters and all(dims[name] is None for name in tensors if name in _OF_FILTERS)
+        if as_images:
+            into = {name: 0 for name in tensors if name not in _OF_FILTERS}
+        else:
+            into = {name: 0 if name in _OF_FILTERS else 1 for name in tensors}
+            if dims["x"] is None and values["groups"] == 1 and op._opname != "adder_conv2d_grad_x":
+                del into["x"]
+            else:
+                values["groups"] *= info.batch_size
+        for name, dim in into.items():
+            values[name] = _fold(values[name], dims[name], dim, info.batch_size)
+        dim = 0 if as_images or gradient_of_filters else 1
+        return op(*values.values()).unflatten(dim, (info.batch_size, -1)), dim
+
+    torch.library.register_vmap(op.name(), vmap)
+
+
+def _fold(tensor: Tensor, batch_dim: int | None, dim: int, batch: int) -> Tensor:
+    """The samples of a vmapped tensor one after the other in dimension `dim` of one sample."""
+    if batch_dim is None:
+        samples = tensor.unsqueeze(dim).expand(*tensor.shape[:dim], batch, *tensor.shape[dim:])
+    else:
+        samples = tensor.movedim(batch_dim, dim)
+    return samples.flatten(dim, dim + 1)
