@@ -137,3 +137,4 @@ _refuse_second_derivative("adder_conv2d_grad_w")
 
 for _device in ("cpu", "cuda"):
     torch.library.register_autocast("adderops::adder_conv2d", _device, torch.float32)
+    torch.library.register_autocast("adderops::adder_conv2d_int8", _device, torch.float32)  # its scales and residual

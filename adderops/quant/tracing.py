@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.graph import CodeGen
-from torch.utils._pytree import TreeSpec, tree_unflatten
+from torch.utils._pytree import TreeSpec, tree_leaves, tree_unflatten
 
 from adderops.export import export_program
 from adderops.quant.calibration import unwrapped
@@ -33,10 +33,11 @@ def trace(model: nn.Module, example: Tensor) -> tuple[GraphModule, dict[str, Qua
     with torch.autocast(device.type, enabled=False):
         images = example.detach().to(device, torch.float32)
         try:
-            root(images)
+            result = root(images)
         except (RuntimeError, ValueError, TypeError) as error:
             shape, reason = tuple(example.shape), (str(error) or type(error).__name__).splitlines()[0]
             raise ValueError(f"example: expected an input of the model, got shape {shape}: {reason}") from error
+        _drop_watching_hooks(root, images, result)
         layers = _make_plain(root)
         program = export_program(root, images).run_decompositions({})  # nothing in place
     traced = program.module(check_guards=False)
@@ -53,6 +54,18 @@ def _replica(model: nn.Module) -> nn.Module:
     while wrapped := [name for name, module in root.named_modules() if unwrapped(module) is not module]:
         root.set_submodule(wrapped[0], unwrapped(root.get_submodule(wrapped[0])))
     return root
+
+
+def _drop_watching_hooks(root: nn.Module, images: Tensor, result: Any) -> None:
+    """Drops all hooks, if nothing changes by it: they would watch the trace, whose tensors have no values."""
+    hooks = [hooks for m in root.modules() for hooks in (m._forward_hooks, m._forward_pre_hooks) if hooks]
+    kept = [dict(some) for some in hooks]
+    for some in hooks:
+        some.clear()
+    pairs = zip(tree_leaves(root(images)), tree_leaves(result), strict=True) if hooks else ()
+    if not all(a is b or (isinstance(a, Tensor) and torch.equal(a, b)) for a, b in pairs):
+        for some, before in zip(hooks, kept, strict=True):
+            some.update(before)
 
 
 def _make_plain(root: nn.Module) -> dict[str, Quantized]:
