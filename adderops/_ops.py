@@ -184,6 +184,7 @@ register_vmap(adder_conv2d_grad_w, gradient_of_filters=True)
 
 for _device in ("cpu", "cuda"):
     torch.library.register_autocast("adderops::adder_conv2d", _device, torch.float32)
+    torch.library.register_autocast("adderops::adder_conv2d_int8", _device, torch.float32)  # its scales and residual
 
 
 # --- operation counts, for torch.utils.flop_counter.FlopCounterMode and what is built on it: 2 per term of a sum, here

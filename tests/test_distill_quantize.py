@@ -47,7 +47,7 @@ def table(capsys) -> dict[str, tuple[float, float]]:
 
 
 def test_one_command_from_run_to_bytes(trained, folder_of_bars, tmp_path, capsys):
-    file = tmp_path / "new" / "bars.pt2"
+    file = tmp_path / "new" / "bars.safetensors"
     assert main(["quantize", str(trained), "--batch-size", "8", "--output", str(file)]) == 0
     rows = table(capsys)
     assert list(rows) == ["CNN, float32", "adder, float32", "adder, 8 bits"]
@@ -62,11 +62,11 @@ def test_one_command_from_run_to_bytes(trained, folder_of_bars, tmp_path, capsys
     accuracy = (network(images).argmax(1) == labels).float().mean().item()
     assert rows["adder, 8 bits"][0] == pytest.approx(100 * accuracy, abs=0.01)
     assert facts["facts"]["mean"] == pytest.approx((data.train.mean / 255).flatten().tolist())
-    assert facts["scheme"]["bits"] == 8
+    assert facts["scheme"]["bits"] == 8 and facts["facts"]["side"] == images.shape[-1]
 
 
 def test_options_reach_the_scheme(trained, tmp_path, capsys):
-    file = tmp_path / "int5.pt2"
+    file = tmp_path / "int5.safetensors"
     options = "--bits 5 --method shared --ends int8 --images 40 --no-reestimate --weights student".split()
     assert main(["quantize", str(trained), *options, "--batch-size", "8", "--output", str(file)]) == 0
     assert "adder, 5 bits" in table(capsys)
@@ -76,7 +76,7 @@ def test_options_reach_the_scheme(trained, tmp_path, capsys):
 
 def test_the_file_lies_in_the_run_by_default(trained, capsys):
     assert main(["quantize", str(trained), "--batch-size", "4"]) == 0
-    assert (trained / "export" / "int8.pt2").is_file()
+    assert (trained / "export" / "int8.safetensors").is_file()
 
 
 @pytest.mark.parametrize(

@@ -39,7 +39,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument("--batch-size", type=int, default=64, help="of the timing (default: 64)")
     command.add_argument("--threads", type=int, help="CPU threads (default: as in training)")
-    command.add_argument("--output", type=Path, metavar="FILE.pt2", help="default: RUN/export/int8.pt2")
+    command.add_argument("--output", type=Path, metavar="FILE.safetensors", help="default: RUN/export/int8.safetensors")
 
 
 def quantize(options: argparse.Namespace) -> None:
@@ -52,7 +52,7 @@ def quantize(options: argparse.Namespace) -> None:
     if options.images < 1 or options.batch_size < 1:
         raise ValueError("--images, --batch-size: expected positive numbers")
     torch.set_num_threads(options.threads or run.config.threads)
-    data, output = load_data_of(run.config), options.output or run.path / "export" / "int8.pt2"
+    data, output = load_data_of(run.config), options.output or run.path / "export" / "int8.safetensors"
     batches = list(calibration_batches(data.train, options.images))
 
     if trained_bits is None:
@@ -63,8 +63,11 @@ def quantize(options: argparse.Namespace) -> None:
         rounded = student
     integer = convert(rounded.eval(), batches[0])
     mean, std = run.preprocessing()
+    facts = {"network": run.title, "mean": mean, "std": std, "side": batches[0].shape[-1]}
+    if getattr(run, "class_names", None) is not None:
+        facts["classes"] = list(run.class_names)
     output.parent.mkdir(parents=True, exist_ok=True)
-    save(integer, batches[0], output, {"network": run.title, "mean": mean, "std": std})
+    save(integer, batches[0], output, facts)
 
     networks: dict[str, nn.Module] = {}
     if "teacher" in run.networks:

@@ -13,6 +13,18 @@ from adderops.quant.calibration import calibrate, insert, observe
 from adderops.quant.files import load, save
 from adderops.quant.fuse import convert
 from adderops.quant.grid import Grid
+from adderops.quant.network import IntegerNetwork
 from adderops.quant.scheme import Scheme
 
-__all__ = ["Grid", "Scheme", "calibrate", "convert", "insert", "load", "observe", "reestimate_batchnorm", "save"]
+__all__ = [
+    "Grid",
+    "IntegerNetwork",
+    "Scheme",
+    "calibrate",
+    "convert",
+    "insert",
+    "load",
+    "observe",
+    "reestimate_batchnorm",
+    "save",
+]

@@ -1,96 +1,170 @@
-"""A network of bytes as a file that runs without the code it was trained with."""
+"""An integer network as a file that is data: tensors and a graph in the safetensors format, nothing that is run.
 
-import io
+    8 bytes      length of the header, little endian
+    header       JSON: the tensors' dtypes, shapes and places, and under `__metadata__` one text, `adderops.quant`
+    tensors      contiguous, in the order of the header
+
+The text is JSON again: `format`, `input`, `nodes`, `output` (adderops/quant/graph.py), `scheme`, `layers` (the grids),
+`facts`, and the `sha256` of all of it and the tensors.  The checksum finds damage; what a stranger may have made up is
+found by the checks of `graph` and `network`.
+"""
+
+import hashlib
 import json
 import os
-import warnings
-import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
 from torch import Tensor, nn
-from torch.fx import GraphModule
 
-from adderops.export import export_program
 from adderops.files import write_atomically
-from adderops.quant.grid import Grid
-from adderops.quant.scheme import Scheme
+from adderops.quant.calibration import unwrapped
+from adderops.quant.checks import check, check_keys
+from adderops.quant.network import IntegerNetwork, document_of, restore
+from adderops.quant.network import tensors_of as tensors_of_network
 
-FORMAT = 1
-_FACTS = "adderops_quant.json"
+FORMAT = 2
+_KEY = "adderops.quant"
+_LONGEST_HEADER = 2**23  # bytes; that of ResNet-50 has 2**17
+_SIZES = {"F32": 4, "U8": 1, "I8": 1, "I64": 8}
 
 
-def save(integer: GraphModule, example: Tensor, path: str | os.PathLike, facts: dict[str, Any] | None = None) -> None:
-    """Saves what `convert` returned as a `torch.export` program of any batch size, with scheme and grids, atomically.
+def save(integer: nn.Module, example: Tensor, path: str | os.PathLike, facts: dict[str, Any] | None = None) -> None:
+    """Saves what `convert` returned as a safetensors file: tensors, and the graph as JSON; atomically.
 
     Args:
-        integer: the network of bytes.
-        example: an input (N, ...).
-        path: of the file (usually *.pt2).
+        integer: the integer network.
+        example: an input (N, ...), of the shape and dtype that the network was converted for.
+        path: of the file (usually *.safetensors).
         facts: what else shall be known of it (how images are normalized, say); anything that JSON can hold.
 
     Raises:
-        ValueError: a module that `convert` did not make.
+        TypeError: example is no tensor.
+        ValueError: a module that `convert` did not make, one with an operation outside of the closed list, an example
+            of another shape, or facts that JSON cannot hold.
         FileNotFoundError: the folder of path does not exist.
     """
-    made_by = integer.meta.get("adderops.quant") if isinstance(integer, GraphModule) else None
-    if made_by is None:
-        raise ValueError("integer: expected what adderops.quant.convert returned, got another module")
+    integer = unwrapped(integer)
+    document = document_of(integer)
+    if not isinstance(example, Tensor):
+        raise TypeError(f"save: example: expected a tensor, got {type(example).__name__}")
+    source = document["input"]
+    taken, given = (source["shape"][1:], source["dtype"]), (list(example.shape[1:]), str(example.dtype)[6:])
+    check(taken == given, "save: example", f"(N, ...) of {taken[0]}, {taken[1]}", f"{given[0]}, {given[1]}")
     if not Path(path).parent.is_dir():
-        raise FileNotFoundError(f"path: expected a file in an existing folder, got {os.fspath(path)!r}")
-    content = {"format": FORMAT, **made_by, "facts": facts or {}}
-    buffer = io.BytesIO()
-    with warnings.catch_warnings():  # of weights that are not contiguous: they have their memory for themselves
-        warnings.filterwarnings("ignore", message="No complete tensor found")
-        torch.export.save(export_program(integer, example), buffer, extra_files={_FACTS: json.dumps(content)})
-    write_atomically(Path(path), buffer.getbuffer())
+        raise FileNotFoundError(f"save: path: expected a file in an existing folder, got {os.fspath(path)!r}")
+    document |= {"format": FORMAT, "facts": {} if facts is None else facts}
+    try:
+        same = json.loads(_json(document)) == document
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"save: facts: expected what JSON can hold, got {error}") from error
+    check(same and isinstance(document["facts"], dict), "save: facts", "a dict of what JSON gives back", facts)
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors_of_network(integer).items()}
+    restore({key: value for key, value in document.items() if key not in ("format", "facts")}, tensors)
+    document["sha256"] = _checksum(document, tensors)
+    content = safetensors.torch.save(tensors, {_KEY: _json(document)})
+    header = int.from_bytes(content[:8], "little")
+    check(header <= _LONGEST_HEADER, "integer", f"a graph of {_LONGEST_HEADER} bytes at most", header)
+    write_atomically(Path(path), content)
 
 
-def load(path: str | os.PathLike) -> tuple[nn.Module, dict[str, Any]]:
-    """Loads what `save` wrote; needs the operators (`import adderops`), none of the code that trained the network.
+def load(path: str | os.PathLike) -> tuple[IntegerNetwork, dict[str, Any]]:
+    """Loads what `save` wrote.  The file is data: nothing of it is run, whoever made it.
 
     Returns:
-        The network, and what is known of it: `scheme`, `layers` (the grids by layer) and `facts`.
+        The network, and what is known of it: `input` (shape per image, dtype), `scheme`, `layers` (the grids by layer)
+        and `facts`.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: a damaged file, one that `save` did not write, or one whose bytes do not fit its grids.
+        ValueError: a damaged file, one that `save` did not write, or one whose parts do not fit together.
     """
-    if not Path(path).is_file():
+    path = os.fspath(path)
+    if not os.path.exists(path):
         raise FileNotFoundError(f"{path}: no such file")
-    extra = {_FACTS: ""}
     try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-        if damaged is not None:
-            raise ValueError(f"wrong checksum of {damaged}")
-        program = torch.export.load(os.fspath(path), extra_files=extra)
-    except (RuntimeError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path}: expected a program of adderops.quant.save, got a damaged file ({error})") from error
-    content = json.loads(extra[_FACTS] or "{}")
-    if content.get("format") != FORMAT:
-        raise ValueError(f"{path}: expected a network of bytes of format {FORMAT}, got {content.get('format')}")
-    Scheme(**content["scheme"])
-    _check_bytes(path, program.state_dict, content["layers"])
-    return program.module(check_guards=False), content
+        check(os.path.isfile(path), "file", "a regular one", "another kind")
+        with open(path, "rb") as file:
+            document, tensors = _read(file, os.fstat(file.fileno()).st_size)
+        facts = document.pop("facts")
+        check(isinstance(facts, dict), "facts", "an object", facts)
+        network = restore(document, tensors)
+    except (ValueError, TypeError, KeyError, RuntimeError, MemoryError, OverflowError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{path}: not a sound network of adderops.quant.save: {reason}") from error
+    return network, {key: document[key] for key in ("input", "scheme", "layers")} | {"facts": facts}
 
 
-def _check_bytes(path: str | os.PathLike, state: dict[str, Tensor], layers: dict[str, list[dict[str, Any]]]) -> None:
-    """Every adder layer has the bytes, scales and offsets that its grids speak of."""
-    for name, grids in layers.items():
-        for i, fields in enumerate(grids):
-            grid, part = Grid(**fields), f"{name}.group{i}" if len(grids) > 1 else name
-            weight = state.get(f"{part}.weight")
-            if weight is None:
-                raise ValueError(f"{path}: expected the weights of {part!r}, got none")
-            if weight.dtype == torch.int8:
-                continue  # of a layer that multiplies
-            if weight.dtype != torch.uint8 or int(weight.max()) > grid.quant_max:
-                raise ValueError(
-                    f"{path}: {part}: expected bytes up to {grid.quant_max}, got {weight.dtype} up to {weight.max()}"
-                )
-            for kind in ("scale", "offset"):
-                values = state.get(f"{part}.{kind}")
-                if values is None or not bool(values.isfinite().all()):
-                    raise ValueError(f"{path}: {part}: expected a finite {kind} for each filter, got {values}")
+def _read(file, size: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The document and the tensors, of which no more is believed than the checksum shows."""
+    prefix = file.read(8)
+    if prefix[:4] == b"PK\3\4":
+        raise ValueError(
+            "expected safetensors, got a zip archive, as adderops wrote (*.pt2) before format 2; it can hold code and "
+            "is not opened: quantize the trained network again"
+        )
+    length = int.from_bytes(prefix, "little")
+    most = min(_LONGEST_HEADER, size - 8)
+    check(len(prefix) == 8 and 0 < length <= most, "header", f"1 to {most} bytes", length)
+    raw = file.read(length)
+    header = _parsed(raw, "header")
+    check(isinstance(header, dict), "header", "an object", header)
+    metadata = header.pop("__metadata__", None)
+    check(isinstance(metadata, dict) and metadata.keys() == {_KEY}, "header", f"the metadata {_KEY!r}", "other")
+    check(isinstance(metadata[_KEY], str), f"metadata {_KEY}", "a text", metadata[_KEY])
+    end = 0
+    for name, entry in header.items():
+        check_keys(f"tensor {name!r}", entry, {"dtype", "shape", "data_offsets"})
+        dtype, places = entry["dtype"], entry["data_offsets"]
+        check(isinstance(dtype, str) and dtype in _SIZES, f"tensor {name!r}", f"one of {', '.join(_SIZES)}", dtype)
+        valid = isinstance(places, list) and len(places) == 2 and all(type(place) is int for place in places)
+        check(valid and 0 <= places[0] <= places[1], f"tensor {name!r}", "two offsets", places)
+        end = max(end, places[1])
+    check(end == size - 8 - length, "tensors", f"{size - 8 - length} bytes", end)
+    try:
+        tensors = safetensors.torch.load(prefix + raw + file.read())
+    except Exception as error:  # the library's own kinds of errors
+        raise ValueError(f"tensors: {error}") from error
+    document = _parsed(metadata[_KEY], "graph")
+    keys = {"format", "input", "nodes", "output", "scheme", "layers", "facts", "sha256"}
+    check(isinstance(document, dict), "graph", "an object", document)
+    check(document.get("format") == FORMAT, "format", str(FORMAT), document.get("format"))
+    check_keys("graph", document, keys)
+    claimed = document.pop("sha256")
+    check(claimed == _checksum(document, tensors), "sha256", "that of the content", claimed)
+    del document["format"]
+    return document, tensors
+
+
+def _parsed(text: str | bytes, what: str) -> Any:
+    """JSON without the liberties of Python's: no key twice, no NaN, no depth without end."""
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        made = dict(pairs)
+        check(len(made) == len(pairs), what, "each key once", "one twice")
+        return made
+
+    def refuse(word: str) -> None:
+        raise ValueError(f"{what}: expected finite numbers, got {word}")
+
+    try:
+        text = text.decode("utf-8") if isinstance(text, bytes) else text
+        return json.loads(text, object_pairs_hook=once, parse_constant=refuse)
+    except RecursionError:
+        raise ValueError(f"{what}: expected JSON of some depth, got one without end") from None
+
+
+def _json(document: Mapping[str, Any]) -> str:
+    return json.dumps(document, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def _checksum(document: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256(_json(document).encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(f"\n{name} {str(tensor.dtype)} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()

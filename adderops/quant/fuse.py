@@ -8,9 +8,9 @@ epilogue, and where another adder layer follows, its output leaves as bytes on t
              -> quantize ->
 """
 
-import copy
 import operator
 from dataclasses import asdict
+from itertools import count
 
 import torch
 from torch import Tensor, nn
@@ -18,18 +18,21 @@ from torch.fx import GraphModule, Node
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from adderops import _ops
-from adderops.export import export_program
-from adderops.quant.calibration import quantized_layers
+from adderops.quant.calibration import quantized_layers, unwrapped
 from adderops.quant.grid import Grid, excess
 from adderops.quant.layers import Quantized, QuantizedEnd
+from adderops.quant.network import IntegerNetwork, assemble, in_memory_format, tensor_name
+from adderops.quant.tracing import trace
 
 aten = torch.ops.aten
 _ADDER = _ops.adder_conv2d
+_CONVOLUTIONS = (aten.conv2d.default, aten.conv2d.padding)
 _LAST = torch.channels_last
-_NORM = aten._native_batch_norm_legit_no_training.default
+_NORM = aten.batch_norm.default
 
 
-def convert(model: nn.Module, example: Tensor) -> GraphModule:
+@torch.no_grad()
+def convert(model: nn.Module, example: Tensor) -> IntegerNetwork:
     """Returns the network of bytes that a calibrated model stands for; the model is left as it is.
 
     Sums are exact integers; scale, BatchNorm, residual sum, ReLU and the rounding to the next layer's grid are the
@@ -38,15 +41,17 @@ def convert(model: nn.Module, example: Tensor) -> GraphModule:
     and whatever else the network has.
 
     Args:
-        model: what `calibrate` returned, possibly trained further.
+        model: what `calibrate` returned, possibly trained further; of any floating dtype, its own or wrapped.
         example: an input (N, ...); the size of the batch may differ later.
 
     Returns:
-        A `torch.fx.GraphModule` for inference: its `code` is readable, its buffers are the bytes of the weights with
-        scale and offset, under the names of the layers.
+        The network for inference: its `code` is readable, its buffers are the bytes of the weights with scale and
+        offset, under the names of the layers.  It takes inputs of the dtype of `example`, and computes in bytes and
+        float32.
 
     Raises:
-        ValueError: the model is not calibrated.
+        TypeError: example is no tensor of floats.
+        ValueError: the model is not calibrated, or example is no input of it.
         RuntimeError: a layer that has seen no input.
         Also what `torch.export.export` raises for a model that it cannot trace.
 
@@ -60,20 +65,18 @@ def convert(model: nn.Module, example: Tensor) -> GraphModule:
     >>> integer.conv2.weight.dtype
     torch.uint8
     """
-    layers = quantized_layers(model)
+    model = unwrapped(model)
+    layers = quantized_layers(model).values()
     if not layers:
         raise ValueError("model: expected a calibrated one (adderops.quant.calibrate), got none of its layers")
-    root = nn.Sequential(copy.deepcopy(model))  # so that the model itself may be a layer
-    for name, layer in quantized_layers(root).items():
-        root.set_submodule(name, layer.plain())
-    program = export_program(root, example).run_decompositions({})  # nothing in place
-    traced = program.module(check_guards=False)
-    integer = _Fusion(traced, {f"0.{name}" if name else "0": layer for name, layer in layers.items()}).run()
-    integer.meta["adderops.quant"] = {
-        "scheme": asdict(next(iter(layers.values())).scheme),
-        "layers": {name: [asdict(grid) for _, grid in layer.grids()] for name, layer in layers.items()},
-    }
-    return integer
+    for layer in layers:
+        if not layer.in_floats:
+            layer.input_grid()  # or an error
+    if not isinstance(example, Tensor) or not example.is_floating_point():
+        got = example.dtype if isinstance(example, Tensor) else type(example).__name__
+        raise TypeError(f"example: expected a tensor of floats, got {got}")
+    traced, layers = trace(model, example)
+    return _Fusion(traced, layers).run(tuple(example.shape[1:]), example.dtype)
 
 
 class _Fusion:
@@ -83,6 +86,7 @@ class _Fusion:
         bytes: (node, grid) -> the node that computes its value as bytes.
         grid_of: the nodes whose value exists as bytes only.
         constants: the tensors of the new network by name.
+        converted: the quantized layers that the network computes with integers, by the names of their tensors.
     """
 
     def __init__(self, traced: GraphModule, layers: dict[str, Quantized]) -> None:
@@ -91,27 +95,47 @@ class _Fusion:
         self.bytes: dict[tuple[Node, Grid], Node] = {}
         self.grid_of: dict[Node, Grid] = {}
         self.constants: dict[str, Tensor] = {}
+        self.converted: dict[str, Quantized] = {}
+        self.made: set[Node] = set()  # of get_attr, by `_constant`
 
-    def run(self) -> GraphModule:
+    def run(self, shape: tuple[int, ...], dtype: torch.dtype) -> IntegerNetwork:
         for node in list(self.graph.nodes):
             if node.target == _ADDER and self._layer(node) is not None:
                 self._adder(node)
-            elif node.target in (aten.conv2d.default, aten.linear.default):
+            elif node.target in (*_CONVOLUTIONS, aten.linear.default):
                 self._multiplying(node)
-            elif node.target == aten.view.default:  # traced on contiguous tensors; bytes come channels last
-                node.target = aten.reshape.default
         self.graph.eliminate_dead_code()
         for node, grid in self.grid_of.items():
             if node.users:
                 self._floats_for(node, grid)
         self.graph.eliminate_dead_code()
-        names = {str(node.target) for node in self.graph.nodes if node.op == "get_attr"}
-        values = {name: self.constants[name] if name in self.constants else self._value(name) for name in names}
+        if dtype != torch.float32:
+            self._cast_input()
+        for node in list(self.graph.nodes):
+            if node.op == "get_attr" and node not in self.made:
+                with self.graph.inserting_before(node):
+                    name = _without_root(str(node.target))
+                    node.replace_all_uses_with(self._constant(name, self._value(str(node.target))))
+                self.graph.erase_node(node)
         for node in self.graph.nodes:
-            if node.op == "get_attr":
-                node.target = str(node.target).removeprefix("0.")
-        values = {name.removeprefix("0."): value for name, value in values.items()}
-        return GraphModule(values, self.graph, "IntegerNetwork")
+            node.meta = {"layer": node.meta.get("layer")}
+        read = {str(node.target) for node in self.graph.nodes if node.op == "get_attr"}
+        knowledge = {
+            "scheme": asdict(next(iter(self.layers.values())).scheme),
+            "layers": {name: [asdict(grid) for _, grid in layer.grids()] for name, layer in self.converted.items()},
+            "shape": shape,
+            "dtype": dtype,
+        }
+        return assemble(self.graph, {name: self.constants[name] for name in read}, knowledge)
+
+    def _cast_input(self) -> None:
+        """Takes inputs of another dtype than float32."""
+        [image] = [node for node in self.graph.nodes if node.op == "placeholder"]
+        readers = list(image.users)
+        with self.graph.inserting_after(image):
+            floats = self.graph.call_function(aten.to.dtype, (image, torch.float32))
+        for reader in readers:
+            reader.replace_input_with(image, floats)
 
     # --- the parts of a network ---
 
@@ -133,19 +157,31 @@ class _Fusion:
             r = r if residual is None else r / wanted.scale
             bounds = (wanted.zero_point, wanted.quant_max)
         source = self._bytes(node.args[0], layer.input_grid(), before=node)
-        outputs, grids = [], layer.grids()
+        outputs, grids, stored = [], layer.grids(), layer.input_grid()
+        self.converted[tensor_name(name)] = layer
         with self.graph.inserting_before(last):
             for i, (filters, grid) in enumerate(grids):
-                part, whole = f"{name}.group{i}" if len(grids) > 1 else name, len(grids) == 1
+                part, added, factor = name, residual, r
+                if len(grids) > 1:
+                    part = f"{name}.group{i}".removeprefix(".")
+                    if residual is not None:
+                        added = self._channels(residual, f"{part}.filters", filters)
+                    if grid.beyond(stored) is not None:
+                        lost = self._lost_by_inputs(source, layer, grid, part, a[filters], node.args[3:])
+                        if added is not None:
+                            added = self.graph.call_function(aten.to.dtype, (added, torch.float32))
+                            added = self.graph.call_function(aten.mul.Tensor, (added, r))
+                            lost = self.graph.call_function(aten.add.Tensor, (lost, added))
+                        added, factor = lost, 1.0
                 w = layer.weight.detach()[filters]
-                lost = -excess(w, grid).double()
+                lost_by_weights = -excess(w, grid).double()
                 args = (
-                    source if grid == layer.input_grid() else self._regrid(source, layer.input_grid(), grid, part),
-                    self._constant(f"{part}.weight", grid.bytes(w).contiguous(memory_format=torch.channels_last)),
-                    self._constant(f"{part}.scale", (a[filters] * grid.scale).float()),
-                    self._constant(f"{part}.offset", (a[filters] * lost + b[filters]).float()),
-                    residual if whole or residual is None else self._channels(residual, f"{part}.filters", filters),
-                    r,
+                    source if grid == stored else self._regrid(source, grid.bytes(_values(stored)), part),
+                    self._constant(_join(part, "weight"), grid.bytes(w)),
+                    self._constant(_join(part, "scale"), (a[filters] * grid.scale).float()),
+                    self._constant(_join(part, "offset"), (a[filters] * lost_by_weights + b[filters]).float()),
+                    added,
+                    factor,
                     relu,
                     wanted is not None,
                     *bounds,
@@ -153,26 +189,47 @@ class _Fusion:
                     *node.args[3:],
                 )
                 outputs.append(self.graph.call_function(_ops.adder_conv2d_int8, args))
+                outputs[-1].meta["layer"] = name
             [result] = outputs if len(outputs) == 1 else [self.graph.call_function(aten.cat.default, (outputs, 1))]
             if len(outputs) > 1:
                 order = torch.cat([filters for filters, _ in grids]).argsort()
-                result = self._channels(result, f"{name}.order", order)
+                result = self._channels(result, _join(name, "order"), order)
         if wanted is None:
             last.replace_all_uses_with(result)
         else:
             self.bytes[last, wanted], self.grid_of[last] = result, wanted
 
+    def _lost_by_inputs(self, source: Node, layer: Quantized, grid: Grid, part: str, a: Tensor, geometry) -> Node:
+        """What clipping the inputs to a group's grid takes off each distance, by the scale a of each filter.
+
+        |x - w| = |clip(x) - w| + |x - clip(x)| for w on the grid: a convolution of the latter with one filter of zeros.
+        """
+        stored = layer.input_grid()
+        beyond, x = grid.beyond(stored), _values(stored)
+        args = (
+            self._regrid(source, beyond.bytes((x - x.clamp(grid.low, grid.high)).abs()), f"{part}.beyond"),
+            self._constant(f"{part}.beyond.weight", torch.zeros_like(layer.weight[:1], dtype=torch.uint8)),
+            self._constant(f"{part}.beyond.scale", torch.tensor([beyond.scale])),
+            self._constant(f"{part}.beyond.offset", torch.zeros(1)),
+            *(None, 1.0, False, False, 0, 255, 0),
+            *geometry,
+        )
+        distances = self.graph.call_function(_ops.adder_conv2d_int8, args)
+        factors = self._constant(f"{part}.beyond.factors", a.float()[:, None, None])
+        return self.graph.call_function(aten.mul.Tensor, (distances, factors))
+
     def _multiplying(self, node: Node) -> None:
         """A convolution or linear layer: a BatchNorm behind it goes into its weights, which keep their 8 bits."""
         layer, name = self._layer(node), self._name(node)
-        norm, output = self._norm_after(node) if node.target == aten.conv2d.default else (None, node)
+        convolution = node.target in _CONVOLUTIONS
+        norm = self._norm_after(node) if convolution else None
         if norm is None and not isinstance(layer, QuantizedEnd):
             return
         weight = self._value(node.args[1].target)
         bias = self._value(node.args[2].target) if len(node.args) > 2 and node.args[2] is not None else None
-        factor = torch.ones(len(weight))
+        factor = weight.new_ones(len(weight))
         if norm is not None:
-            _, gain, beta, mean, var, _, eps = norm.args
+            _, gain, beta, mean, var, _, _, eps, _ = norm.args
             mean, var, gain, beta = (None if n is None else self._value(n.target) for n in (mean, var, gain, beta))
             factor, bias = fuse_conv_bn_weights(factor[:, None, None, None], bias, mean, var, eps, gain, beta)
             factor, bias = factor.detach().flatten(), bias.detach()
@@ -180,36 +237,36 @@ class _Fusion:
         source = node.args[0]
         with self.graph.inserting_before(node):
             if isinstance(layer, QuantizedEnd):
+                self.converted[tensor_name(name)] = layer
                 scales, grid = layer.weight_scales(), layer.input_grid()
                 stored = (weight / scales.view(filters)).round().to(torch.int8)
-                integers = self._constant(f"{name}.weight", stored)
+                integers = self._constant(_join(name, "weight"), stored)
                 floats = self.graph.call_function(aten.to.dtype, (integers, torch.float32))
-                steps = self._constant(f"{name}.scale", (scales * factor).view(filters))
+                steps = self._constant(_join(name, "scale"), (scales * factor).view(filters))
                 new_weight = self.graph.call_function(aten.mul.Tensor, (floats, steps))
                 bounds = (-grid.zero_point, grid.quant_max - grid.zero_point)
                 for target, *arguments in (
-                    (aten.mul.Scalar, 1 / grid.scale),
+                    (aten.mul.Tensor, 1 / grid.scale),
                     (aten.round.default,),
                     (aten.clamp.default, *bounds),
-                    (aten.mul.Scalar, grid.scale),
+                    (aten.mul.Tensor, grid.scale),
                 ):
                     source = self.graph.call_function(target, (source, *arguments))
             else:
-                new_weight = self._constant(f"{name}.weight", weight * factor.view(filters))
-            new_bias = None if bias is None else self._constant(f"{name}.bias", bias)
-            if node.target == aten.conv2d.default:  # bytes are channels last
+                new_weight = self._constant(_join(name, "weight"), weight * factor.view(filters))
+            new_bias = None if bias is None else self._constant(_join(name, "bias"), bias)
+            if convolution:  # bytes are channels last
                 source = self.graph.call_function(aten.contiguous.default, (source,), {"memory_format": _LAST})
-                new_weight = self.graph.call_function(aten.contiguous.default, (new_weight,), {"memory_format": _LAST})
         node.args = (source, new_weight, new_bias, *node.args[3:])
         if norm is not None:
-            output.replace_all_uses_with(node)
+            norm.replace_all_uses_with(node)
 
     # --- what follows a layer ---
 
     def _chain(self, node: Node) -> tuple[Node | None, Node | None, bool, Node]:
         """What an adder layer's epilogue takes in: BatchNorm, residual, whether a ReLU; and the last node of it."""
-        norm, last = self._norm_after(node)
-        residual, relu = None, False
+        norm = self._norm_after(node)
+        last, residual, relu = norm or node, None, False
         user = _only_user(last)
         if user is not None and user.target == aten.add.Tensor and not user.kwargs:
             [other] = [arg for arg in user.args if arg is not last] or [None]
@@ -220,13 +277,10 @@ class _Fusion:
             relu, last = True, user
         return norm, residual, relu, last
 
-    def _norm_after(self, node: Node) -> tuple[Node | None, Node]:
-        """The BatchNorm that alone reads the node, and the node of its output; (None, node) where there is none."""
+    def _norm_after(self, node: Node) -> Node | None:
+        """The BatchNorm that alone reads the node."""
         norm = _only_user(node)
-        if norm is None or norm.target != _NORM or norm.args[0] is not node:
-            return None, node
-        output = _only_user(norm)
-        return (norm, output) if output is not None and output.target == operator.getitem else (None, node)
+        return norm if norm is not None and norm.target == _NORM and norm.args[0] is node else None
 
     def _wanted(self, node: Node) -> Grid | None:
         """The grid on which all adder layers read the node's value; None where they differ, or there is none."""
@@ -239,7 +293,7 @@ class _Fusion:
         scale = torch.ones(channels, dtype=torch.float64)
         shift = torch.zeros(channels, dtype=torch.float64) if bias is None else bias.detach().double()
         if norm is not None:
-            _, gain, beta, mean, var, _, eps = norm.args
+            _, gain, beta, mean, var, _, _, eps, _ = norm.args
             scale = (self._value(var.target).double() + eps).rsqrt()
             if gain is not None:
                 scale = scale * self._value(gain.target).double()
@@ -265,18 +319,17 @@ class _Fusion:
         made = self.bytes[node, grid]
         for target, argument in (
             (aten.to.dtype, torch.float32),
-            (aten.sub.Scalar, grid.zero_point),
-            (aten.mul.Scalar, grid.scale),
+            (aten.sub.Tensor, grid.zero_point),
+            (aten.mul.Tensor, grid.scale),
         ):
             with self.graph.inserting_after(made):
                 made = self.graph.call_function(target, (made, argument))
         node.replace_all_uses_with(made)
 
-    def _regrid(self, source: Node, stored: Grid, grid: Grid, name: str) -> Node:
-        """Bytes of one grid as those of another, by a table."""
-        table = self._constant(f"{name}.table", grid.bytes(stored.floats(torch.arange(stored.quant_max + 1))))
+    def _regrid(self, source: Node, bytes_: Tensor, name: str) -> Node:
+        """Bytes as others, by a table."""
         indices = self.graph.call_function(aten.to.dtype, (source, torch.int64))
-        return self.graph.call_function(aten.take.default, (table, indices))
+        return self.graph.call_function(aten.take.default, (self._constant(f"{name}.table", bytes_), indices))
 
     def _channels(self, source: Node, name: str, channels: Tensor) -> Node:
         return self.graph.call_function(aten.index_select.default, (source, 1, self._constant(name, channels)))
@@ -284,16 +337,24 @@ class _Fusion:
     # --- the traced network ---
 
     def _constant(self, name: str, value: Tensor) -> Node:
-        self.constants[name] = value.detach().clone()
-        return self.graph.create_node("get_attr", name)
+        """A tensor of the new network; a layer that runs twice has two of those that differ."""
+        value = in_memory_format(value.detach())
+        for i in count(1):
+            found = tensor_name(name if i == 1 else f"{name}_{i}")
+            known = self.constants.setdefault(found, value)
+            if known.dtype == value.dtype and torch.equal(known, value):
+                node = self.graph.create_node("get_attr", found)
+                self.made.add(node)
+                return node
 
     def _name(self, node: Node) -> str:
         """Of the layer whose operator this is."""
-        return str(node.args[1].target).removesuffix(".weight")
+        return _without_root(str(node.args[1].target)).removesuffix("weight").removesuffix(".")
 
     def _layer(self, node: Node) -> Quantized | None:
         """The quantized layer whose operator this is."""
-        return self.layers.get(self._name(node)) if isinstance(node.args[1], Node) else None
+        name = str(node.args[1].target).removesuffix(".weight") if isinstance(node.args[1], Node) else None
+        return self.layers.get(name)
 
     def _value(self, name: str) -> Tensor:
         return operator.attrgetter(name)(self.traced).detach()
@@ -305,3 +366,17 @@ def _only_user(node: Node) -> Node | None:
 
 def _shape(node: Node) -> torch.Size:
     return node.meta["val"].shape
+
+
+def _values(grid: Grid) -> Tensor:
+    """What the bytes of a grid stand for, in their order."""
+    return grid.floats(torch.arange(grid.quant_max + 1))
+
+
+def _join(layer: str, tensor: str) -> str:
+    return f"{layer}.{tensor}" if layer else tensor
+
+
+def _without_root(name: str) -> str:
+    """A name of the model's own, without that of the Sequential round it."""
+    return name.removeprefix("0").removeprefix(".")

@@ -25,7 +25,7 @@ class Grid:
 
     @classmethod
     def over(cls, low: float, high: float, bits: int) -> "Grid":
-        """The grid from about `low` <= 0 to about `high` > 0; 0 is on it exactly, and its scale is a float32."""
+        """The grid from about `low` <= 0 to about `high` >= 0; 0 is on it exactly, and its scale is a float32."""
         scale = torch.tensor((high - low) / (2**bits - 1), dtype=torch.float32).item()
         return cls(scale, round(-low / scale), bits)
 
@@ -43,6 +43,11 @@ class Grid:
     def high(self) -> float:
         """What the largest byte stands for."""
         return self.scale * (self.quant_max - self.zero_point)
+
+    def beyond(self, stored: "Grid") -> "Grid | None":
+        """The grid, from 0 on, of how far numbers of `stored` lie outside of this one; None where all are within."""
+        most = max(stored.high - self.high, self.low - stored.low)
+        return Grid.over(0.0, most, 8) if most > self.scale / 2 else None
 
     def bytes(self, x: Tensor) -> Tensor:
         """The nearest bytes."""

@@ -12,6 +12,7 @@ from adderops.quant.grid import Grid, cluster, excess
 from adderops.quant.scheme import Scheme
 
 ENDS_BITS = 8  # of the layers that multiply
+FLOAT_BITS = 32  # of layers that no batch reached: they stay in floats
 
 
 class Quantized(nn.Module):
@@ -37,28 +38,40 @@ class Quantized(nn.Module):
     def _bits(scheme: Scheme) -> int:
         return scheme.bits
 
+    def give_back(self) -> None:
+        """Undoes `take_over`."""
+        self.__class__ = self.plain_kind
+        del self.scheme, self.input_low, self.input_high, self.bits
+
     def plain(self) -> nn.Module:
-        """A layer of `plain_kind` with the same parameters, in evaluation mode."""
+        """A layer of `plain_kind` with the same numbers in parameters of its own, in evaluation mode."""
         layer = copy.copy(self)
         layer.__class__ = self.plain_kind
         layer._buffers = {}
+        layer._parameters = {
+            name: None if value is None else nn.Parameter(value.detach().clone(), requires_grad=False)
+            for name, value in self._parameters.items()
+        }
         if isinstance(layer, AdderConv2d):
             layer.set_eta(None)
         return layer.eval()
 
     @property
     def calibrated(self) -> bool:
-        return bool(self.input_high > 0)
+        return bool(self.input_high > self.input_low)
 
-    @torch.no_grad()
-    def observe(self, x: Tensor) -> None:
-        """Widens the range to that of one more batch of inputs."""
-        magnitude = x.detach().abs().flatten().float()
+    @property
+    def in_floats(self) -> bool:
+        """Whether no calibration batch reached the layer (an auxiliary head, say), so that it is not quantized."""
+        return bool(self.bits == FLOAT_BITS)
+
+    def range_of(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The range from `low` <= 0 to `high` >= 0 that covers a batch of inputs but for those beyond the rank."""
+        x = x.detach().flatten().float()
+        magnitude = x.abs()
         rank = self.scheme.rank if self.scheme.method == "redistribution" else 1.0
         covered = magnitude.kthvalue(max(1, round(rank * magnitude.numel()))).values
-        self.input_high.copy_(torch.maximum(self.input_high, covered))
-        if x.min() < 0:
-            self.input_low.copy_(-self.input_high)
+        return torch.maximum(x.amin(), -covered).clamp(max=0), torch.minimum(x.amax(), covered).clamp(min=0)
 
     def _check_calibrated(self) -> None:
         if torch.compiler.is_exporting():
@@ -73,9 +86,9 @@ class Quantized(nn.Module):
             )
 
     def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors) -> None:
-        bits = state_dict.get(prefix + "bits")
-        if bits is not None and int(bits) != int(self.bits):
-            errors.append(f"{prefix}bits: expected {int(self.bits)}, got {int(bits)}")
+        bits, own = state_dict.get(prefix + "bits"), self._bits(self.scheme)
+        if bits is not None and int(bits) not in (own, FLOAT_BITS):
+            errors.append(f"{prefix}bits: expected {own}, got {int(bits)}")
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
 
 
@@ -120,6 +133,8 @@ class QuantAdderConv2d(Quantized, AdderConv2d):
         return grids[0][1] if len(grids) == 1 else Grid.over(self.input_low.item(), self.input_high.item(), 8)
 
     def forward(self, input: Tensor) -> Tensor:
+        if self.in_floats:
+            return AdderConv2d.forward(self, input)
         padding = self.padding
         if self.padding_mode != "zeros":
             input, padding = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode), 0
@@ -128,11 +143,17 @@ class QuantAdderConv2d(Quantized, AdderConv2d):
         if len(grids) == 1:
             grid = grids[0][1]
             return adder_conv2d(grid.round(input), *self._rounded(weight, self.bias, grid), *geometry)
-        x = self.input_grid().round(input)
+        stored = self.input_grid()
+        x = stored.round(input)
         outputs = []
         for filters, grid in grids:
             bias = None if self.bias is None else self.bias[filters]
-            outputs.append(adder_conv2d(grid.round(x), *self._rounded(weight[filters], bias, grid), *geometry))
+            y = adder_conv2d(grid.round(x), *self._rounded(weight[filters], bias, grid), *geometry)
+            beyond = grid.beyond(stored)
+            if beyond is not None:  # what inputs lose by clipping is the same for all filters
+                clipped = (x - x.clamp(grid.low, grid.high)).abs()
+                y = y + adder_conv2d(beyond.round(clipped), torch.zeros_like(weight[:1]), None, *geometry)
+            outputs.append(y)
         order = torch.cat([filters for filters, _ in grids]).argsort().to(input.device)
         return torch.cat(outputs, 1).index_select(1, order)
 
@@ -177,6 +198,8 @@ class QuantConv2d(QuantizedEnd, nn.Conv2d):
     plain_kind = nn.Conv2d
 
     def forward(self, input: Tensor) -> Tensor:
+        if self.in_floats:
+            return super().forward(input)
         return self._conv_forward(self.input_grid().round(input), self.rounded_weight(), self.bias)
 
 
@@ -186,4 +209,6 @@ class QuantLinear(QuantizedEnd, nn.Linear):
     plain_kind = nn.Linear
 
     def forward(self, input: Tensor) -> Tensor:
+        if self.in_floats:
+            return super().forward(input)
         return F.linear(self.input_grid().round(input), self.rounded_weight(), self.bias)

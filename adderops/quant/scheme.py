@@ -1,6 +1,8 @@
 """How a network is quantized."""
 
+import operator
 from dataclasses import dataclass
+from numbers import Real
 
 METHODS = ("redistribution", "shared")
 ENDS = ("float", "int8")
@@ -16,12 +18,13 @@ class Scheme:
             loses nothing but beyond the rank; 'shared' takes the range of inputs and weights together, unclipped.
         rank: share of the inputs of a batch that the grid covers; the largest of all batches counts.
         filter_groups: redistribution: k-means clusters of filters by max |w|, each with a grid of its own no wider than
-            its weights.  More than one costs an input of its own for each.
+            its weights.  More than one costs an input of its own for each, and where inputs reach beyond the grid a
+            convolution with one filter for what they lose by it.
         ends: the first convolution and the classifier, which multiply: 'float', or 'int8' with 8-bit inputs and, filter
             by filter, 8-bit weights.
 
     Raises:
-        ValueError: a value out of range.
+        ValueError: a value of another type, or out of range.
 
     Source of redistribution, rank and filter groups: arXiv 2212.10200.
     """
@@ -33,14 +36,23 @@ class Scheme:
     ends: str = "float"
 
     def __post_init__(self) -> None:
-        for name, valid, expected in (
-            ("bits", self.bits in range(2, 9), "an integer from 2 to 8"),
-            ("method", self.method in METHODS, f"one of {', '.join(METHODS)}"),
-            ("rank", 0 < self.rank <= 1, "a number above 0, at most 1"),
-            ("filter_groups", self.filter_groups in range(1, 257), "an integer from 1 to 256"),
-            ("ends", self.ends in ENDS, f"one of {', '.join(ENDS)}"),
-        ):
-            if not valid:
-                raise ValueError(f"Scheme: {name}: expected {expected}, got {getattr(self, name)!r}")
+        for name, least, most in (("bits", 2, 8), ("filter_groups", 1, 256)):
+            value = getattr(self, name)
+            try:
+                number = operator.index(value) if not isinstance(value, bool) else least - 1
+            except TypeError:
+                number = least - 1
+            self._check(name, least <= number <= most, f"an integer from {least} to {most}")
+            object.__setattr__(self, name, number)  # of NumPy, say
+        valid = isinstance(self.rank, Real) and not isinstance(self.rank, bool) and 0 < self.rank <= 1
+        self._check("rank", valid, "a number above 0, at most 1")
+        object.__setattr__(self, "rank", float(self.rank))
+        for name, words in (("method", METHODS), ("ends", ENDS)):
+            value = getattr(self, name)
+            self._check(name, isinstance(value, str) and value in words, f"one of {', '.join(words)}")
         if self.method == "shared" and self.filter_groups > 1:
             raise ValueError(f"Scheme: filter_groups: expected 1 with method 'shared', got {self.filter_groups}")
+
+    def _check(self, name: str, valid: bool, expected: str) -> None:
+        if not valid:
+            raise ValueError(f"Scheme: {name}: expected {expected}, got {getattr(self, name)!r}")
