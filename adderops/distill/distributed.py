@@ -98,6 +98,16 @@ def global_sum(values: list[float]) -> list[float]:
     return total.tolist()
 
 
+@torch.no_grad()
+def average_buffers(network: nn.Module) -> None:
+    """Replaces every floating-point buffer of a network by its mean over the processes."""
+    if world_size() > 1:
+        for buffer in network.buffers():
+            if buffer.is_floating_point():
+                dist.all_reduce(buffer)
+                buffer /= world_size()
+
+
 class GlobalBatchNorm2d(nn.BatchNorm2d):
     """BatchNorm over the batch of all processes, on any device; `torch.nn.SyncBatchNorm` knows GPUs only."""
 
@@ -112,8 +122,10 @@ class GlobalBatchNorm2d(nn.BatchNorm2d):
             with torch.no_grad():
                 self.num_batches_tracked += 1
                 [total] = global_sum([pixels])
-                self.running_mean.lerp_(mean, self.momentum)
-                self.running_var.lerp_(var * (total / (total - 1)), self.momentum)
+                # as in torch, no momentum means the mean over all batches
+                momentum = 1 / self.num_batches_tracked.item() if self.momentum is None else self.momentum
+                self.running_mean.lerp_(mean, momentum)
+                self.running_var.lerp_(var * (total / (total - 1)), momentum)
         normalized = centred * (var + self.eps).rsqrt()[:, None, None]
         return normalized * self.weight[:, None, None] + self.bias[:, None, None] if self.affine else normalized
 
