@@ -1,4 +1,4 @@
-"""PKKD training of adder networks (arXiv 2009.13044), from Python by `Distiller`, and as `python -m adderops.distill`."""
+"""PKKD training of adder networks (arXiv 2009.13044): `Distiller`, and `python -m adderops.distill`."""
 
 from adderops.distill.config import Config
 from adderops.distill.data import Data, ImageSet, load_data

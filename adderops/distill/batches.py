@@ -140,14 +140,11 @@ class LoaderBatches:
         return [Part(x, y, n, len(x) / len(images)) for (x, y), n in zip(parts, counts, strict=True)]
 
     def _batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        for sampler in (getattr(self.loader, "sampler", None), getattr(self.loader, "batch_sampler", None)):
-            if hasattr(sampler, "set_epoch"):
-                sampler.set_epoch(epoch)
-        generators = {
-            getattr(holder, "generator", None) for holder in (self.loader, getattr(self.loader, "sampler", None))
-        }
-        for generator in generators - {None}:
-            generator.manual_seed(seed_of(self.seed, epoch, 0))
+        for part in (self.loader, *(getattr(self.loader, name, None) for name in ("sampler", "batch_sampler"))):
+            if hasattr(part, "set_epoch"):
+                part.set_epoch(epoch)
+            if getattr(part, "generator", None) is not None:
+                part.generator.manual_seed(seed_of(self.seed, epoch))
         batches = None
         i = 0
         while True:
