@@ -14,11 +14,12 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import Dataset
 
 from adderops.distill.batches import LoaderBatches
-from adderops.distill.config import AMP
+from adderops.distill.config import Config
 from adderops.distill.evaluate import evaluate
 from adderops.distill.interrupt import StopRequest, stop_request
 from adderops.distill.loop import Loop
 from adderops.distill.matching import FeatureMatch, layer_pairs, pair_channels
+from adderops.distill.options import check_values
 from adderops.distill.schedule import cosine_schedule
 from adderops.distill.task import LabelLoss, PKKDTask
 from adderops.distill.trainer import Callback, Run
@@ -104,10 +105,20 @@ class Distiller:
         device: torch.device | str | None = None,
         seed: int = 0,
     ) -> None:
-        if amp is not None and amp not in AMP:
-            raise ValueError(f"Distiller: amp: expected one of {', '.join(AMP)} or None, got {amp!r}")
-        if accumulate < 1:
-            raise ValueError(f"Distiller: accumulate: expected at least 1, got {accumulate}")
+        settings = {
+            "features": features,
+            "alpha": alpha,
+            "beta": beta,
+            "temperature": temperature,
+            "label_smoothing": label_smoothing,
+            "accumulate": accumulate,
+            "clip": clip,
+            "ema": ema,
+            "amp": amp,
+            "reestimate_batchnorm": reestimate_batchnorm,
+            "seed": seed,
+        }
+        check_values(Config, "Distiller", settings)
         if isinstance(schedule, LRScheduler) and schedule.optimizer is not optimizer:
             raise ValueError("Distiller: schedule: expected one of the optimizer given, got one of another")
         self.device = torch.device(device) if device is not None else next(student.parameters()).device
@@ -125,15 +136,9 @@ class Distiller:
         if ema is not None:
             self.average = AveragedModel(student, multi_avg_fn=get_ema_multi_avg_fn(ema), use_buffers=True)
         self._schedule, self._per_step, self._accumulate = schedule, schedule_per_step, accumulate
-        self._loop = {
-            "average": self.average,
-            "mix": mix,
-            "clip": clip,
-            "amp": amp,
-            "reestimate_batchnorm": reestimate_batchnorm,
-            "seed": seed,
-        }
-        self._identity = {"alpha": alpha, "beta": beta, "temperature": temperature, "frozen": frozen, "seed": seed}
+        self._loop = {"average": self.average, "mix": mix}
+        self._loop |= {name: settings[name] for name in ("clip", "amp", "reestimate_batchnorm", "seed")}
+        self._identity = settings | {"frozen": frozen}
 
     def fit(
         self,
@@ -149,7 +154,9 @@ class Distiller:
         on_epoch: Callback | None = None,
         quiet: bool = False,
     ) -> list[dict[str, Any]]:
-        """Trains both networks in place; continues where the folder holds a checkpoint of the same training.
+        """Trains the networks in place and leaves them in evaluation mode.
+
+        Where the folder holds a checkpoint of the same training, it continues from there.
 
         Random numbers of torch follow from seed, epoch and step, those of the loader and its data set too, so that a
         continued training ends with the same bits as one never interrupted.  The global random state is left alone.
@@ -176,8 +183,8 @@ class Distiller:
         """
         if isinstance(loader, Dataset):
             raise ValueError("Distiller.fit: loader: expected batches, got a Dataset: put it into a DataLoader")
-        if epochs < 1 or test_every < 1:
-            raise ValueError(f"Distiller.fit: epochs, test_every: expected at least 1, got {epochs} and {test_every}")
+        given = {"epochs": epochs, "test_every": test_every, "patience": patience}
+        check_values(Config, "Distiller.fit", given | {"checkpoint_minutes": checkpoint_minutes})
         if patience is not None and test is None:
             raise ValueError("Distiller.fit: patience: expected images to test on, got none")
         make_schedule = self._schedule or partial(cosine_schedule, epochs=epochs)
@@ -200,12 +207,15 @@ class Distiller:
         identity = {"config": self._identity | {"epochs": epochs}}
         # without a folder there is nothing to save, and Ctrl-C is the caller's
         interrupts = nullcontext(StopRequest()) if folder is None else stop_request()
-        with interrupts as stop, _random_numbers_kept(self.device):
-            if not run.resume(lambda state: _differences(identity["config"], state["config"])) and run.writes:
-                folder.mkdir(parents=True, exist_ok=True)
-            if run.epochs(stop, identity, on_step, on_epoch):
-                loop.refresh_batchnorm()
-            run.save_networks()
+        try:
+            with interrupts as stop, _random_numbers_kept(self.device):
+                if not run.resume(lambda state: _differences(identity["config"], state["config"])) and run.writes:
+                    folder.mkdir(parents=True, exist_ok=True)
+                if run.epochs(stop, identity, on_step, on_epoch):
+                    loop.refresh_batchnorm()
+                run.save_networks()
+        finally:
+            self.task.eval().release()
         return loop.rows
 
     def evaluate(self, loader: Iterable[tuple[Tensor, Tensor]]) -> dict[str, float]:

@@ -233,6 +233,8 @@ def layer_pairs(
     """
     if layers is not None:
         pairs = dict(layers) if isinstance(layers, Mapping) else {name: name for name in layers}
+        if not pairs:
+            raise ValueError("layers: expected at least one pair, got none; features='none' matches no layers")
         for role, network, names in (("student", student, pairs.keys()), ("teacher", teacher, pairs.values())):
             modules = dict(network.named_modules())
             for name in names:

@@ -44,6 +44,20 @@ def check(config: Any) -> None:
         object.__setattr__(config, field.name, value)
 
 
+def check_values(declared: type, where: str, values: dict[str, Any]) -> None:
+    """Checks values, by name, as the fields of a dataclass declare them; None passes.
+
+    Raises:
+        ValueError: the message names `where`, field, expected, got.
+    """
+    for field in dataclasses.fields(declared):
+        if values.get(field.name) is not None:
+            try:
+                _checked(field, values[field.name])
+            except ValueError as error:
+                raise ValueError(f"{where}: {error}") from None
+
+
 def _checked(field: dataclasses.Field, value: Any) -> Any:
     kind, metadata = kind_of(field), field.metadata
     if kind is str and isinstance(value, os.PathLike):

@@ -160,14 +160,24 @@ class PKKDTask(nn.Module):
                         f"PKKDTask: {role}: expected matched layers of {list(of_role)} channels, got {list(got)}"
                     )
             self.layer_names, self._of_teacher = list(pairs), list(pairs.values())
-            names = {"teacher": list(dict.fromkeys(self._of_teacher)), "student": self.layer_names}
-            self._outputs = {role: IntermediateOutputs(self.networks[role], names[role]) for role in names}
+            self._outputs: dict[str, IntermediateOutputs] = {}
             self._keep_outputs(False)
-        teacher.requires_grad_(not frozen)
+        if frozen:
+            teacher.requires_grad_(False)
         self.train()
+
+    def release(self) -> None:
+        """Takes the hooks off the networks, to copy, export or pickle them; the next forward puts them on again."""
+        if self.match is not None:
+            for outputs in self._outputs.values():
+                outputs.remove()
+            self._outputs = {}
 
     def _keep_outputs(self, keep: bool) -> None:
         if self.match is not None:
+            if not self._outputs:
+                names = {"teacher": list(dict.fromkeys(self._of_teacher)), "student": self.layer_names}
+                self._outputs = {role: IntermediateOutputs(self.networks[role], names[role]) for role in names}
             for outputs in self._outputs.values():
                 outputs.enabled = keep
 
