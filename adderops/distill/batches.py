@@ -113,7 +113,7 @@ class LoaderBatches:
     images: int | None = None
 
     def __init__(self, loader: Iterable[Any], accumulate: int = 1, seed: int = 0) -> None:
-        if iter(loader) is loader:
+        if isinstance(loader, Iterator):
             raise ValueError("loader: expected one that can be iterated again, such as a DataLoader, got an iterator")
         self.loader, self.accumulate, self.seed = loader, accumulate, seed
 

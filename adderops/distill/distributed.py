@@ -14,9 +14,23 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 
+_alone = False
+
+
 def in_use() -> bool:
     """True under torchrun, once `process_group` is entered."""
-    return dist.is_available() and dist.is_initialized()
+    return not _alone and dist.is_available() and dist.is_initialized()
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """While it is entered, this process counts as the only one: where all compute the same thing."""
+    global _alone
+    _alone = True
+    try:
+        yield
+    finally:
+        _alone = False
 
 
 def rank() -> int:

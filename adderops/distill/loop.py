@@ -308,7 +308,7 @@ class Loop:
                 continue
             batches = self.batches.calibration(self.reestimate_batchnorm)
             try:
-                with autocast(self.device, self.amp):
+                with distributed.alone(), autocast(self.device, self.amp):
                     reestimate_batchnorm(
                         network, (to_device(images, self.device, self.channels_last) for images in batches)
                     )
