@@ -1,6 +1,8 @@
 """BatchNorm statistics that do not lag behind the weights."""
 
+import sys
 from collections.abc import Iterable
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -61,7 +63,8 @@ def reestimate_batchnorm(
         count = 0
         for batch in batches:
             images = batch[0] if isinstance(batch, (tuple, list)) else batch
-            model(images if device is None else images.to(device))
+            with _eager():
+                model(images if device is None else images.to(device))
             count += 1
             for norm in norms:
                 if not (norm.running_mean.isfinite().all() and norm.running_var.isfinite().all()):
@@ -79,3 +82,8 @@ def reestimate_batchnorm(
         for module, mode in modes:
             module.training = mode
     return model
+
+
+def _eager():
+    """Where something may be compiled, it runs as it is: torch.compile refuses a BatchNorm without momentum."""
+    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()

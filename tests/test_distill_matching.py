@@ -237,5 +237,5 @@ def test_halves_are_matched_in_float32():
 
 
 def test_moments_of_sizes_that_do_not_fit_are_refused():
-    with pytest.raises(ValueError, match=r"teacher: expected shape \(2, 3, 4, 4\), got \(2, 3, 4, 5\)"):
+    with pytest.raises(ValueError, match=r"teacher: expected shape \(2, C, 4, 4\), got \(2, 3, 4, 5\)"):
         moments(torch.zeros(2, 3, 4, 4), torch.zeros(2, 3, 4, 5), torch.ones(2), (1.0, 1.0), True)

@@ -244,7 +244,7 @@ def test_damaged_checkpoint(options, tmp_path, capsys, damage):
 
 @pytest.mark.parametrize("where", ["step", "last step"])
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(options, tmp_path, capsys, where):
-    """Weights become infinite in epoch 3: in its first step, or in its last, which only the test images can show."""
+    """Weights become infinite in epoch 3: in its first step, or in its last, behind which only they can tell."""
     options = [*options, "--method", "pkkd", "--epochs", "4"]
     assert main([*options, "--output", str(tmp_path / "sound")]) == 0
     run = tmp_path / "run"
@@ -262,7 +262,8 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(options, tmp_p
     finally:
         handle.remove()
     message = capsys.readouterr().err
-    assert "epoch 3: loss is not finite: " in message and f"{run}: the last checkpoint is intact" in message
+    what = "loss" if where == "step" else "weight"
+    assert f"epoch 3: {what} is not finite: " in message and f"{run}: the last checkpoint is intact" in message
     assert len(steps) == 2 * 8 + (1 if where == "step" else 8), "it went on with weights that are lost"
     assert [row["epoch"] for row in rows_of(run / "log.csv")] == ["1", "2"]
     assert main(["--resume", str(run)]) == 0

@@ -43,16 +43,26 @@ def cross_entropy_written_out(logits: Tensor, target: list[list[float]], tempera
 
 
 @pytest.mark.parametrize("temperature", [1.0, 4.0])
-def test_imitation_loss_is_the_cross_entropy_with_the_teachers_softmax(temperature):
+def test_imitation_loss_is_the_divergence_from_the_teachers_softmax(temperature):
     student, teacher = torch.randn(4, 5), torch.randn(4, 5, requires_grad=True)
     target = [softmax_written_out(row, temperature) for row in teacher.tolist()]
     loss = imitation_loss(student.requires_grad_(), teacher, temperature)
-    # logits enter in float32: relative 2^-24 of numbers near 1
+    entropy = cross_entropy_written_out(teacher, target, temperature)
+    # logits enter in float32: 2^-24 of numbers near 1
     assert loss.item() == pytest.approx(
-        temperature**2 * cross_entropy_written_out(student, target, temperature), rel=1e-6
+        temperature**2 * (cross_entropy_written_out(student, target, temperature) - entropy), abs=1e-5
     )
     loss.backward()
     assert teacher.grad is None and student.grad is not None
+
+
+def test_imitation_loss_of_the_teacher_itself_is_zero_and_its_gradient_that_of_the_cross_entropy():
+    logits = 3 * torch.randn(64, 10, dtype=torch.float32)
+    assert abs(imitation_loss(logits, logits, 4.0).item()) < 1e-5
+    student = torch.randn(64, 10, dtype=torch.float32, requires_grad=True)
+    [ours] = torch.autograd.grad(imitation_loss(student, logits, 4.0), student)
+    literal = 16 * nn.functional.cross_entropy(student / 4, (logits / 4).softmax(1))
+    assert torch.equal(ours, torch.autograd.grad(literal, student)[0])
 
 
 @pytest.mark.parametrize("match", [True, False])
@@ -191,5 +201,6 @@ def test_a_step_mixes_no_devices(features, width):
 
 def test_networks_that_do_not_match_are_refused():
     other = nn.Sequential(nn.Conv2d(1, 6, 5), nn.Conv2d(6, 16, 5), nn.Flatten(), nn.Linear(9216, 5))
-    with pytest.raises(ValueError, match=r"teacher: expected matched layers of \[16, 120, 84\] channels, got \[16\]"):
+    expected = r"teacher: expected matched layers of \[16, 120, 84\] channels, got \[16, 16, 16\]"
+    with pytest.raises(ValueError, match=expected):
         PKKDTask(other, lenet5("adder"), FeatureMatch([16, 120, 84]))

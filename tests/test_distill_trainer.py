@@ -18,7 +18,7 @@ from adderops.distill import RECIPES, Config, train, trainer
 from adderops.distill.__main__ import _open_run, _parser, main
 from adderops.distill.build import build_task
 from adderops.distill.checkpoint import load_checkpoint
-from adderops.distill.trainer import learning_rate
+from adderops.distill.schedule import cosine
 from adderops.models import create_model, lenet5
 
 CPU = torch.device("cpu")
@@ -133,8 +133,8 @@ def test_recipe_reaches_the_optimizer(config, data, tmp_path):
     [group] = load_checkpoint(tmp_path / "checkpoint.pt")["optimizer"]["param_groups"]
     assert (group["momentum"], group["weight_decay"], group["nesterov"]) == (0.9, 5e-4, True)
     assert group["lr"] == pytest.approx(0.05)
-    assert [learning_rate(0.4, e, 4) for e in range(5)] == pytest.approx(
-        [0.4, 0.2 * (1 + 0.5**0.5), 0.2, 0.2 * (1 - 0.5**0.5), 0.0]
+    assert [cosine(e, 4) for e in range(5)] == pytest.approx(
+        [1.0, 0.5 * (1 + 0.5**0.5), 0.5, 0.5 * (1 - 0.5**0.5), 0.0]
     )
 
 
@@ -203,7 +203,7 @@ def test_a_set_without_a_recipe_takes_one_of_its_network(folder_of_bars):
 def test_run_folder(options, tmp_path, capsys):
     run = tmp_path / "run"
     assert main([*options, "--method", "pkkd", "--alpha", "0.5", "--output", str(run)]) == 0
-    files = "config.json log.csv layers.csv checkpoint.pt summary.json student.pt teacher.pt"
+    files = "config.json log.csv layers.csv checkpoint.pt summary.json student.pt student_best.pt teacher.pt"
     assert {p.name for p in run.iterdir()} == set(files.split())
     written = json.loads((run / "config.json").read_text())
     assert written["alpha"] == 0.5 and written["nesterov"] is True and written["epochs"] == 2

@@ -3,7 +3,7 @@
 import argparse
 import sys
 import time
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from adderops.distill.checkpoint import write_json
 from adderops.distill.config import Config
 from adderops.distill.data import Data
 from adderops.distill.interrupt import Interrupted
+from adderops.distill.options import add_arguments, flag_of, refuse_unused
 from adderops.distill.trainer import train
 
 DESCRIPTION = """\
@@ -35,24 +36,19 @@ def _parser() -> argparse.ArgumentParser:
         description=DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,  # so that options given are told from defaults
+        allow_abbrev=False,
     )
-    for f in fields(Config):
-        flag = "--" + f.name.replace("_", "-")
-        text = f.metadata["help"] + ("" if f.default is None else f" (default: {f.default})")
-        kind = f.metadata.get("type") or type(f.default)
-        if kind is bool:
-            parser.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
-        else:
-            parser.add_argument(flag, type=kind, choices=f.metadata.get("choices"), help=text)
-    parser.add_argument(
+    folder = parser.add_argument_group("run folder")
+    folder.add_argument(
         "--output", type=Path, metavar="FOLDER", help="run folder to make (default: runs/DATA-ARCH-METHOD-TIME)"
     )
-    parser.add_argument(
+    folder.add_argument(
         "--resume",
         type=Path,
         metavar="FOLDER",
         help="run folder to continue as its config.json says; no other option but --threads, --workers, --device",
     )
+    add_arguments(parser, Config)
     return parser
 
 
@@ -62,12 +58,14 @@ def _open_run(parser: argparse.ArgumentParser, given: dict[str, Any]) -> tuple[C
     if resume is not None:
         others = sorted(set(given) - {"threads", "workers", "device"}) + ["output"] * (output is not None)
         if others:
-            refused = ", ".join("--" + name.replace("_", "-") for name in others)
+            refused = ", ".join(map(flag_of, others))
             parser.error(f"--resume takes everything from the run's config.json; drop {refused}")
         if not (resume / "config.json").is_file():
             raise FileNotFoundError(f"--resume: expected a run folder, got {resume} without a config.json")
         return replace(Config.load(resume / "config.json"), **given), resume
-    config = Config(**given).resolve()
+    config = Config(**given)
+    refuse_unused(config, given)
+    config = config.resolve()
     if output is None:
         stamp = time.strftime("%Y%m%d-%H%M%S")
         name = f"{Path(config.data).name}-{Path(config.arch).name}-{config.method}-{stamp}"

@@ -3,6 +3,7 @@
 import argparse
 import io
 import json
+import math
 import sys
 import tempfile
 import time
@@ -13,8 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import update_bn
 
+from adderops.batchnorm import reestimate_batchnorm
 from adderops.distill.build import device_type, load_data_of
 from adderops.distill.checkpoint import write_csv
 from adderops.distill.config import DEVICES, Config
@@ -22,7 +23,7 @@ from adderops.distill.data import ImageSet, calibration_batches
 from adderops.distill.evaluate import evaluate
 from adderops.distill.paired import compare_groups, group_rows
 from adderops.distill.quantize import add_options, quantize
-from adderops.distill.run_folder import NETWORKS, RunFolder, differing_options
+from adderops.distill.run_folder import SAVED, RunFolder, differing_options
 from adderops.export import export_onnx, export_program
 from adderops.files import write_atomically
 from adderops.models import classifier
@@ -31,17 +32,19 @@ COMMANDS = ("eval", "compare", "export", "quantize", "report")
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m adderops.distill", description="What is done with run folders.")
+    parser = argparse.ArgumentParser(
+        prog="python -m adderops.distill", description="What is done with run folders.", allow_abbrev=False
+    )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def add(name: str, run, help: str) -> argparse.ArgumentParser:
-        command = commands.add_parser(name, help=help, description=help[0].upper() + help[1:] + ".")
+        command = commands.add_parser(name, help=help, description=help[0].upper() + help[1:] + ".", allow_abbrev=False)
         command.set_defaults(run=run)
         return command
 
     command = add("eval", _evaluate, "test the saved networks of a finished run again")
     command.add_argument("folder", type=Path, metavar="RUN", help="run folder")
-    command.add_argument("--weights", choices=NETWORKS, help="network to test (default: all that the run has)")
+    command.add_argument("--weights", choices=SAVED, help="network to test (default: all that the run has)")
     command.add_argument(
         "--data", help="test on the test images of this set, normalized as the run's are (default: the run's test set)"
     )
@@ -49,8 +52,8 @@ def _parser() -> argparse.ArgumentParser:
         "--reestimate-batchnorm",
         type=int,
         metavar="N",
-        help="before, take the statistics of every BatchNorm anew from N training images: the averages that training "
-        "kept lag behind weights which still move when it ends (default: as saved)",
+        help="before, take the statistics of every BatchNorm again from N training images; after a run with "
+        "--reestimate-batchnorm 0 the saved averages lag behind the weights (default: as saved)",
     )
     command.add_argument("--root", help="folder in which mnist, cifar10 and so on lie (default: as in training)")
     command.add_argument("--device", choices=DEVICES, help="where to test (default: as in training)")
@@ -67,7 +70,7 @@ def _parser() -> argparse.ArgumentParser:
     command = add("export", _export, "write a network of a finished run for use elsewhere")
     command.add_argument("folder", type=Path, metavar="RUN", help="run folder")
     command.add_argument("--format", choices=tuple(EXPORTED), required=True, help="of the file")
-    command.add_argument("--weights", choices=NETWORKS, help="network to export (default: student; of cnn: teacher)")
+    command.add_argument("--weights", choices=SAVED, help="network to export (default: student; of cnn: teacher)")
     command.add_argument("--output", type=Path, metavar="FILE", help="default: RUN/export/WEIGHTS.pt, .pt2 or .onnx")
 
     command = add("quantize", quantize, "make the student of a finished run a network of bytes, and test and time it")
@@ -113,7 +116,7 @@ def _evaluate(options: argparse.Namespace) -> None:
     for name, network in networks.items():
         network.to(device, memory_format=torch.channels_last if config.channels_last else torch.preserve_format)
         if count:
-            update_bn(calibration_batches(own.train, count), network, device)
+            reestimate_batchnorm(network, calibration_batches(own.train, count, config.workers), device)
         begin = time.perf_counter()
         tested = evaluate(
             {name: network},
@@ -127,7 +130,8 @@ def _evaluate(options: argparse.Namespace) -> None:
         accuracy, loss = tested[f"{name}_test_accuracy"], tested[f"{name}_test_loss"]
         error = (accuracy * (1 - accuracy) / len(images)) ** 0.5
         line = f"{name:<12}{100 * accuracy:6.2f} % +- {100 * error:.2f}   loss {loss:.4f}   {speed:.0f} images/s"
-        trained = run.curve(f"{name}_test_accuracy")[-1]
+        tests = [value for value in run.curve(f"{name.removesuffix('_best')}_test_accuracy") if not math.isnan(value)]
+        trained = max(tests) if name.endswith("_best") else tests[-1]
         if count:
             line += f"   (BatchNorm statistics of {min(count, len(own.train))} training images)"
         if options.data is None and abs(trained - accuracy) > 0.5 / len(images):  # another machine rounds otherwise

@@ -13,10 +13,23 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+_alone = False
+
 
 def in_use() -> bool:
     """True under torchrun, once `process_group` is entered."""
-    return dist.is_available() and dist.is_initialized()
+    return not _alone and dist.is_available() and dist.is_initialized()
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """While it is entered, this process counts as the only one: where all compute the same thing."""
+    global _alone
+    _alone = True
+    try:
+        yield
+    finally:
+        _alone = False
 
 
 def rank() -> int:
@@ -98,6 +111,16 @@ def global_sum(values: list[float]) -> list[float]:
     return total.tolist()
 
 
+@torch.no_grad()
+def average_buffers(network: nn.Module) -> None:
+    """Replaces every floating-point buffer of a network by its mean over the processes."""
+    if world_size() > 1:
+        for buffer in network.buffers():
+            if buffer.is_floating_point():
+                dist.all_reduce(buffer)
+                buffer /= world_size()
+
+
 class GlobalBatchNorm2d(nn.BatchNorm2d):
     """BatchNorm over the batch of all processes, on any device; `torch.nn.SyncBatchNorm` knows GPUs only."""
 
@@ -112,8 +135,10 @@ class GlobalBatchNorm2d(nn.BatchNorm2d):
             with torch.no_grad():
                 self.num_batches_tracked += 1
                 [total] = global_sum([pixels])
-                self.running_mean.lerp_(mean, self.momentum)
-                self.running_var.lerp_(var * (total / (total - 1)), self.momentum)
+                # as in torch, no momentum means the mean over all batches
+                momentum = 1 / self.num_batches_tracked.item() if self.momentum is None else self.momentum
+                self.running_mean.lerp_(mean, momentum)
+                self.running_var.lerp_(var * (total / (total - 1)), momentum)
         normalized = centred * (var + self.eps).rsqrt()[:, None, None]
         return normalized * self.weight[:, None, None] + self.bias[:, None, None] if self.affine else normalized
 

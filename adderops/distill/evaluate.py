@@ -1,5 +1,6 @@
 """Loss and accuracy of a network on a set of images."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -12,36 +13,62 @@ from adderops.distill.distributed import global_sum, rank, world_size
 TEST_BATCH = 500
 
 
+def autocast(device: torch.device, amp: str | None) -> torch.autocast:
+    """Returns the context in which networks run: 'bfloat16', 'float16', or None for float32."""
+    return torch.autocast(device.type, getattr(torch, amp or "bfloat16"), enabled=amp is not None)
+
+
 def correct(logits: Tensor, labels: Tensor) -> Tensor:
-    return (logits.argmax(1) == labels).sum()
+    """Returns the number of images whose largest logit is that of their label; of mixed labels the shares count.
+
+    >>> correct(torch.tensor([[0.0, 9.0], [9.0, 0.0]]), torch.tensor([[0.3, 0.7], [1.0, 0.0]]))
+    tensor(1.7000)
+    """
+    chosen = logits.argmax(1)
+    return (chosen == labels).sum() if labels.ndim == 1 else labels.gather(1, chosen[:, None]).sum()
 
 
 @torch.no_grad()
 def evaluate(
     networks: dict[str, nn.Module],
-    images: ImageSet,
+    images: ImageSet | Iterable[tuple[Tensor, Tensor]],
     device: torch.device,
     *,
-    amp: bool = False,
+    amp: str | None = None,
     channels_last: bool = False,
     workers: int = 0,
 ) -> dict[str, float]:
-    """Returns `<name>_test_loss` and `<name>_test_accuracy` of each network; the processes share the work."""
-    batches = torch.arange(len(images)).split(TEST_BATCH)[rank() :: world_size()]
-    totals = torch.zeros(2 * len(networks), dtype=torch.float64, device=device)
+    """Returns `<name>_test_loss` and `<name>_test_accuracy` of each network; the processes share the work.
+
+    Args:
+        networks: by name; they are put into evaluation mode.
+        images: an image set, or a loader of (images, labels), of which each process has a part or all.
+        device: of the networks.
+        amp, channels_last, workers: the options of the same names, see `Config`.
+
+    Raises:
+        ValueError: there is no image.
+    """
+    if isinstance(images, ImageSet):
+        batches = torch.arange(len(images)).split(TEST_BATCH)[rank() :: world_size()]
+        images = images.batches(batches, epoch=0, seed=0, workers=workers, pin_memory=device.type == "cuda")
+    totals = torch.zeros(2 * len(networks) + 1, dtype=torch.float64, device=device)
     for network in networks.values():
         network.eval()
-    for x, labels in images.batches(batches, epoch=0, seed=0, workers=workers, pin_memory=device.type == "cuda"):
+    for x, labels in images:
         x, labels = to_device(x, device, channels_last), labels.to(device, non_blocking=True)
         for i, network in enumerate(networks.values()):
-            with torch.autocast(device.type, torch.bfloat16, enabled=amp):
+            with autocast(device, amp):
                 logits = network(x)
             totals[2 * i] += F.cross_entropy(logits.float(), labels, reduction="sum")
             totals[2 * i + 1] += correct(logits, labels)
-    sums = global_sum(totals.tolist())
+        totals[-1] += len(labels)
+    *sums, count = global_sum(totals.tolist())
+    if not count:
+        raise ValueError("test: expected at least one image, got none")
     row: dict[str, Any] = {}
     for i, name in enumerate(networks):
-        row |= {f"{name}_test_loss": sums[2 * i] / len(images), f"{name}_test_accuracy": sums[2 * i + 1] / len(images)}
+        row |= {f"{name}_test_loss": sums[2 * i] / count, f"{name}_test_accuracy": sums[2 * i + 1] / count}
     return row
 
 

@@ -60,7 +60,12 @@ def draw_losses(run: RunFolder) -> Figure:
                 _line(axes[0], run.curve("epoch"), run.curve(column), style, color=COLORS[name], label=label)
     _finish(axes[0], "cross entropy with the labels", log=True)
     if distilled:
-        terms = {"student_loss": "sum as weighted", "student_ce": "labels", "imitation": "imitation", "l_mid": "L_mid"}
+        terms = {
+            "student_loss": "sum as weighted",
+            "student_ce": "labels",
+            "imitation": "imitation (KL)",
+            "l_mid": "L_mid",
+        }
         for column, label in terms.items():
             if column in run.rows[0]:
                 _line(axes[1], run.curve("epoch"), run.curve(column), "-", label=label)
@@ -202,8 +207,9 @@ def draw_weights(networks: Mapping[str, nn.Module]) -> Figure:
 
 
 def _line(axes: Axes, epochs: Sequence[float], values: Sequence[float], style: str, **options) -> None:
+    points = [(epoch, value) for epoch, value in zip(epochs, values, strict=True) if not math.isnan(value)]
     # points, as long as they can be told apart: of a run's first epoch there is no line
-    axes.plot(epochs, values, style, marker="." if len(epochs) <= 20 else None, **options)
+    axes.plot(*zip(*points, strict=True), style, marker="." if len(points) <= 20 else None, **options)
 
 
 def _finish(axes: Axes, title: str, log: bool = False, legend: bool = True) -> None:

@@ -9,10 +9,10 @@ from adderops.distill.checkpoint import write_csv
 class Log:
     """Rows an epoch (log.csv) and rows an epoch and matched layer (layers.csv).
 
-    The files are written anew from the rows, so that a continued run has each of them once.
+    The files are written again from the rows, so that a continued run has each of them once.
 
     Attributes:
-        rows, layers: of the epochs done; numbers have six digits.
+        rows, layers: of the epochs done, as the training loop keeps them.
     """
 
     def __init__(self, folder: Path, tensorboard: bool = False) -> None:
@@ -30,14 +30,13 @@ class Log:
             self._board = SummaryWriter
         self._writer = None
 
-    def append(self, row: dict[str, Any], layers: list[dict[str, Any]]) -> None:
-        self.rows.append(_rounded(row))
-        self.layers.extend(map(_rounded, layers))
+    def show(self, row: dict[str, Any], layers: list[dict[str, Any]]) -> None:
+        """Gives the rows of an epoch to TensorBoard, if it was asked for."""
         if self._board is not None:
             # what a run that was killed had written beyond its checkpoint is purged
             self._writer = self._writer or self._board(self.folder / "tensorboard", purge_step=row["epoch"])
-            for name, value in self.rows[-1].items():
-                if name != "epoch":
+            for name, value in row.items():
+                if name != "epoch" and value is not None:
                     self._writer.add_scalar(name, value, row["epoch"])
             for of_layer in layers:
                 for name, value in of_layer.items():
@@ -53,7 +52,3 @@ class Log:
     def close(self) -> None:
         if self._writer is not None:
             self._writer.close()
-
-
-def _rounded(row: dict[str, Any]) -> dict[str, Any]:
-    return {name: float(f"{value:.6g}") if isinstance(value, float) else value for name, value in row.items()}

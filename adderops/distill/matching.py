@@ -8,12 +8,15 @@ batch, and a BatchNorm follows each 1x1 convolution rho; the literal form diverg
 """
 
 import math
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from adderops.distill.distributed import global_mean
 from adderops.distill.moments import mean_abs, moments
+from adderops.models import matched_layers
 
 FEATURES = ("none", "1x1", "kernel", "kernel+1x1")
 WIDTHS = ("batch", "learned", "fixed")
@@ -59,27 +62,41 @@ class KernelWidths(nn.Module):
 
 
 class LinearMatch(nn.Module):
-    r"""What L_mid does behind the kernels, for layers of the same number of channels.
+    r"""What L_mid does behind the kernels, for pairs of layers of the same numbers of channels.
 
     .. math:: y_a = BN(W_a g), \quad y_c = BN(W_c h), \quad (y_a - y_c)^2
 
     Computed from means and covariances (`adderops.distill.moments`).  The BatchNorms have no parameters and use the
     statistics of the batch: with a free W and nothing behind it, W = 0 would be the trivial optimum.
 
+    Where the two layers differ in channels, W_a and W_c are rectangular and lead to a common width: that of the
+    narrower layer, or the teacher's under teacher_linear='identity'.  A map that changes the width starts orthogonal.
+
     Args:
-        layers, channels: their numbers.
+        layers: number of pairs.
+        channels: of the student's and of the teacher's layer.
         linear: whether there are 1x1 convolutions; the student's starts at the identity and is trained by L_mid.
         teacher_linear: the teacher's: 'trained' likewise, 'identity', or 'random' (orthogonal), fixed.
         norm: 'batchnorm', or 'none' for the literal form.
+
+    Raises:
+        ValueError: different numbers of channels without 1x1 convolutions.
     """
 
-    def __init__(self, layers: int, channels: int, linear: bool, teacher_linear: str, norm: str) -> None:
+    def __init__(self, layers: int, channels: tuple[int, int], linear: bool, teacher_linear: str, norm: str) -> None:
         super().__init__()
         self.norm = norm
-        w_a, w_c = (torch.eye(channels).repeat(layers, 1, 1) for _ in range(2))
-        if linear and teacher_linear == "random":
-            for matrix in w_c:
-                nn.init.orthogonal_(matrix)
+        of_student, of_teacher = channels
+        if of_student != of_teacher and not linear:
+            raise ValueError(
+                f"features: expected 1x1 convolutions for layers of {of_student} and {of_teacher} channels, got none"
+            )
+        width = of_teacher if teacher_linear == "identity" else min(channels)
+        w_a, w_c = (torch.eye(width, c).repeat(layers, 1, 1) for c in channels)
+        for matrices, adapts in ((w_a, width != of_student), (w_c, width != of_teacher)):
+            if linear and (adapts or (matrices is w_c and teacher_linear == "random")):
+                for matrix in matrices:
+                    nn.init.orthogonal_(matrix)
         self.w_a = nn.Parameter(w_a, requires_grad=linear)
         self.w_c = nn.Parameter(w_c, requires_grad=linear and teacher_linear == "trained")
 
@@ -87,9 +104,9 @@ class LinearMatch(nn.Module):
         """Returns for each layer the mean of the squares, and that of the variances of W_c h, over channels and pixels.
 
         Args:
-            mean, second: (layers, 2C) and (layers, 2C, 2C), of `moments` with these centres.
+            mean, second: (layers, C) and (layers, C, C), of `moments` with these centres.
         """
-        c = self.w_a.size(1)
+        c = self.w_a.size(2)
         cov = second - mean.unsqueeze(2) * mean.unsqueeze(1)
         mixed_a = self.w_a @ cov[:, :c]
         var_a = (mixed_a[..., :c] * self.w_a).sum(2).clamp(min=0)
@@ -99,7 +116,7 @@ class LinearMatch(nn.Module):
             inv_a, inv_c = (var_a + BATCHNORM_EPS).rsqrt(), (var_c + BATCHNORM_EPS).rsqrt()
             squares = var_a * inv_a.square() + var_c * inv_c.square() - 2 * cov_ac * inv_a * inv_c
         else:
-            of_a, of_c = (mean.unsqueeze(2).split(c, dim=1)[i] + centres[i] for i in range(2))
+            of_a, of_c = (mean.unsqueeze(2).tensor_split([c], dim=1)[i] + centres[i] for i in range(2))
             squares = var_a + var_c - 2 * cov_ac + (self.w_a @ of_a - self.w_c @ of_c).squeeze(2).square()
         return squares.mean(1), var_c.detach().mean(1)
 
@@ -107,10 +124,11 @@ class LinearMatch(nn.Module):
 class FeatureMatch(nn.Module):
     r"""L_mid over all matched layers.
 
-    Without kernel, g and h are the outputs in units of their width.
+    Without kernel, g and h are the outputs in units of their width.  Where the two outputs of a pair differ in height
+    or width, the larger is averaged over areas (adaptive average pooling) down to the smaller.
 
     Args:
-        channels: of each layer's output.
+        channels: of each pair's outputs: a number, or those of student and teacher where they differ.
         features: '1x1', 'kernel' or 'kernel+1x1': what stands between outputs and comparison.
         width: see `KernelWidths`.
         shared_width: one width for all layers of a network.
@@ -127,7 +145,7 @@ class FeatureMatch(nn.Module):
 
     def __init__(
         self,
-        channels: list[int],
+        channels: Sequence[int | tuple[int, int]],
         features: str = "kernel+1x1",
         width: str = "batch",
         shared_width: bool = False,
@@ -136,6 +154,7 @@ class FeatureMatch(nn.Module):
         reduction: str = "mean",
     ) -> None:
         super().__init__()
+        channels = [(c, c) if isinstance(c, int) else tuple(c) for c in channels]
         self.channels, self.reduction = channels, reduction
         self.kernel = "kernel" in features
         # layers of the same size together: 20 layers of small matrices would take their time one by one
@@ -153,8 +172,16 @@ class FeatureMatch(nn.Module):
 
         Args:
             student, teacher: outputs (N, C, H, W) of each layer; those of the teacher get no gradient.
+
+        Raises:
+            ValueError: outputs of another shape.
         """
-        student, teacher = ([_not_half(output) for output in outputs] for outputs in (student, teacher))
+        for role, outputs, i in (("student", student, 0), ("teacher", teacher, 1)):
+            wrong = [tuple(o.shape) for o, c in zip(outputs, self.channels, strict=True) if o.shape[1:-2] != (c[i],)]
+            if wrong:
+                raise ValueError(f"FeatureMatch: {role}: expected outputs (N, C, H, W), got one of shape {wrong[0]}")
+        pairs = [_same_size(_not_half(y), _not_half(c)) for y, c in zip(student, teacher, strict=True)]
+        student, teacher = [y for y, _ in pairs], [c for _, c in pairs]
         images = len(student[0])
         with torch.no_grad():
             magnitudes = torch.stack([mean_abs(output) for output in (*student, *teacher)]).view(2, -1)
@@ -178,10 +205,61 @@ class FeatureMatch(nn.Module):
         terms, variances = torch.cat(terms)[order], torch.cat(variances)[order]
         watched = {"l_mid": terms, "var_yc": variances, "width_a": widths[0], "width_c": widths[1]}
         if self.reduction == "sum":
-            terms = terms * terms.new_tensor([output[0].numel() for output in student])
+            widths_of = [linear.w_a.size(1) for linear in self.linears for _ in range(linear.w_a.size(0))]
+            elements = [widths_of[i] * student[j][0, 0].numel() for i, j in enumerate(sum(self.indices, []))]
+            terms = terms * terms.new_tensor(elements)[order]
             watched["l_mid"] = terms
         l_mid = terms.sum() if self.reduction == "sum" else terms.mean()
         return l_mid, {name: value.detach() for name, value in watched.items()}
+
+
+def layer_pairs(
+    student: nn.Module, teacher: nn.Module, layers: Mapping[str, str] | Iterable[str] | None = None
+) -> dict[str, str]:
+    """Returns the layers to match: names of the student's layers with those of the teacher's.
+
+    Args:
+        student, teacher: the networks.
+        layers: {student layer: teacher layer}, or names that both networks have.  By default the `matched_layers` of
+            both in their order; where the teacher has more or fewer, each layer of the student goes with the one at
+            the same relative depth.
+
+    Raises:
+        ValueError: a name that is no convolution of its network, or a network without matched layers.
+
+    >>> from adderops.models import lenet5, resnet20
+    >>> layer_pairs(lenet5("adder"), resnet20("cnn"))
+    {'conv2': 'layer1.0.conv1', 'conv3': 'layer2.1.conv1', 'conv4': 'layer3.2.conv2'}
+    """
+    if layers is not None:
+        pairs = dict(layers) if isinstance(layers, Mapping) else {name: name for name in layers}
+        if not pairs:
+            raise ValueError("layers: expected at least one pair, got none; features='none' matches no layers")
+        for role, network, names in (("student", student, pairs.keys()), ("teacher", teacher, pairs.values())):
+            modules = dict(network.named_modules())
+            for name in names:
+                if not hasattr(modules.get(name), "out_channels"):
+                    got = type(modules[name]).__name__ if name in modules else "no such layer"
+                    raise ValueError(f"layers: expected convolutions of the {role}, got {name!r} ({got})")
+        return pairs
+    ours, theirs = list(matched_layers(student)), list(matched_layers(teacher))
+    for role, names in (("student", ours), ("teacher", theirs)):
+        if not names:
+            raise ValueError(f"{role}: expected a convolution between the first and the classifier, got none")
+    steps = max(len(ours) - 1, 1)
+    return {name: theirs[(2 * i * (len(theirs) - 1) + steps) // (2 * steps)] for i, name in enumerate(ours)}
+
+
+def pair_channels(student: nn.Module, teacher: nn.Module, pairs: Mapping[str, str]) -> list[tuple[int, int]]:
+    """Returns the channels of the student's and the teacher's layer of each of `layer_pairs`."""
+    return [(student.get_submodule(a).out_channels, teacher.get_submodule(c).out_channels) for a, c in pairs.items()]
+
+
+def _same_size(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    """Averages areas of the larger of two outputs, so that both have the smaller height and width."""
+    size = [min(a, c) for a, c in zip(student.shape[2:], teacher.shape[2:], strict=True)]
+    pooled = (y if list(y.shape[2:]) == size else F.adaptive_avg_pool2d(y, size) for y in (student, teacher))
+    return tuple(pooled)
 
 
 def _not_half(x: Tensor) -> Tensor:

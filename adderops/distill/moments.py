@@ -40,8 +40,9 @@ def _features(student, teacher, scales, centres, kernel) -> Tensor:
     """Returns z as matrices, student above teacher."""
     per_image = _one_matrix_per_image(student)
     n, c, p = _as_matrices(student, per_image).shape
-    z = student.new_empty((n, 2 * c, p)) if per_image else student.new_empty((n, p, 2 * c)).transpose(1, 2)
-    halves = z.chunk(2, dim=1)
+    channels = c + teacher.size(1)
+    z = student.new_empty((n, channels, p)) if per_image else student.new_empty((n, p, channels)).transpose(1, 2)
+    halves = z.split([c, channels - c], dim=1)
     for half, output, scale in zip(halves, (student, teacher), scales, strict=True):
         torch.mul(_as_matrices(output, per_image), scale, out=half)
     if kernel:
@@ -67,18 +68,18 @@ class _Moments(torch.autograd.Function):
         per_image = _one_matrix_per_image(student)
         z = _features(student, teacher, scales, ctx.centres, ctx.kernel)
         n, channels, p = z.shape
-        c = channels // 2
+        c = student.size(1)
         rows = channels if ctx.needs_input_grad[2] else c  # of the teacher only the scale ever wants a gradient
         factors = scales / (n * p)
         if ctx.kernel:
             factors = factors * factors.new_tensor(ctx.centres)
-        factors = factors.repeat_interleave(c)[:rows, None]
+        factors = torch.cat([factors[:1].expand(c), factors[1:].expand(channels - c)])[:rows, None]
         matrix = (grad_second + grad_second.T)[:rows] * factors
         vector = grad_mean[:rows, None] * factors
         grad = torch.baddbmm(vector.expand(n, rows, 1), matrix.expand(n, rows, channels), z)
-        halves = grad.split(c, dim=1)
+        halves = grad.split([c, rows - c], dim=1) if rows > c else [grad]
         if ctx.kernel:
-            for half, feature, centre in zip(halves, z.split(c, dim=1), ctx.centres, strict=False):
+            for half, feature, centre in zip(halves, z.split([c, channels - c], dim=1), ctx.centres, strict=False):
                 half.addcmul_(half, feature, value=1 / centre)  # exp' = exp = z + centre; times centre: in factors
         grad_scales = None
         if ctx.needs_input_grad[2]:
@@ -90,7 +91,7 @@ class _Moments(torch.autograd.Function):
 
 
 class _NativeMoments(torch.autograd.Function):
-    """The same by the kernels of csrc/cpu/moments.inc: float32 on the CPU, scales without gradient; keeps no z."""
+    """The same by the kernels of csrc/cpu/moments.inc: float32 on the CPU, equal C, scales without gradient; no z."""
 
     @staticmethod
     def forward(ctx, student, teacher, scales, centres, kernel):
@@ -111,7 +112,7 @@ class _NativeMoments(torch.autograd.Function):
 def moments(
     student: Tensor, teacher: Tensor, scales: Tensor, centres: tuple[float, float], kernel: bool
 ) -> tuple[Tensor, Tensor]:
-    r"""Returns E[z] (2C) and E[z z^T] (2C, 2C) over all pixels, z = [z of the student, z of the teacher].
+    r"""Returns E[z] (C) and E[z z^T] (C, C) over all pixels, z = [z of the student, z of the teacher].
 
     .. math:: z = \exp(scale \cdot output) - centre, \quad\text{or}\quad z = scale \cdot output - centre
 
@@ -119,23 +120,30 @@ def moments(
     exponents of at most 0.)
 
     Args:
-        student, teacher: outputs (N, C, H, W) of a layer; the teacher's gets no gradient.
+        student, teacher: outputs (N, C_a, H, W) and (N, C_c, H, W) of a layer, C = C_a + C_c; the teacher's gets no
+            gradient.
         scales: (2), of student and teacher, not zero; with gradient if it wants one.
         centres: of student and teacher; near the means of what they are taken from, so that squares keep their digits,
             and not zero with the exponential.
         kernel: with the exponential, or without.
 
     Raises:
-        ValueError: student and teacher of different shapes.
+        ValueError: student and teacher differ in N, H or W.
 
     >>> mean, second = moments(torch.zeros(2, 1, 3, 3), torch.ones(2, 1, 3, 3), torch.ones(2), (0.0, 0.0), False)
     >>> mean, second
     (tensor([0., 1.]), tensor([[0., 0.],
             [0., 1.]]))
     """
-    if student.shape != teacher.shape:
-        raise ValueError(f"moments: teacher: expected shape {tuple(student.shape)}, got {tuple(teacher.shape)}")
-    native = student.device.type == "cpu" and student.dtype == teacher.dtype == torch.float32
+    n, _, *size = student.shape
+    if teacher.shape != (n, teacher.size(1), *size):
+        expected = f"({n}, C, {', '.join(map(str, size))})"
+        raise ValueError(f"moments: teacher: expected shape {expected}, got {tuple(teacher.shape)}")
+    native = (
+        student.device.type == "cpu"
+        and student.dtype == teacher.dtype == torch.float32
+        and student.size(1) == teacher.size(1)
+    )
     function = _NativeMoments if native and not scales.requires_grad else _Moments
     return function.apply(student, teacher.detach(), scales, centres, kernel)
 

@@ -13,17 +13,18 @@ from torch import Tensor, nn
 from adderops.distill.build import load_data_of
 from adderops.distill.data import calibration_batches
 from adderops.distill.evaluate import evaluate
-from adderops.distill.run_folder import RunFolder
+from adderops.distill.run_folder import SAVED, RunFolder
 from adderops.quant import Scheme, calibrate, convert, reestimate_batchnorm, save
 from adderops.quant.scheme import ENDS, METHODS
 
+STUDENTS = tuple(name for name in SAVED if name.startswith("student"))
 TIMED_SECONDS = 0.2
 TIMED_ROUNDS = 7
 
 
 def add_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("folder", type=Path, metavar="RUN", help="run folder with a student")
-    command.add_argument("--weights", choices=("student", "student_ema"), default="student", help="network to take")
+    command.add_argument("--weights", choices=STUDENTS, default="student", help="network to take")
     command.add_argument(
         "--bits", type=int, help="of inputs and weights of the adder layers, 2 to 8 (default: 8, or the run's --bits)"
     )

@@ -1,6 +1,7 @@
 """What a run folder holds: configuration, log, and the networks of a finished run."""
 
 import csv
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adderops.distill.build import KIND_OF_ROLE, load_data_of
+from adderops.distill.build import KIND_OF_ROLE, arch_of, load_data_of
 from adderops.distill.checkpoint import load_state_dict
 from adderops.distill.config import MACHINE, Config
 from adderops.distill.data.idx import SIDE
@@ -18,25 +19,13 @@ from adderops.models import classifier, create_model, input_size, mark_adder_wei
 from adderops.quant import Scheme, insert
 
 NETWORKS = ("student", "student_ema", "teacher", "teacher_ema")
+SAVED = (*NETWORKS, *(f"{name}_best" for name in NETWORKS))  # best: as it was at its best test
 LOG_COLUMNS = ("epoch", "images_per_second", "seconds")
 LAYER_COLUMNS = ("epoch", "layer", "l_mid", "gradient_ratio", "var_yc")
 # `root` is where the data lie, `recipe` no more than the values of other options, and frozen teachers are one a seed.
 NOT_COMPARED = {*MACHINE, "root", "recipe", "teacher_checkpoint"}
 # Options without effect on the runs of the other methods.
-OF_DISTILLATION = (
-    "teacher",
-    "teacher_checkpoint",
-    "features",
-    "logits",
-    "alpha",
-    "beta",
-    "temperature",
-    "width",
-    "shared_width",
-    "teacher_linear",
-    "mid_norm",
-    "mid_reduction",
-)
+OF_DISTILLATION = tuple(f.name for f in fields(Config) if "method" in f.metadata.get("needs", {}))
 
 
 @dataclass(frozen=True)
@@ -46,7 +35,7 @@ class RunFolder:
     Attributes:
         path: of the folder.
         config: of the run.
-        rows: log.csv: numbers by name, a dict an epoch; at least one.
+        rows: log.csv: numbers by name, a dict per epoch; at least one is of a test, the others have NaN there.
         layers: layers.csv: a dict an epoch and matched layer; empty where nothing was matched.
         finished: whether the last epoch is over and the networks are saved.
     """
@@ -77,6 +66,8 @@ class RunFolder:
         run = cls(path, config, rows, layers, (path / "summary.json").is_file())
         if not run.networks:
             raise ValueError(f"{path / 'log.csv'}: expected a column with a test accuracy, got {', '.join(rows[0])}")
+        if all(math.isnan(row[f"{name}_test_accuracy"]) for name in run.networks for row in rows):
+            raise FileNotFoundError(f"{path}: expected a run of at least one test, got {len(rows)} epochs without")
         return run
 
     @property
@@ -111,8 +102,9 @@ class RunFolder:
             options |= dict.fromkeys(OF_DISTILLATION)
         results = []
         for name in self.networks:
-            accuracies = self.curve(f"{name}_test_accuracy")
-            best = max(accuracies)
+            column = f"{name}_test_accuracy"
+            tests = [(row[column], int(row["epoch"])) for row in self.rows if not math.isnan(row[column])]
+            best, best_epoch = max(tests, key=lambda test: test[0])
             results.append(
                 {
                     **options,
@@ -120,9 +112,9 @@ class RunFolder:
                     "network": name,
                     "finished": self.finished,
                     "epochs_done": len(self.rows),
-                    "test_accuracy": accuracies[-1],
+                    "test_accuracy": tests[-1][0],
                     "best_test_accuracy": best,
-                    "best_epoch": accuracies.index(best) + 1,
+                    "best_epoch": best_epoch,
                     "train_accuracy": self.rows[-1].get(f"{name}_train_accuracy"),
                     "images_per_second": sum(self.curve("images_per_second")) / len(self.rows),
                     "hours": sum(self.curve("seconds")) / 3600,
@@ -142,25 +134,27 @@ class RunFolder:
         """Returns a network of a finished run, on the CPU and in evaluation mode.
 
         Args:
-            name: one of `networks`.
+            name: one of `networks`, or of those that the run is about with '_best' behind.
 
         Raises:
             ValueError: the run has no such network or is not finished, or the file is damaged.
             FileNotFoundError: the file is missing.
         """
-        if name not in self.networks:
-            raise ValueError(f"weights: expected {' or '.join(self.networks)} for {self.path}, got {name}")
-        self.require_finished()
         path = self.path / f"{name}.pt"
+        best = [file.stem for file in sorted(self.path.glob("*_best.pt"))]
+        if name not in self.networks and name not in best:
+            raise ValueError(f"weights: expected {' or '.join([*self.networks, *best])} for {self.path}, got {name}")
+        self.require_finished()
         state = load_state_dict(path)
-        kind = KIND_OF_ROLE[name.removesuffix("_ema")]
+        role = name.partition("_")[0]
+        arch = arch_of(self.config, role)
         try:
-            network = create_model(self.config.arch, kind, *_sizes(self.config.arch, state))
+            network = create_model(arch, KIND_OF_ROLE[role], *_sizes(arch, state))
             if self.config.bits is not None and name.startswith("student"):
                 network = insert(network, Scheme(self.config.bits))
             network.load_state_dict(mark_adder_weights(state, network))  # runs of before there were marks
         except (RuntimeError, KeyError) as error:
-            raise ValueError(f"{path}: expected a state_dict of {self.config.arch}, got another: {error}") from error
+            raise ValueError(f"{path}: expected a state_dict of {arch}, got another: {error}") from error
         return network.eval()
 
     def input_shape(self, network: nn.Module) -> tuple[int, int, int]:
@@ -217,11 +211,14 @@ def _sizes(arch: str, state: dict[str, Tensor]) -> tuple[int, int]:
 
 
 def _read_csv(path: Path, columns: Sequence[str]) -> list[dict[str, Any]]:
-    """Returns the rows of a log, at least one, which has the columns named and maybe more; 'layer' is text."""
+    """Returns the rows of a log, at least one, which has the columns named and maybe more; 'layer' is text.
+
+    An empty cell, of an epoch without a test, is NaN.
+    """
     try:
         with open(path, newline="") as file:
             rows = list(csv.DictReader(file))
-        rows = [{name: v if name == "layer" else float(v) for name, v in row.items()} for row in rows]
+        rows = [{name: v if name == "layer" else float(v or "nan") for name, v in row.items()} for row in rows]
     except (csv.Error, TypeError, ValueError) as error:  # TypeError: too few or too many fields
         raise ValueError(f"{path}: expected a number in each column, got a damaged file ({error})") from error
     if not rows or not set(columns) <= rows[0].keys():

@@ -1,5 +1,6 @@
 """The layers that teacher and student share, and their raw outputs during an ordinary forward."""
 
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -58,15 +59,16 @@ class IntermediateOutputs:
     or converting the model alone.
 
     Args:
-        model: any module; hooks are registered on it and on `matched_layers(model)`.
+        model: any module; hooks are registered on it and on the layers.
+        names: of the layers; those of `matched_layers(model)` by default.
 
     Attributes:
-        names: names of the matched layers, in order.
-        layers: the matched layers.
+        names: names of the layers, in order.
+        layers: the layers.
         enabled: whether a forward keeps outputs; True.
 
     Raises:
-        ValueError: the model has no matched layer.
+        ValueError: the model has no matched layer, or no layer of a name.
         RuntimeError: in a forward that runs a matched layer twice.
 
     >>> from adderops.models import lenet5
@@ -77,8 +79,12 @@ class IntermediateOutputs:
     [('conv2', (2, 16, 10, 10)), ('conv3', (2, 120, 1, 1)), ('conv4', (2, 84, 1, 1))]
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        matched = matched_layers(model)
+    def __init__(self, model: nn.Module, names: Sequence[str] | None = None) -> None:
+        modules = dict(model.named_modules())
+        unknown = [name for name in names or () if name not in modules]
+        if unknown:
+            raise ValueError(f"names: expected layers of the model, got {unknown}")
+        matched = matched_layers(model) if names is None else {name: modules[name] for name in names}
         if not matched:
             raise ValueError("model: expected a convolution between the first and the classifier, got a model without")
         self.names = list(matched)

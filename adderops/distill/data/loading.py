@@ -7,23 +7,26 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 CALIBRATION_BATCH = 100
 
 
-def epoch_batches(count: int, batch_size: int, seed: int, epoch: int) -> tuple[Tensor, ...]:
+def epoch_batches(count: int, batch_size: int, seed: int, epoch: int, least: int = 1) -> tuple[Tensor, ...]:
     """Returns the indices of each batch of an epoch, a function of its arguments alone: a resumed run sees the same.
 
     The images are dealt out evenly, so that no small batch is left for BatchNorm at the end: all batches have
-    `batch_size` images or a few fewer, and every image occurs once.
+    `batch_size` images or a few fewer, and every image occurs once.  Where a batch would have fewer than `least`, there
+    is one batch less, and some have more than `batch_size`.
 
     >>> [len(batch) for batch in epoch_batches(count=10, batch_size=4, seed=0, epoch=0)]
     [4, 3, 3]
+    >>> [len(batch) for batch in epoch_batches(count=5, batch_size=2, seed=0, epoch=0, least=2)]
+    [3, 2]
     """
     entropy = np.random.SeedSequence([seed, epoch]).generate_state(1, np.uint64)[0]
     order = torch.randperm(count, generator=torch.Generator().manual_seed(int(entropy >> np.uint64(1))))
-    return order.tensor_split(math.ceil(count / batch_size))
+    return order.tensor_split(max(1, min(math.ceil(count / batch_size), count // least)))
 
 
 class ImageSet:
@@ -58,6 +61,13 @@ class ImageSet:
 
     def __len__(self) -> int:
         return len(self.indices)
+
+    @property
+    def labels(self) -> Tensor:
+        """(M) int64, without reading an image."""
+        source = self.source
+        found = source.tensors[1] if isinstance(source, TensorDataset) else torch.tensor(source.targets)
+        return found[self.indices]
 
     def batches(
         self,
@@ -107,11 +117,12 @@ class ImageSet:
         return (images - self.mean).div_(self.std), labels
 
 
-def calibration_batches(images: ImageSet, count: int = 2000) -> Iterator[Tensor]:
+def calibration_batches(images: ImageSet, count: int = 2000, workers: int = 0) -> Iterator[Tensor]:
     """Yields `count` images of a set, or all that it has, without labels, the same at every call.
 
     The batches are even: a mean over them weighs images alike, and BatchNorm never meets a single image.
     """
     chosen = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:count]
-    for batch, _ in images.batches(chosen.tensor_split(math.ceil(len(chosen) / CALIBRATION_BATCH))):
+    batches = chosen.tensor_split(math.ceil(len(chosen) / CALIBRATION_BATCH))
+    for batch, _ in images.batches(batches, workers=workers):
         yield batch

@@ -1,0 +1,254 @@
+"""Distillation from Python: your networks, your data, your optimizer."""
+
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD, Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.data import Dataset
+
+from adderops.distill.batches import LoaderBatches
+from adderops.distill.config import Config
+from adderops.distill.evaluate import evaluate
+from adderops.distill.interrupt import StopRequest, stop_request
+from adderops.distill.loop import Loop
+from adderops.distill.matching import FeatureMatch, layer_pairs, pair_channels
+from adderops.distill.options import check_values
+from adderops.distill.schedule import cosine_schedule
+from adderops.distill.task import LabelLoss, PKKDTask
+from adderops.distill.trainer import Callback, Run
+
+DEFAULT_OPTIMIZER = partial(SGD, lr=0.1, momentum=0.9, weight_decay=5e-4, nesterov=True)
+
+
+class Distiller:
+    """Trains a student by kernel based knowledge distillation from a teacher of any architecture.
+
+    The losses are those of `PKKDTask`.  The teacher is trained beside the student, by the labels alone, or frozen.
+    Adder layers take steps of their own fixed size whatever the optimizer, see `adderops.optim`.
+
+    Args:
+        teacher, student: give logits (N, classes) of images.
+        layers: convolutions to match: {student layer: teacher layer}, or names that both networks have.  By default
+            all between the first convolution and the classifier, by relative depth.  Where the two of a pair differ in
+            channels, trained 1x1 maps lead to a common width; where they differ in height or width, the larger output
+            is averaged over areas.
+        features: what matches the layers: 'none', '1x1', 'kernel' or 'kernel+1x1'.
+        alpha: weight of the labels in the student's loss.
+        beta: weight of L_mid, the match of the layers.
+        temperature: of the softmax of both logits; None: the teacher's logits are not imitated.
+        frozen: the teacher stays as it is, in evaluation mode.
+        optimizer: an optimizer that holds the parameters to train (those of the matching are added to it), or what
+            makes one of a list of parameter groups.  By default SGD: lr 0.1, Nesterov momentum 0.9, weight decay 5e-4.
+        schedule: a schedule of that optimizer, or what makes one of it.  By default each `fit` follows a cosine to 0.
+        schedule_per_step: the schedule moves on after each step in place of each epoch.
+        label_smoothing: share of each label that is spread evenly over all classes.
+        class_weights: (classes), in the cross entropy with the labels.
+        mix: makes (images, labels) of a batch, `torchvision.transforms.v2.MixUp(num_classes=10)` for example.
+        accumulate: parts of a batch that go through the networks one after the other.
+        clip: largest norm of the gradient of all parameters but adder weights.
+        ema: decay per step of a moving average of the student: `average`.
+        amp: 'bfloat16' or 'float16' (with a gradient scaler); None: float32.
+        reestimate_batchnorm: training images from which the statistics of every BatchNorm are taken again before each
+            test and at the end; 0: keep the running averages, which lag behind adder layers.
+        device: where to train; by default where the student is.
+        seed: of all random numbers.
+
+    Attributes:
+        task: the `PKKDTask`; `task.networks` has 'teacher' and 'student'.
+        optimizer: the optimizer.
+        average: the moving average of the student, or None.
+
+    Raises:
+        ValueError: layers that cannot be matched, an optimizer without the networks' parameters, or an argument outside
+            its range.
+
+    Source: PKKD, arXiv 2009.13044.
+
+    >>> from torch.utils.data import DataLoader, TensorDataset
+    >>> from adderops.models import lenet5, resnet20
+    >>> data = TensorDataset(torch.randn(8, 1, 32, 32), torch.arange(8))
+    >>> distiller = Distiller(resnet20("cnn", in_channels=1), lenet5("adder"))
+    >>> history = distiller.fit(DataLoader(data, batch_size=4, shuffle=True), epochs=2, quiet=True)
+    >>> [row["epoch"] for row in history], len(history[0]) > 5
+    ([1, 2], True)
+    """
+
+    def __init__(
+        self,
+        teacher: nn.Module,
+        student: nn.Module,
+        *,
+        layers: Mapping[str, str] | Iterable[str] | None = None,
+        features: str = "kernel+1x1",
+        alpha: float = 1.0,
+        beta: float = 0.1,
+        temperature: float | None = 4.0,
+        frozen: bool = False,
+        optimizer: Optimizer | Callable[[list[dict[str, Any]]], Optimizer] = DEFAULT_OPTIMIZER,
+        schedule: LRScheduler | Callable[[Optimizer], LRScheduler] | None = None,
+        schedule_per_step: bool = False,
+        label_smoothing: float = 0.0,
+        class_weights: Tensor | None = None,
+        mix: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
+        accumulate: int = 1,
+        clip: float | None = None,
+        ema: float | None = None,
+        amp: str | None = None,
+        reestimate_batchnorm: int = 512,
+        device: torch.device | str | None = None,
+        seed: int = 0,
+    ) -> None:
+        settings = {
+            "features": features,
+            "alpha": alpha,
+            "beta": beta,
+            "temperature": temperature,
+            "label_smoothing": label_smoothing,
+            "accumulate": accumulate,
+            "clip": clip,
+            "ema": ema,
+            "amp": amp,
+            "reestimate_batchnorm": reestimate_batchnorm,
+            "seed": seed,
+        }
+        check_values(Config, "Distiller", settings)
+        if isinstance(schedule, LRScheduler) and schedule.optimizer is not optimizer:
+            raise ValueError("Distiller: schedule: expected one of the optimizer given, got one of another")
+        self.device = torch.device(device) if device is not None else next(student.parameters()).device
+        match = pairs = None
+        if features != "none":
+            pairs = layer_pairs(student, teacher, layers)
+            with _random_numbers_kept(self.device):
+                torch.manual_seed(seed)
+                match = FeatureMatch(pair_channels(student, teacher, pairs), features)
+        label_loss = LabelLoss(label_smoothing, class_weights)
+        self.task = PKKDTask(teacher, student, match, alpha, beta, temperature, frozen, pairs, label_loss)
+        self.task.to(self.device)
+        self.optimizer = self._prepare(optimizer)
+        self.average = None
+        if ema is not None:
+            self.average = AveragedModel(student, multi_avg_fn=get_ema_multi_avg_fn(ema), use_buffers=True)
+        self._schedule, self._per_step, self._accumulate = schedule, schedule_per_step, accumulate
+        self._loop = {"average": self.average, "mix": mix}
+        self._loop |= {name: settings[name] for name in ("clip", "amp", "reestimate_batchnorm", "seed")}
+        self._identity = settings | {"frozen": frozen}
+
+    def fit(
+        self,
+        loader: Iterable[tuple[Tensor, Tensor]],
+        epochs: int,
+        *,
+        test: Iterable[tuple[Tensor, Tensor]] | None = None,
+        test_every: int = 1,
+        patience: int | None = None,
+        folder: Path | str | None = None,
+        checkpoint_minutes: float = 10.0,
+        on_step: Callback | None = None,
+        on_epoch: Callback | None = None,
+        quiet: bool = False,
+    ) -> list[dict[str, Any]]:
+        """Trains the networks in place and leaves them in evaluation mode.
+
+        Where the folder holds a checkpoint of the same training, it continues from there.
+
+        Random numbers of torch follow from seed, epoch and step, those of the loader and its data set too, so that a
+        continued training ends with the same bits as one never interrupted.  The global random state is left alone.
+
+        Args:
+            loader: (images, labels) to train on: a `DataLoader`, or anything else that can be iterated again.
+            epochs: passes over it, those before an interruption included.
+            test: (images, labels) to test on.
+            test_every: test after every so many epochs, and after the last.
+            patience: stop when the student's accuracy on `test` has not risen for so many epochs.
+            folder: gets checkpoint.pt, log.csv and layers.csv once per epoch, student_best.pt and at the end student.pt
+                and teacher.pt, each written atomically; made if missing.
+            checkpoint_minutes: between checkpoints within an epoch.
+            on_step, on_epoch: called behind each step and each epoch with a `Progress`.
+            quiet: show nothing.
+
+        Returns:
+            A row for each epoch: losses, training and test accuracies, learning rate, seconds.
+
+        Raises:
+            ValueError: the folder holds another training or a damaged checkpoint; batches that are no (images, labels).
+            FloatingPointError: a loss became infinite or NaN; the last checkpoint stays.
+            Interrupted: SIGTERM or Ctrl-C where there is a folder; after a checkpoint.
+        """
+        if isinstance(loader, Dataset):
+            raise ValueError("Distiller.fit: loader: expected batches, got a Dataset: put it into a DataLoader")
+        given = {"epochs": epochs, "test_every": test_every, "patience": patience}
+        check_values(Config, "Distiller.fit", given | {"checkpoint_minutes": checkpoint_minutes})
+        if patience is not None and test is None:
+            raise ValueError("Distiller.fit: patience: expected images to test on, got none")
+        make_schedule = self._schedule or partial(cosine_schedule, epochs=epochs)
+        schedule = make_schedule if isinstance(make_schedule, LRScheduler) else make_schedule(self.optimizer)
+        loop = Loop(
+            self.task,
+            self.optimizer,
+            schedule,
+            LoaderBatches(loader, self._accumulate, self._loop["seed"]),
+            epochs,
+            test=test,
+            test_every=test_every,
+            patience=patience,
+            device=self.device,
+            per_step=self._per_step,
+            **self._loop,
+        )
+        folder = None if folder is None else Path(folder)
+        run = Run(loop, folder, checkpoint_minutes=checkpoint_minutes, quiet=quiet)
+        identity = {"config": self._identity | {"epochs": epochs}}
+        # without a folder there is nothing to save, and Ctrl-C is the caller's
+        interrupts = nullcontext(StopRequest()) if folder is None else stop_request()
+        try:
+            with interrupts as stop, _random_numbers_kept(self.device):
+                if not run.resume(lambda state: _differences(identity["config"], state["config"])) and run.writes:
+                    folder.mkdir(parents=True, exist_ok=True)
+                if run.epochs(stop, identity, on_step, on_epoch):
+                    loop.refresh_batchnorm()
+                run.save_networks()
+        finally:
+            self.task.eval().release()
+        return loop.rows
+
+    def evaluate(self, loader: Iterable[tuple[Tensor, Tensor]]) -> dict[str, float]:
+        """Returns loss and accuracy of each network on (images, labels): `student_test_accuracy` and so on."""
+        networks = dict(self.task.networks) | ({} if self.average is None else {"student_ema": self.average.module})
+        return evaluate(networks, loader, self.device, amp=self._loop["amp"])
+
+    def _prepare(self, optimizer: Optimizer | Callable[[list[dict[str, Any]]], Optimizer]) -> Optimizer:
+        """Makes the optimizer, or adds the parameters of the matching to the one given."""
+        own = dict(self.task.match.named_parameters()) if self.task.match is not None else {}
+        widths = [p for name, p in own.items() if p.requires_grad and name.endswith("log_width")]
+        own = [p for name, p in own.items() if p.requires_grad and not name.endswith("log_width")]
+        trained = {
+            role: [p for p in network.parameters() if p.requires_grad] for role, network in self.task.networks.items()
+        }
+        if not isinstance(optimizer, Optimizer):
+            groups = [{"params": [*trained["teacher"], *trained["student"], *own]}]
+            return optimizer([*groups, {"params": widths, "weight_decay": 0.0}] if widths else groups)
+        held = {p for group in optimizer.param_groups for p in group["params"]}
+        for role, parameters in trained.items():
+            if parameters and held.isdisjoint(parameters):
+                remedy = ", or frozen=True" if role == "teacher" else ""
+                raise ValueError(f"Distiller: optimizer: expected one with parameters of the {role}{remedy}, got none")
+        for parameters in (own, widths):
+            if parameters and held.isdisjoint(parameters):
+                optimizer.add_param_group({"params": parameters, "weight_decay": 0.0})
+        return optimizer
+
+
+def _random_numbers_kept(device: torch.device) -> Any:
+    return torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
+
+
+def _differences(own: dict[str, Any], other: Any) -> dict[str, tuple[Any, Any]]:
+    other = other if isinstance(other, dict) else {}
+    return {name: (other.get(name), value) for name, value in own.items() if other.get(name) != value}

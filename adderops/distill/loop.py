@@ -1,0 +1,330 @@
+"""The training loop: one optimizer step per batch and one row per epoch, the same for every task; it knows no files."""
+
+import math
+import time
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+from torch.optim.swa_utils import AveragedModel
+
+from adderops.batchnorm import reestimate_batchnorm
+from adderops.distill import distributed
+from adderops.distill.batches import Batches, Part, seed_of
+from adderops.distill.data import ImageSet
+from adderops.distill.evaluate import autocast, correct, evaluate, to_device
+from adderops.distill.task import Losses, PKKDTask, SingleTask
+from adderops.models import mark_adder_weights
+from adderops.optim import AdaptiveRateLayer
+
+
+@dataclass
+class Progress:
+    """Where a training stands behind an optimizer step: what callbacks are given.
+
+    Attributes:
+        epoch: counted from 1.
+        step: optimizer steps of this epoch that are done.
+        images: of this step, over all processes.
+        losses: means over the images of this step, by name; also the training accuracies.
+        row: behind the last step of an epoch its row of the history; else None.
+        improved: networks whose test accuracy this epoch is their best so far.
+        networks: 'student' and 'teacher'.
+        optimizer: their common one.
+    """
+
+    epoch: int
+    step: int
+    images: int
+    losses: dict[str, float]
+    networks: nn.ModuleDict
+    optimizer: torch.optim.Optimizer
+    row: dict[str, Any] | None = None
+    improved: list[str] = field(default_factory=list)
+    stopped: bool = False
+
+    def stop(self) -> None:
+        """Ends the training behind this step."""
+        self.stopped = True
+
+
+@dataclass(eq=False)
+class Loop:
+    """Trains the networks of a task; iterating over it yields a `Progress` behind each optimizer step.
+
+    Between two steps `state_dict()` is all that a loop built alike needs to go on with the same bits: every random
+    number is a function of seed, epoch, step and process.
+
+    Args:
+        task: the networks, and what makes losses of a batch.
+        optimizer: of the task's parameters.
+        schedule: of its learning rates.
+        batches: to train on.
+        epochs: to train for.
+        role: the network that the training is about: 'student' or 'teacher'.
+        test: to test on, if at all.
+        device: of the networks.
+        per_step: the schedule moves on after each step in place of each epoch.
+        average: moving average of the network of `role`.
+        mix: makes (images, labels) of a batch, of which the labels may be shares (N, classes); mixup, for example.
+        on_epoch_begin: called with the number of epochs done, before the first step of each.
+        seed, amp, clip, channels_last, workers, test_every, patience, reestimate_batchnorm: the options of the same
+            names, see `Config`.
+
+    Raises:
+        FloatingPointError: while it is iterated: a loss, a weight or a statistic became infinite or NaN.
+    """
+
+    task: PKKDTask | SingleTask
+    optimizer: torch.optim.Optimizer
+    schedule: LRScheduler
+    batches: Batches
+    epochs: int
+    role: str = "student"
+    test: ImageSet | Iterable[tuple[Tensor, Tensor]] | None = None
+    device: torch.device = torch.device("cpu")
+    per_step: bool = False
+    average: AveragedModel | None = None
+    mix: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
+    on_epoch_begin: Callable[[int], None] | None = None
+    seed: int = 0
+    amp: str | None = None
+    clip: float | None = None
+    channels_last: bool = False
+    workers: int = 0
+    test_every: int = 1
+    patience: int | None = None
+    reestimate_batchnorm: int = 0
+
+    def __post_init__(self) -> None:
+        self.epoch, self.step = 0, 0  # done: whole epochs, and batches of the next
+        self.sums: Counter[str] = Counter()
+        self.rows: list[dict[str, Any]] = []  # of the epochs done
+        self.layers: list[dict[str, Any]] = []
+        self.best: dict[str, dict[str, Any]] = {}  # accuracy and epoch by network
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.amp == "float16")
+
+    # --- state ---
+
+    def state_dict(self) -> dict[str, Any]:
+        progress = {"epoch": self.epoch, "step": self.step, "sums": dict(self.sums)}
+        log = {"log": self.rows, "layers": self.layers, "best": self.best}
+        return progress | log | {name: part.state_dict() for name, part in self._parts().items()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continues from what `state_dict()` gave.
+
+        Raises:
+            ValueError: the state of other networks or of another optimizer.
+        """
+        try:
+            for name, part in self._parts().items():
+                if name in state:
+                    saved = state[name]
+                    # a checkpoint of before adder weights were marked
+                    part.load_state_dict(mark_adder_weights(saved, part) if isinstance(part, nn.Module) else saved)
+        except (RuntimeError, KeyError) as error:
+            raise ValueError(f"expected the state of these networks, got another: {error}") from error
+        self.epoch, self.step, self.sums = state["epoch"], state["step"], Counter(state["sums"])
+        self.rows, self.layers, self.best = state["log"], state["layers"], state.get("best", {})
+        if "schedule" not in state:  # of a version that set the rate of each epoch itself
+            for _ in range(self.epoch - (not self.step)):
+                self._move_schedule()
+
+    def _parts(self) -> dict[str, Any]:
+        """What has a state_dict."""
+        parts = {"task": self.task, "optimizer": self.optimizer, "schedule": self.schedule}
+        parts |= {} if self.average is None else {"average": self.average}
+        return parts | ({"scaler": self.scaler} if self.scaler.is_enabled() else {})
+
+    @property
+    def tested(self) -> dict[str, nn.Module]:
+        """The networks that are tested and saved, by name."""
+        networks = dict(self.task.networks)
+        return networks if self.average is None else networks | {f"{self.role}_ema": self.average.module}
+
+    @property
+    def finished(self) -> bool:
+        if self.epoch >= self.epochs:
+            return True
+        if self.patience is None or self.step or not self.best or self.rows[-1][f"{self.role}_test_loss"] is None:
+            return False
+        return self.epoch - max(of_network["epoch"] for of_network in self.best.values()) >= self.patience
+
+    # --- epochs ---
+
+    def __iter__(self) -> Iterator[Progress]:
+        model: nn.Module = self.task
+        if distributed.world_size() > 1:
+            ids = [self.device.index] if self.device.type == "cuda" else None
+            model = DistributedDataParallel(self.task, device_ids=ids)
+        while not self.finished:
+            yield from self._epoch(model)
+
+    def _epoch(self, model: nn.Module) -> Iterator[Progress]:
+        """Trains for one epoch, or what is left of it, and tests."""
+        self._begin_epoch()
+        begin = time.perf_counter()
+        for parts, last in self.batches.steps(self.epoch, self.step):
+            torch.manual_seed(seed_of(self.seed, self.epoch, self.step + 1, distributed.rank()))
+            losses, watched = self._step(model, parts, diagnose=last)
+            self.step += 1
+            images = sum(part.count for part in parts)
+            self.sums["images"] += images
+            self.sums["seconds"] += time.perf_counter() - begin
+            progress = Progress(self.epoch + 1, self.step, images, losses, self.task.networks, self.optimizer)
+            if last:
+                progress.row, of_layers, progress.improved = self._end_epoch(watched)
+                self.rows.append(progress.row)
+                self.layers.extend(of_layers)
+                self.epoch, self.step, self.sums = self.epoch + 1, 0, Counter()
+            yield progress
+            begin = time.perf_counter()
+
+    def _begin_epoch(self) -> None:
+        if self.step == 0:
+            if self.epoch > 0 and not self.per_step:
+                self._move_schedule()
+            if self.on_epoch_begin is not None:
+                torch.manual_seed(seed_of(self.seed, self.epoch, 0, distributed.rank()))
+                self.on_epoch_begin(self.epoch)
+        self.task.train()
+
+    def _move_schedule(self) -> None:
+        with warnings.catch_warnings():  # a resumed loop, or a scaler that skips its first step
+            warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
+            if isinstance(self.schedule, ReduceLROnPlateau):
+                column = f"{self.role}_test_loss"
+                values = [row[column] for row in self.rows if row.get(column) is not None]
+                self.schedule.step(values[-1] if values else math.inf)
+            else:
+                self.schedule.step()
+
+    def _step(
+        self, model: nn.Module, parts: list[Part], diagnose: bool
+    ) -> tuple[dict[str, float], dict[str, list[float]]]:
+        """One optimizer step; adds to the sums, and returns losses and, if asked, the diagnosis of the last part."""
+        watched, step_sums = {}, Counter()
+        self.optimizer.zero_grad()
+        for i, part in enumerate(parts):
+            images = to_device(part.images, self.device, self.channels_last)
+            labels = part.labels.to(self.device, non_blocking=True)
+            if self.mix is not None:
+                images, labels = self.mix(images, labels)
+            final = i == len(parts) - 1
+            with nullcontext() if final or model is self.task else model.no_sync():
+                with autocast(self.device, self.amp):
+                    losses: Losses = model(images, labels)
+                values = torch.stack([term.detach() for term in losses.terms.values()]).tolist()
+                terms = dict(zip(losses.terms, values, strict=True))
+                require_finite(terms)
+                if diagnose and final:
+                    watched = {name: value.tolist() for name, value in self.task.diagnose(losses).items()}
+                self.scaler.scale(losses.total * part.share).backward()
+            for name, value in terms.items():
+                step_sums[name] += value * part.count
+            hits = torch.stack([correct(logits, labels) for logits in losses.logits.values()]).tolist()
+            for role, hit in zip(losses.logits, distributed.global_sum(hits), strict=True):
+                step_sums[f"{role}_train_accuracy"] += hit
+        self.scaler.unscale_(self.optimizer)
+        if self.clip is not None:
+            rated = {m.weight for m in self.task.modules() if isinstance(m, AdaptiveRateLayer)}
+            nn.utils.clip_grad_norm_([p for p in self.task.parameters() if p not in rated], self.clip)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        if self.per_step:
+            self._move_schedule()
+        if self.average is not None:
+            self.average.update_parameters(self.task.networks[self.role])
+        count = sum(part.count for part in parts)
+        self.sums.update(step_sums)
+        return {name: value / count for name, value in step_sums.items()}, watched
+
+    def _end_epoch(self, watched: dict[str, list[float]]) -> tuple[dict[str, Any], list[dict[str, Any]], list[str]]:
+        """Tests when it is time; returns the rows of epoch and layers, and the names of the networks at their best."""
+        epoch, count = self.epoch + 1, self.batches.images or self.sums["images"]
+        means = {name: value / count for name, value in self.sums.items() if name not in ("seconds", "images")}
+        tested, improved = self._test(epoch)
+        extremes = {}
+        if watched:
+            extremes = {"gradient_ratio_max": max(watched["gradient_ratio"]), "var_yc_min": min(watched["var_yc"])}
+        row = {
+            "epoch": epoch,
+            "lr": self.optimizer.param_groups[0]["lr"],
+            **means,
+            **tested,
+            **extremes,
+            "images_per_second": count / self.sums["seconds"],
+            "seconds": self.sums["seconds"],
+        }
+        layers = [
+            {"epoch": epoch, "layer": name, **{key: values[i] for key, values in watched.items()}}
+            for i, name in enumerate(self.task.layer_names if watched else [])
+        ]
+        return rounded(row), list(map(rounded, layers)), improved
+
+    def _test(self, epoch: int) -> tuple[dict[str, float | None], list[str]]:
+        # a weight that became NaN in the last step of an epoch must not be saved
+        for name, parameter in self.task.named_parameters():
+            if not parameter.isfinite().all():
+                raise FloatingPointError(f"weight is not finite: {name}")
+        due = self.test is not None and (epoch % self.test_every == 0 or epoch == self.epochs)
+        if due or epoch == self.epochs:
+            self.refresh_batchnorm()
+        if not due:
+            columns = (f"{name}_test_{what}" for name in self.tested for what in ("loss", "accuracy"))
+            return dict.fromkeys(columns if self.test is not None else ()), []
+        tested = evaluate(
+            self.tested,
+            self.test,
+            self.device,
+            amp=self.amp,
+            channels_last=self.channels_last,
+            workers=self.workers,
+        )
+        require_finite({name: value for name, value in tested.items() if name.endswith("loss")})
+        improved = []
+        for name in self.tested:
+            accuracy = tested[f"{name}_test_accuracy"]
+            if name.startswith(self.role) and accuracy > self.best.get(name, {"accuracy": -1})["accuracy"]:
+                self.best[name] = {"accuracy": accuracy, "epoch": epoch}
+                improved.append(name)
+        return tested, improved
+
+    def refresh_batchnorm(self) -> None:
+        """Takes the statistics of every BatchNorm that trains from training images, the same on all processes."""
+        if not self.reestimate_batchnorm:
+            return
+        self.task.train()
+        if self.average is not None:
+            self.average.train()
+        for network in self.tested.values():
+            if not network.training:  # a frozen teacher
+                continue
+            batches = self.batches.calibration(self.reestimate_batchnorm)
+            try:
+                with distributed.alone(), autocast(self.device, self.amp):
+                    reestimate_batchnorm(
+                        network, (to_device(images, self.device, self.channels_last) for images in batches)
+                    )
+            except ValueError as error:
+                raise FloatingPointError(f"statistic of BatchNorm is not finite: {error}") from error
+            distributed.average_buffers(network)
+
+
+def rounded(row: dict[str, Any]) -> dict[str, Any]:
+    """Returns the row with numbers of six digits."""
+    return {name: float(f"{value:.6g}") if isinstance(value, float) else value for name, value in row.items()}
+
+
+def require_finite(losses: dict[str, float]) -> None:
+    if not all(map(math.isfinite, losses.values())):
+        described = ", ".join(f"{name} {value:.4g}" for name, value in losses.items())
+        raise FloatingPointError(f"loss is not finite: {described}")
