@@ -2,14 +2,15 @@
 
 import json
 import shlex
-import sys
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from adderops.distill.matching import FEATURES, MID_NORMS, MID_REDUCTIONS, TEACHER_LINEARS, WIDTHS
+from adderops.distill.options import LARGEST_THREADS, check
+from adderops.distill.options import option as _option
 from adderops.distill.recipes import RECIPES, Recipe
 
 METHODS = ("compare", "pkkd", "plain", "cnn")
@@ -19,12 +20,8 @@ DEVICES = ("auto", "cpu", "cuda")
 MACHINE = ("threads", "workers", "device", "download", "tensorboard", "checkpoint_minutes")
 
 
-def _option(default, help: str, **metadata):
-    return field(default=default, metadata={"help": help, **metadata})
-
-
 def _of_recipe(help: str, **metadata):
-    return field(default=None, metadata={"help": f"{help} (default: of the recipe)", **metadata})
+    return _option(None, f"{help} (default: of the recipe)", of_recipe=True, **metadata)
 
 
 @dataclass(frozen=True)
@@ -60,7 +57,7 @@ class Config:
         None, "of training images: none, crop, crop-flip or imagenet (default: the usual of the set)", type=str
     )
     side: int | None = _option(None, "of the images of a folder (default: that of the network)", type=int, least=8)
-    workers: int = _option(0, "processes that load images", least=0)
+    workers: int = _option(0, "processes that load images", least=0, most=LARGEST_THREADS)
 
     arch: str | None = _of_recipe(
         "network of teacher and student: lenet5, vgg_small, resnet20, resnet32, resnet18, resnet50, mobilenet, "
@@ -142,7 +139,9 @@ class Config:
     )
 
     device: str = _option("auto", "where to train; auto: a GPU if adderops has kernels for it", choices=DEVICES)
-    threads: int | None = _option(None, "CPU threads (default: what torch chooses here)", type=int, least=1)
+    threads: int | None = _option(
+        None, "CPU threads (default: what torch chooses here)", type=int, least=1, most=LARGEST_THREADS
+    )
     amp: bool = _option(False, "bfloat16 autocast (the adder layers stay in float32)")
     compile: bool = _option(False, "torch.compile of the networks")
     channels_last: bool = _option(False, "images and weights in channels_last memory format")
@@ -151,16 +150,7 @@ class Config:
     checkpoint_minutes: float = _option(10.0, "checkpoint within an epoch after this time", least=0)
 
     def __post_init__(self) -> None:
-        for f in fields(self):
-            choices, value = f.metadata.get("choices"), getattr(self, f.name)
-            if value is None:
-                continue
-            if choices and value not in choices:
-                raise ValueError(f"{f.name}: expected one of {', '.join(choices)}, got {value!r}")
-            least, most = f.metadata.get("least"), f.metadata.get("most", sys.float_info.max)
-            if least is not None and not least <= value <= most:
-                upper = f" and at most {most}" if "most" in f.metadata else ""
-                raise ValueError(f"{f.name}: expected a finite number of at least {least}{upper}, got {value}")
+        check(self)
         if self.teacher == "frozen" and self.method in ("pkkd", "compare") and self.teacher_checkpoint is None:
             raise ValueError("teacher_checkpoint: expected a file for the frozen teacher, got none")
         if self.bits is not None and (self.initial is None or self.method == "cnn"):
@@ -216,8 +206,14 @@ class Config:
     def load(cls, path: Path) -> "Config":
         """Reads config.json; raises ValueError where it is not one of ours."""
         try:
-            return cls(**json.loads(path.read_text()))
-        except (json.JSONDecodeError, TypeError) as error:
+            content = json.loads(path.read_text())
+            if not isinstance(content, dict):
+                raise ValueError(f"got {type(content).__name__} in place of names and values")
+            for f in fields(cls):  # a run's are resolved
+                if (f.metadata.get("of_recipe") or f.name == "threads") and content.get(f.name, f) is None:
+                    raise ValueError(f"{f.name}: expected a value, got null")
+            return cls(**content)
+        except (ValueError, TypeError, RecursionError) as error:
             raise ValueError(f"{path}: expected a configuration as this program writes it ({error})") from error
 
     def differences(self, other: dict[str, Any]) -> dict[str, tuple[Any, Any]]:

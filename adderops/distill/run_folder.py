@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from adderops.distill.build import KIND_OF_ROLE, load_data_of
-from adderops.distill.checkpoint import load_state_dict
+from adderops.distill.checkpoint import load_state_dict, reading
 from adderops.distill.config import MACHINE, Config
 from adderops.distill.data.idx import SIDE
 from adderops.distill.data.sources import find_source
@@ -154,13 +154,11 @@ class RunFolder:
         path = self.path / f"{name}.pt"
         state = load_state_dict(path)
         kind = KIND_OF_ROLE[name.removesuffix("_ema")]
-        try:
+        with reading(path, f"a state_dict of {self.config.arch}", "another"):
             network = create_model(self.config.arch, kind, *_sizes(self.config.arch, state))
             if self.config.bits is not None and name.startswith("student"):
                 network = insert(network, Scheme(self.config.bits))
             network.load_state_dict(state)
-        except (RuntimeError, KeyError) as error:
-            raise ValueError(f"{path}: expected a state_dict of {self.config.arch}, got another: {error}") from error
         return network.eval()
 
     def input_shape(self, network: nn.Module) -> tuple[int, int, int]:
