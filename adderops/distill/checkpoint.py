@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from adderops.distill.data.facts import check_facts, differences
 from adderops.files import write_atomically
 
 FORMAT = 2
@@ -75,7 +76,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: expected a checkpoint of format {FORMAT}, got something else")
     with reading(path, "a checkpoint of a run"):
         for name, kind in CONTENT.items():
-            if type(content.get(name)) is not kind:
+            if not isinstance(content.get(name), kind) or isinstance(content.get(name), bool):
                 raise ValueError(f"{name}: expected {kind.__name__}, got {type(content.get(name)).__name__}")
         if min(content["epoch"], content["step"]) < 0 or len(content["log"]) != content["epoch"]:
             raise ValueError(
@@ -86,6 +87,16 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
             if not isinstance(name, str) or not isinstance(value, (int, float, str, NoneType)):
                 raise ValueError(f"{name}: expected a number, got {type(value).__name__}")
     return content
+
+
+def require_same_data(folder: Path, saved: dict[str, Any] | None, data: dict[str, Any]) -> None:
+    """Raises ValueError where a run would go on with other images or classes; runs of older versions keep none."""
+    if saved is None:
+        return
+    with reading(folder / "checkpoint.pt", "the data set of a run"):
+        check_facts(saved)
+    if found := differences(saved, data):
+        raise ValueError(f"{folder}: expected the images that the run began with, got others: {'; '.join(found)}")
 
 
 def restore(part: Any, state: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Who owns a run folder: one process at a time, by a lock that the system frees when the process ends, however it ends."""
+"""Who owns a run folder: one process at a time, by a lock that the system frees however the process ends."""
 
 import errno
 import fcntl
@@ -43,7 +43,7 @@ os.register_at_fork(after_in_child=_forget)
 
 
 @contextmanager
-def own(folder: Path, made: bool = False) -> Iterator[None]:
+def own(folder: Path, made: bool = False) -> Iterator[Path]:
     """Makes a run folder if it is missing, and owns it while entered; the owner may enter again.
 
     An error before anything is trained removes what the run has written, and the folder if it was made here: nothing
@@ -57,20 +57,20 @@ def own(folder: Path, made: bool = False) -> Iterator[None]:
         BlockingIOError: another process or thread owns it; the message has its number and host.
         OSError: it cannot be made.
     """
-    folder = folder.absolute()
-    made = distributed.on_first(lambda: _acquire(folder) or made)
-    held = _held.get(folder)  # of process 0
+    path = folder.absolute()
+    made = distributed.on_first(lambda: _acquire(path)) or made
+    held = _held.get(path)  # of process 0
     try:
-        yield
+        yield folder
     except Exception:
-        if held is not None and held.depth == 1 and not holds_work(folder):
-            _clear(folder, made)
+        if held is not None and held.depth == 1 and not holds_work(path):
+            _clear(path, made)
         raise
     finally:
         if held is not None:
             held.depth -= 1
             if held.depth == 0:
-                os.close(_held.pop(folder).descriptor)
+                os.close(_held.pop(path).descriptor)
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 import csv
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from torch import Tensor, nn
 from adderops.distill.build import KIND_OF_ROLE, load_data_of
 from adderops.distill.checkpoint import load_state_dict, reading
 from adderops.distill.config import MACHINE, Config
+from adderops.distill.data import Data
+from adderops.distill.data.facts import differences, read_facts
 from adderops.distill.data.idx import SIDE
 from adderops.distill.data.sources import find_source
 from adderops.models import classifier, create_model, input_size
@@ -161,30 +164,59 @@ class RunFolder:
             network.load_state_dict(state)
         return network.eval()
 
+    @cached_property
+    def data(self) -> dict[str, Any]:
+        """`Data.facts` of the images that the run was trained on: data.json.
+
+        A run of an older version has none; its images are read for it.
+
+        Raises:
+            FileNotFoundError, ValueError: as `load_data`, or a damaged data.json.
+        """
+        path = self.path / "data.json"
+        return read_facts(path) if path.is_file() else load_data_of(self.config).facts()
+
+    def load_data(self) -> Data:
+        """Loads the images of the run.
+
+        Raises:
+            FileNotFoundError, ValueError: as `load_data`, or they are others than it was trained on.
+        """
+        data = load_data_of(self.config)
+        if (self.path / "data.json").is_file() and (found := differences(self.data, data.facts())):
+            raise ValueError(f"{self.path}: expected the images of the run, got others: {'; '.join(found)}")
+        return data
+
+    @property
+    def class_names(self) -> list[str] | None:
+        """Names of the classes in the order of the logits; None where the set has none, or an older run is exported."""
+        return self.data.get("classes") if (self.path / "data.json").is_file() else None
+
     def input_shape(self, network: nn.Module) -> tuple[int, int, int]:
         """Returns (C, H, W) of the images that a network of the run takes.
 
         Raises:
-            FileNotFoundError: a run on a folder of the user, which is gone.
+            FileNotFoundError: a run of an older version on a folder of the user, which is gone.
+            ValueError: data.json is damaged.
         """
+        channels = first_convolution(network)[1].in_channels
+        if (self.path / "data.json").is_file():
+            return channels, self.data["side"], self.data["side"]
         source = find_source(self.config.data, Path(self.config.root), download=False)
         side = (self.config.side or input_size(self.config.arch)) if source.of_files else SIDE
-        name, layer = first_convolution(network)
-        return layer.in_channels, side, side
+        return channels, side, side
 
     def preprocessing(self) -> tuple[list[float], list[float]]:
         """Returns mean and standard deviation of each channel, for pixels from 0 to 1: x = (pixel - mean) / std.
 
-        Where they were measured on the training images these are read again.
-
         Raises:
-            FileNotFoundError, ValueError: as `load_data`.
+            FileNotFoundError, ValueError: as `data`.
         """
-        source = find_source(self.config.data, Path(self.config.root), download=False)
-        if source.statistics is not None:
-            return tuple(map(list, source.statistics))
-        images = load_data_of(self.config).train
-        return (images.mean / 255).flatten().tolist(), (images.std / 255).flatten().tolist()
+        if not (self.path / "data.json").is_file():  # published numbers need no images
+            source = find_source(self.config.data, Path(self.config.root), download=False)
+            if source.statistics is not None:
+                return tuple(map(list, source.statistics))
+        return self.data["mean"], self.data["std"]
 
 
 def differing_options(rows: Sequence[dict[str, Any]]) -> list[str]:

@@ -16,11 +16,20 @@ from torch.nn.parallel import DistributedDataParallel
 import adderops
 from adderops.distill import distributed
 from adderops.distill.build import build_average, build_optimizer, build_task, main_role
-from adderops.distill.checkpoint import load_checkpoint, save_checkpoint, save_tensors, write_json
+from adderops.distill.checkpoint import (
+    load_checkpoint,
+    reading,
+    require_same_data,
+    restore,
+    save_checkpoint,
+    save_tensors,
+    write_json,
+)
 from adderops.distill.config import Config
 from adderops.distill.data import Data, calibration_batches, epoch_batches
 from adderops.distill.evaluate import correct, evaluate, to_device
 from adderops.distill.interrupt import Interrupted, StopRequest, stop_request
+from adderops.distill.lock import own
 from adderops.distill.log import Log
 from adderops.distill.task import Losses
 from adderops.models import classifier
@@ -45,10 +54,10 @@ def learning_rate(lr: float, epoch: int, epochs: int) -> float:
 def train(config: Config, data: Data, folder: Path, device: torch.device | None = None) -> dict[str, Any]:
     """Trains to the end in a run folder; continues where the folder holds a checkpoint of the same run.
 
-    The folder gets config.json, log.csv (a row an epoch), layers.csv (a row an epoch and matched layer),
-    checkpoint.pt (all state, once an epoch and every `checkpoint_minutes`) and at the end summary.json and one
-    state_dict for each network: student.pt, teacher.pt.  Images, their order and all random numbers follow from seed,
-    epoch and step, so a continued run ends with the same bits as one never interrupted, given as many threads and
+    The folder gets config.json, data.json (`Data.facts`), log.csv (a row an epoch), layers.csv (a row an epoch and
+    matched layer), checkpoint.pt (all state, once an epoch and every `checkpoint_minutes`) and at the end summary.json
+    and one state_dict for each network: student.pt, teacher.pt.  Images, their order and all random numbers follow from
+    seed, epoch and step, so a continued run ends with the same bits as one never interrupted, given as many threads and
     processes.  (The adder operators give the same bits on any number; torch's own convolution does not promise it.)
 
     Under torchrun every process calls it with the same arguments; process 0 writes.
@@ -63,7 +72,9 @@ def train(config: Config, data: Data, folder: Path, device: torch.device | None 
         The summary: configuration, accuracies of the last epoch, hours, command.
 
     Raises:
-        ValueError: the folder holds another run or a damaged checkpoint, or fewer images than a batch.
+        ValueError: the folder holds another run or a damaged checkpoint, the images or classes are not those that the
+            run began with, or fewer images than a batch.
+        BlockingIOError: another process owns the folder.
         FileNotFoundError: the folder holds a log but no checkpoint.
         FloatingPointError: a loss became infinite or NaN; the last checkpoint stays.
         Interrupted: SIGTERM or Ctrl-C; after a checkpoint.
@@ -77,7 +88,7 @@ def train(config: Config, data: Data, folder: Path, device: torch.device | None 
             f"accumulate: expected at least 2 images in each part of a batch of {config.batch_size} for "
             f"{distributed.world_size()} processes, got {config.accumulate} parts"
         )
-    with stop_request() as stop:
+    with own(folder), stop_request() as stop:
         run = _Run(config, data, folder, device or torch.device("cpu"))
         run.start()
         run.epochs(stop)
@@ -112,19 +123,24 @@ class _Run:
                 raise ValueError(
                     f"{self.folder}: expected the configuration of the run in this folder, got another: {described}"
                 )
-            for name, part in self._parts().items():
-                part.load_state_dict(state[name])
+            require_same_data(self.folder, state.get("data"), self.data.facts())
+            with reading(checkpoint, "a checkpoint of this run"):
+                if state["step"] >= math.ceil(len(self.data.train) / self.config.batch_size):
+                    raise ValueError(f"step: expected fewer than the steps of an epoch, got {state['step']}")
+                for name, part in self._parts().items():
+                    restore(part, state[name])
             self.epoch, self.step, self.sums = state["epoch"], state["step"], Counter(state["sums"])
             self.log.rows, self.log.layers = state["log"], state["layers"]
             if self.writes:
                 self.log.write()
         else:
             if self.writes:
-                self.folder.mkdir(parents=True, exist_ok=True)
                 write_json(self.folder / "config.json", asdict(self.config))
             if self.config.bits is not None:
                 batches = (images.to(self.device) for images in calibration_batches(self.data.train))
                 observe(self.task.networks["student"], batches)
+        if self.writes and not (self.folder / "data.json").exists():  # older versions kept none
+            write_json(self.folder / "data.json", self.data.facts())
         if self.config.compile:
             for network in self.task.networks.values():
                 network.compile()
@@ -293,7 +309,8 @@ class _Run:
         progress = {"epoch": self.epoch, "step": self.step, "sums": dict(self.sums)}
         parts = {name: part.state_dict() for name, part in self._parts().items()}
         log = {"log": self.log.rows, "layers": self.log.layers}
-        save_checkpoint(self.folder / "checkpoint.pt", {"config": asdict(self.config), **progress, **log, **parts})
+        facts = {"config": asdict(self.config), "data": self.data.facts()}
+        save_checkpoint(self.folder / "checkpoint.pt", {**facts, **progress, **log, **parts})
         self.log.write()
 
     def _parts(self) -> dict[str, Any]:

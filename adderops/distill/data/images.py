@@ -11,7 +11,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 
 # Of files with the suffixes of torchvision.datasets.ImageFolder, whatever the suffix claims; other formats of PIL start
 # programs (EPS).
-FORMATS = ("JPEG", "MPO", "PNG", "PPM", "BMP", "DIB", "GIF", "TIFF", "WEBP")
+FORMATS = ("JPEG", "PNG", "PPM", "BMP", "DIB", "GIF", "TIFF", "WEBP")
 
 
 class ImageFolder(datasets.ImageFolder):
@@ -37,7 +37,9 @@ class ImageFolder(datasets.ImageFolder):
         for name in names:
             walk = os.walk(os.path.join(directory, name), followlinks=True)
             if not any(self._is_image(os.path.join(place, file)) for place, _, files in walk for file in files):
-                raise FileNotFoundError(f"{directory}: expected images ({', '.join(IMG_EXTENSIONS)}) in {name}, got none")
+                raise FileNotFoundError(
+                    f"{directory}: expected images ({', '.join(IMG_EXTENSIONS)}) in {name}, got none"
+                )
         numbering = names if self._numbering is None else list(self._numbering)
         unknown = [name for name in names if name not in numbering]
         if unknown:

@@ -3,6 +3,7 @@
 import atexit
 import math
 import multiprocessing
+import signal
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -37,12 +38,14 @@ _workers: weakref.WeakSet[multiprocessing.Process] = weakref.WeakSet()
 @atexit.register
 def _end_workers() -> None:
     """Python ends the processes it has started by SIGTERM, and then waits for them."""
+    if _workers:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler takes the end of a worker for a failure
     for worker in _workers:
         worker.kill()
 
 
 class _Loader(DataLoader):
-    """A DataLoader whose workers leave by its queue, not by a signal to the process group, and hand over their errors."""
+    """A DataLoader whose workers leave by its queue, not by a signal to their group, and hand over their errors."""
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         others = set(multiprocessing.active_children())

@@ -155,7 +155,9 @@ def load_data(
     )
 
 
-def load_test_images(data: str, facts: dict[str, Any], root: Path | None = None) -> tuple[ImageSet, dict[str, str]]:
+def load_test_images(
+    data: str, facts: dict[str, Any], root: Path | None = None, own: bool = False
+) -> tuple[ImageSet, dict[str, str]]:
     """Loads the test images of a set for a network that was trained on another, or on the same some time ago.
 
     They are sized and normalized as the network's were, and their classes are found by name, whatever their order.
@@ -164,6 +166,7 @@ def load_test_images(data: str, facts: dict[str, Any], root: Path | None = None)
     Args:
         data, root: as `load_data` takes them.
         facts: `Data.facts` of the set that the network was trained on.
+        own: this is that set.  Another one whose classes have no names needs as many of them.
 
     Returns:
         The images, and their checksums.
@@ -176,12 +179,11 @@ def load_test_images(data: str, facts: dict[str, Any], root: Path | None = None)
     tested = source.read(False, facts["classes"])
     channels, side = (3, facts["side"]) if source.of_files else (tested.items.tensors[0].size(1), SIDE)
     if (channels, side) != (facts["channels"], facts["side"]):
-        raise ValueError(
-            f"data: expected images (C, H, W) {(facts['channels'], facts['side'], facts['side'])}, as the network takes "
-            f"them, got {(channels, side, side)}"
-        )
-    if tested.labels.max() >= facts["num_classes"]:
-        raise ValueError(f"data: expected {facts['num_classes']} classes, got {int(tested.labels.max()) + 1}")
+        expected = (facts["channels"], facts["side"], facts["side"])
+        raise ValueError(f"data: expected images (C, H, W) {expected} for this network, got {(channels, side, side)}")
+    count, named = int(tested.labels.max()) + 1, tested.classes is not None and facts["classes"] is not None
+    if count > facts["num_classes"] or (count < facts["num_classes"] and not named and not own):
+        raise ValueError(f"data: expected {facts['num_classes']} classes for this network, got {count}")
     mean, std = (255 * torch.tensor(facts[name]) for name in ("mean", "std"))
     transform = _file_transforms(side)["none"] if source.of_files else None
     images = ImageSet(tested.items, torch.arange(len(tested.labels)), mean, std, transform)

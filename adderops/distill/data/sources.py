@@ -86,9 +86,7 @@ def find_source(data: str, root: Path | None, download: bool) -> Source:
     return Source(name, partial(_read_idx, [folder], f"expected {expected}", None))
 
 
-def _in_memory(
-    images: Tensor, labels: Tensor, classes: Sequence[str] | None, numbering: Sequence[str] | None
-) -> Part:
+def _in_memory(images: Tensor, labels: Tensor, classes: Sequence[str] | None, numbering: Sequence[str] | None) -> Part:
     if classes is not None and numbering is not None:
         labels, classes = numbers_of(classes, numbering)[labels], numbering
     return Part(TensorDataset(images, labels), labels, None if classes is None else tuple(classes))
