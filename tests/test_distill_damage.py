@@ -109,28 +109,8 @@ def damaged(content: bytes, rng: random.Random) -> bytes:
     return bytes(data)
 
 
-ODD = (
-    None,
-    -1,
-    0,
-    1,
-    3,
-    2**31,
-    2**70,
-    1e308,
-    float("nan"),
-    float("inf"),
-    1.5,
-    True,
-    "",
-    "x",
-    "a\0b",
-    "../x",
-    [],
-    [1],
-    {},
-)
-ODD += ({"a": 1}, [[[]]], "ä" * 300, -(2**63), torch.zeros(2), torch.tensor(3), torch.zeros(0, 3))
+ODD = (None, -1, 0, 1, 3, 2**31, 2**70, -(2**63), 1e308, float("nan"), float("inf"), 1.5, True, "", "x", "a\0b")
+ODD += ("../x", "ä" * 300, [], [1], {}, {"a": 1}, [[[]]], torch.zeros(2), torch.tensor(3), torch.zeros(0, 3))
 
 
 def changed(content: Any, rng: random.Random, odd: tuple = ODD) -> Any:
@@ -236,14 +216,16 @@ def test_files_that_promise_more_than_they_hold(trained, tmp_path, capsys):
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("archive/data.pkl", bytes(10**6))
     refused(capsys, [*initial, path], path, "expected a whole state_dict, got a damaged file (a compressed record)")
-    content = torch_file(path, {"a": torch.zeros(10)}).read_bytes()
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("archive/data.pkl", bytes(10**6))
+    content = path.read_bytes()
     end = content.rfind(b"PK\x05\x06")
     size, begin = struct.unpack("<II", content[end + 12 : end + 20])
     records = content[begin : begin + size] * 1000
     count = 1000 * struct.unpack("<H", content[end + 10 : end + 12])[0]
     tail = struct.pack("<4s4H2IH", b"PK\x05\x06", 0, 0, count, count, len(records), begin, 0)
     path.write_bytes(content[:begin] + records + tail)
-    refused(capsys, [*initial, path], path, "got a damaged file (")
+    refused(capsys, [*initial, path], path, "got a damaged file (records larger than the file)")
     torch_file(path, {"a": torch.zeros(1).expand(10**6, 10**6)})
     refused(capsys, [*initial, path], path, "a: expected a number for each element")
     path.write_bytes(b"\x80\x02.")
