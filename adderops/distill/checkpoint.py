@@ -20,6 +20,7 @@ FORMAT = 2
 # What every checkpoint has, and of which type.
 CONTENT = {"config": dict, "epoch": int, "step": int, "sums": dict, "log": list, "layers": list, "task": dict}
 CONTENT |= {"optimizer": dict}
+LOG_COLUMNS = ("epoch", "images_per_second", "seconds")  # which every row has, whatever is trained
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -82,11 +83,19 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
             raise ValueError(
                 f"expected a row of the log for each epoch done, got {len(content['log'])} for {content['epoch']}"
             )
-        numbers = [content["sums"], *content["log"], *content["layers"]]
-        for name, value in ((name, value) for row in numbers for name, value in row.items()):
+        for row in content["log"]:
+            _require_numbers({name: row.get(name) for name in LOG_COLUMNS})
+        _require_numbers(content["sums"])
+        for name, value in ((name, value) for row in content["log"] + content["layers"] for name, value in row.items()):
             if not isinstance(name, str) or not isinstance(value, (int, float, str, NoneType)):
                 raise ValueError(f"{name}: expected a number, got {type(value).__name__}")
     return content
+
+
+def _require_numbers(row: dict[str, Any]) -> None:
+    for name, value in row.items():
+        if not isinstance(value, (int, float)):
+            raise ValueError(f"{name}: expected a number, got {type(value).__name__}")
 
 
 def require_same_data(folder: Path, saved: dict[str, Any] | None, data: dict[str, Any]) -> None:

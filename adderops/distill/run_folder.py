@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from adderops.distill.build import KIND_OF_ROLE, load_data_of
-from adderops.distill.checkpoint import load_state_dict, reading
+from adderops.distill.checkpoint import LOG_COLUMNS, load_state_dict, reading
 from adderops.distill.config import MACHINE, Config
 from adderops.distill.data import Data
 from adderops.distill.data.facts import differences, read_facts
@@ -21,7 +21,6 @@ from adderops.models import classifier, create_model, input_size
 from adderops.quant import Scheme, insert
 
 NETWORKS = ("student", "student_ema", "teacher", "teacher_ema")
-LOG_COLUMNS = ("epoch", "images_per_second", "seconds")
 LAYER_COLUMNS = ("epoch", "layer", "l_mid", "gradient_ratio", "var_yc")
 # `root` is where the data lie, `recipe` no more than the values of other options, and frozen teachers are one a seed.
 NOT_COMPARED = {*MACHINE, "root", "recipe", "teacher_checkpoint"}

@@ -63,7 +63,11 @@ def check_facts(facts: dict[str, Any]) -> None:
     for name, length in (("mean", facts["channels"]), ("std", facts["channels"])):
         if len(facts[name]) != length or not all(type(x) is float and 0 <= x <= 1 for x in facts[name]):
             raise ValueError(f"{name}: expected {length} numbers from 0 to 1, got {facts[name]}")
-    classes = facts.get("classes")
+    if not all(isinstance(value, str) for value in facts["checksums"].values()):
+        raise ValueError("checksums: expected strings, got others")
+    if "classes" not in facts:
+        raise ValueError("classes: expected names or null, got nothing")
+    classes = facts["classes"]
     if classes is not None and (
         type(classes) is not list
         or len(set(map(str, classes))) != facts["num_classes"]

@@ -38,8 +38,6 @@ _workers: weakref.WeakSet[multiprocessing.Process] = weakref.WeakSet()
 @atexit.register
 def _end_workers() -> None:
     """Python ends the processes it has started by SIGTERM, and then waits for them."""
-    if _workers:
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler takes the end of a worker for a failure
     for worker in _workers:
         worker.kill()
 
@@ -48,9 +46,12 @@ class _Loader(DataLoader):
     """A DataLoader whose workers leave by its queue, not by a signal to their group, and hand over their errors."""
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        others = set(multiprocessing.active_children())
+        others, of_child = set(multiprocessing.active_children()), signal.getsignal(signal.SIGCHLD)
         with signals_blocked():  # the workers inherit that and never unblock them
             batches = super().__iter__()
+        if signal.getsignal(signal.SIGCHLD) != of_child:
+            # torch's handler raises the loss of a worker wherever the main thread is; it looks for it here, too
+            signal.signal(signal.SIGCHLD, of_child or signal.SIG_DFL)
         _workers.update(set(multiprocessing.active_children()) - others)
         for batch in batches:
             if isinstance(batch, Exception):
