@@ -47,7 +47,7 @@ def table(capsys) -> dict[str, tuple[float, float]]:
 
 
 def test_one_command_from_run_to_bytes(trained, folder_of_bars, tmp_path, capsys):
-    file = tmp_path / "new" / "bars.safetensors"
+    file = tmp_path / "bars.safetensors"
     assert main(["quantize", str(trained), "--batch-size", "8", "--output", str(file)]) == 0
     rows = table(capsys)
     assert list(rows) == ["CNN, float32", "adder, float32", "adder, 8 bits"]
@@ -82,9 +82,14 @@ def test_the_file_lies_in_the_run_by_default(trained, capsys):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ("--bits 9", "Scheme: bits: expected an integer from 2 to 8, got 9"),
+        ("--bits 9", "--bits: expected a finite number of at least 2 and at most 8, got 9"),
         ("--filter-groups 3 --method shared", "filter_groups: expected 1 with method 'shared', got 3"),
-        ("--images 0", "--images, --batch-size: expected positive numbers"),
+        ("--bits 0", "--bits: expected a finite number of at least 2 and at most 8, got 0"),
+        ("--images 0", "--images: expected a finite number of at least 1, got 0"),
+        ("--batch-size 2147483648", "--batch-size: expected a finite number of at least 1 and at most 65536"),
+        ("--threads -1", "--threads: expected a finite number of at least 1 and at most 1024, got -1"),
+        ("--threads 0", "--threads: expected a finite number of at least 1 and at most 1024, got 0"),
+        ("--output /no/such/x.pt2", "--output: expected a file in an existing folder, got /no/such/x.pt2"),
     ],
 )
 def test_wrong_options(trained, options, message, capsys):

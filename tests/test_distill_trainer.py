@@ -203,8 +203,8 @@ def test_a_set_without_a_recipe_takes_one_of_its_network(folder_of_bars):
 def test_run_folder(options, tmp_path, capsys):
     run = tmp_path / "run"
     assert main([*options, "--method", "pkkd", "--alpha", "0.5", "--output", str(run)]) == 0
-    files = "config.json log.csv layers.csv checkpoint.pt summary.json student.pt student_best.pt teacher.pt"
-    assert {p.name for p in run.iterdir()} == set(files.split())
+    files = "config.json data.json log.csv layers.csv checkpoint.pt summary.json student.pt student_best.pt teacher.pt"
+    assert {p.name for p in run.iterdir()} == {".lock", *files.split()}
     written = json.loads((run / "config.json").read_text())
     assert written["alpha"] == 0.5 and written["nesterov"] is True and written["epochs"] == 2
 

@@ -1,21 +1,24 @@
 """`python -m adderops.distill`: trains an adder network by PKKD and prints what the distillation was worth."""
 
 import argparse
+import signal
 import sys
 import time
+from contextlib import AbstractContextManager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from adderops.distill import commands, distributed
+from adderops.distill import commands, distributed, lock
 from adderops.distill.build import device_type, load_data_of
 from adderops.distill.checkpoint import write_json
 from adderops.distill.config import Config
 from adderops.distill.data import Data
-from adderops.distill.interrupt import Interrupted
-from adderops.distill.options import add_arguments, flag_of, refuse_unused
+from adderops.distill.ending import ending
+from adderops.distill.interrupt import end_at_once
+from adderops.distill.options import add_arguments, flag, refuse_unused
 from adderops.distill.trainer import train
 
 DESCRIPTION = """\
@@ -52,27 +55,23 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _open_run(parser: argparse.ArgumentParser, given: dict[str, Any]) -> tuple[Config, Path]:
-    """Returns configuration and folder of the run that the options ask for."""
+def _open_run(parser: argparse.ArgumentParser, given: dict[str, Any]) -> tuple[Config, AbstractContextManager[Path]]:
+    """Returns the configuration of the run that the options ask for, and what gives its folder and keeps it owned."""
     resume, output = given.pop("resume", None), given.pop("output", None)
     if resume is not None:
         others = sorted(set(given) - {"threads", "workers", "device"}) + ["output"] * (output is not None)
         if others:
-            refused = ", ".join(map(flag_of, others))
+            refused = ", ".join(map(flag, others))
             parser.error(f"--resume takes everything from the run's config.json; drop {refused}")
         if not (resume / "config.json").is_file():
-            raise FileNotFoundError(f"--resume: expected a run folder, got {resume} without a config.json")
-        return replace(Config.load(resume / "config.json"), **given), resume
+            remedy = "; start it again with --output" if resume.is_dir() and not lock.holds_work(resume) else ""
+            raise FileNotFoundError(f"--resume: expected a run folder, got {resume} without a config.json{remedy}")
+        return replace(Config.load(resume / "config.json"), **given), lock.own(resume)
     config = Config(**given)
     refuse_unused(config, given)
     config = config.resolve()
-    if output is None:
-        stamp = time.strftime("%Y%m%d-%H%M%S")
-        name = f"{Path(config.data).name}-{Path(config.arch).name}-{config.method}-{stamp}"
-        output = Path("runs") / distributed.of_first(name)
-    if distributed.rank() == 0 and output.exists() and not (output.is_dir() and not any(output.iterdir())):
-        raise FileExistsError(f"--output: {output} exists; continue it with --resume, or choose another folder")
-    return config, output
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    return config, lock.own_new(output, f"{Path(config.data).name}-{Path(config.arch).name}-{config.method}-{stamp}")
 
 
 def _compare(config: Config, data: Data, folder: Path, device: torch.device) -> list[dict[str, Any]]:
@@ -109,39 +108,36 @@ def _table(summaries: list[dict[str, Any]]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the command line; returns the exit status."""
-    arguments = sys.argv[1:] if arguments is None else arguments
+    """Runs the command line; returns 0, 1 for an error, or 128 + the signal that stopped it."""
+    status = run(sys.argv[1:] if arguments is None else arguments)
+    return status if status >= 128 else min(status, 1)
+
+
+def run(arguments: list[str]) -> int:
+    """Runs the command line; returns the exit status of its process, see `adderops.distill.ending`."""
     if arguments and arguments[0] in commands.COMMANDS:
-        return commands.main(arguments)
+        return commands.run(arguments)
     parser = _parser()
     given = vars(parser.parse_args(arguments))
-    folder = None
-    try:
-        with distributed.process_group(
-            device_type(Config(**{k: v for k, v in given.items() if k == "device"}))
-        ) as device:
-            config, folder = _open_run(parser, given)
-            data = load_data_of(config)
-            first = distributed.rank() == 0
-            if first:
-                print(f"run folder: {folder}", flush=True)
-            if config.method == "compare":
-                summaries = _compare(config, data, folder, device)
-            else:
-                summaries = [train(config, data, folder, device)]
-    except (ValueError, OSError, ImportError, FloatingPointError) as error:
-        print(f"adderops.distill: error: {error}", file=sys.stderr)
-        return 1
-    except Interrupted as stopped:
-        print(f"\nadderops.distill: {stopped}; continue with --resume {folder}", file=sys.stderr)
-        return 128 + stopped.signum
-    except KeyboardInterrupt:
-        print(f"\nadderops.distill: interrupted; continue with --resume {folder}", file=sys.stderr)
-        return 130
-    if first:
-        print(f"\n{_table(summaries)}\nrun folder: {folder}")
-    return 0
+    with ending("adderops.distill") as end:
+        wanted = device_type(Config(**{name: value for name, value in given.items() if name == "device"}))
+        with distributed.process_group(wanted) as device:
+            config, opened = _open_run(parser, given)
+            with opened as end.folder:
+                data = load_data_of(config)
+                first = distributed.rank() == 0
+                if first:
+                    print(f"run folder: {end.folder}", flush=True)
+                if config.method == "compare":
+                    summaries = _compare(config, data, end.folder, device)
+                else:
+                    summaries = [train(config, data, end.folder, device)]
+                if first:
+                    print(f"\n{_table(summaries)}\nrun folder: {end.folder}")
+    return end.status
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+        signal.signal(signal.SIGINT, end_at_once)
+    sys.exit(run(sys.argv[1:]))

@@ -80,9 +80,13 @@ class ImageSetBatches:
         self.set, self.batch_size, self.accumulate, self.seed = images, batch_size, accumulate, seed
         self.workers, self.pin_memory = workers, pin_memory
         self.images = len(images)
+        self.steps_per_epoch = len(self._epoch(0))
+
+    def _epoch(self, epoch: int) -> tuple[Tensor, ...]:
+        return epoch_batches(self.images, self.batch_size, self.seed, epoch, self.least)
 
     def steps(self, epoch: int, start: int = 0) -> Iterator[tuple[list[Part], bool]]:
-        batches = epoch_batches(self.images, self.batch_size, self.seed, epoch, self.least)
+        batches = self._epoch(epoch)
         left = [batch.tensor_split(self.accumulate) for batch in batches[start:]]
         shares = [distributed.share(part) for parts in left for part in parts]
         loader = iter(self.set.batches(shares, epoch, seed=self.seed, workers=self.workers, pin_memory=self.pin_memory))

@@ -3,18 +3,25 @@
 import csv
 import io
 import json
-import pickle
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from adderops.distill.data.facts import check_facts, differences
 from adderops.files import write_atomically
 from adderops.models.checkpoints import find_state_dict
 
 FORMAT = 2
+# What every checkpoint has, and of which type.
+CONTENT = {"config": dict, "epoch": int, "step": int, "sums": dict, "log": list, "layers": list, "task": dict}
+CONTENT |= {"optimizer": dict}
+LOG_COLUMNS = ("epoch", "images_per_second", "seconds")  # which every row has, whatever is trained
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -43,6 +50,22 @@ def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
     save_tensors(path, {"format": FORMAT, **content})
 
 
+@contextmanager
+def reading(path: Path, expected: str, got: str = "a damaged file") -> Iterator[None]:
+    """Turns whatever the content of a file leads to into one error that names the file.
+
+    Raises:
+        ValueError: path, expected, got, and the reason.
+    """
+    try:
+        yield
+    except (MemoryError, ImportError):  # not the file's fault
+        raise
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"{path}: expected {expected}, got {got} ({reason})") from error
+
+
 def load_checkpoint(path: Path) -> dict[str, Any]:
     """Loads what `save_checkpoint` wrote; executes no code from the file.
 
@@ -53,7 +76,71 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     content = _load_tensors(path, "checkpoint")
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise ValueError(f"{path}: expected a checkpoint of format {FORMAT}, got something else")
+    with reading(path, "a checkpoint of a run"):
+        for name, kind in CONTENT.items():
+            if not isinstance(content.get(name), kind) or isinstance(content.get(name), bool):
+                raise ValueError(f"{name}: expected {kind.__name__}, got {type(content.get(name)).__name__}")
+        if min(content["epoch"], content["step"]) < 0 or len(content["log"]) != content["epoch"]:
+            raise ValueError(
+                f"expected a row of the log for each epoch done, got {len(content['log'])} for {content['epoch']}"
+            )
+        for row in content["log"]:
+            _require_numbers({name: row.get(name) for name in LOG_COLUMNS})
+        _require_numbers(content["sums"])
+        for name, value in ((name, value) for row in content["log"] + content["layers"] for name, value in row.items()):
+            if not isinstance(name, str) or not isinstance(value, (int, float, str, NoneType)):
+                raise ValueError(f"{name}: expected a number, got {type(value).__name__}")
     return content
+
+
+def _require_numbers(row: dict[str, Any]) -> None:
+    for name, value in row.items():
+        if not isinstance(value, (int, float)):
+            raise ValueError(f"{name}: expected a number, got {type(value).__name__}")
+
+
+def require_same_configuration(folder: Path, changed: dict[str, tuple[Any, Any]]) -> None:
+    """Raises ValueError where a run would go on with other options.
+
+    Args:
+        changed: name -> (the checkpoint's value, ours).
+    """
+    if changed:
+        described = ", ".join(f"{name} {old!r} -> {new!r}" for name, (old, new) in changed.items())
+        raise ValueError(f"{folder}: expected the configuration of the run in this folder, got another: {described}")
+
+
+def require_same_data(folder: Path, saved: dict[str, Any] | None, data: dict[str, Any]) -> None:
+    """Raises ValueError where a run would go on with other images or classes; runs of older versions keep none."""
+    if saved is None:
+        return
+    with reading(folder / "checkpoint.pt", "the data set of a run"):
+        check_facts(saved)
+    if found := differences(saved, data):
+        raise ValueError(f"{folder}: expected the images that the run began with, got others: {'; '.join(found)}")
+
+
+def restore(part: Any, state: dict[str, Any]) -> None:
+    """`part.load_state_dict(state)`, which of an optimizer's state checks hardly anything.
+
+    Raises:
+        ValueError: the state is that of another part.
+    """
+    if isinstance(part, torch.optim.Optimizer):
+        groups = part.state_dict()["param_groups"]
+        if [{name: type(v) for name, v in g.items()} for g in groups] != [
+            {name: type(v) for name, v in g.items()} for g in state["param_groups"]
+        ]:
+            raise ValueError("expected the parameter groups of this optimizer, got others")
+        parameters = [p for group in part.param_groups for p in group["params"]]
+        for i, values in state["state"].items():
+            for name, value in values.items():
+                if isinstance(value, Tensor) and value.dim() and value.shape != parameters[i].shape:
+                    raise ValueError(
+                        f"{name} of parameter {i}: expected shape {tuple(parameters[i].shape)}, "
+                        f"got {tuple(value.shape)}"
+                    )
+    part.load_state_dict(state)
 
 
 def load_state_dict(path: Path) -> dict[str, Tensor]:
@@ -64,22 +151,29 @@ def load_state_dict(path: Path) -> dict[str, Tensor]:
         ValueError: damaged, or not a state_dict.
     """
     content = _load_tensors(path, "state_dict")
-    try:
-        return dict(find_state_dict(content))
-    except ValueError:
-        raise ValueError(f"{path}: expected a state_dict, got something else") from None
+    with reading(path, "a state_dict", "something else"):
+        state = dict(find_state_dict(content))
+    for name, value in state.items():
+        if not isinstance(name, str):
+            raise ValueError(f"{path}: expected a state_dict, got something else (a name of {type(name).__name__})")
+        if value.layout == torch.strided and value.numel() * value.element_size() > value.untyped_storage().nbytes():
+            raise ValueError(f"{path}: {name}: expected a number for each element, got one for several")
+    return state
 
 
 def _load_tensors(path: Path, what: str) -> Any:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no {what}")
-    try:
+    with reading(path, f"a whole {what}"):
         if zipfile.is_zipfile(path):  # old files of PyTorch, the reference's among them, are not
             with zipfile.ZipFile(path) as archive:
+                records = archive.infolist()
+                # as torch.save writes them: what a compressed or a shared record would unpack to has no bound
+                if any(record.compress_type != zipfile.ZIP_STORED for record in records):
+                    raise ValueError("a compressed record")
+                if sum(record.file_size for record in records) > path.stat().st_size:
+                    raise ValueError("records larger than the file")
                 damaged = archive.testzip()  # torch.load does not look at the checksums
             if damaged is not None:
                 raise ValueError(f"wrong checksum of {damaged}")
         return torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, zipfile.BadZipFile, pickle.UnpicklingError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"{path}: expected a whole {what}, got a damaged file ({reason})") from error

@@ -4,11 +4,11 @@ import argparse
 import io
 import json
 import math
-import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,19 +16,108 @@ import torch
 from torch import Tensor, nn
 
 from adderops.batchnorm import reestimate_batchnorm
-from adderops.distill.build import device_type, load_data_of
-from adderops.distill.checkpoint import write_csv
-from adderops.distill.config import DEVICES, Config
-from adderops.distill.data import ImageSet, calibration_batches
+from adderops.distill.build import device_type
+from adderops.distill.checkpoint import write_csv, write_json
+from adderops.distill.config import Config
+from adderops.distill.data import calibration_batches, load_test_images
+from adderops.distill.data.facts import differences
+from adderops.distill.ending import ending
 from adderops.distill.evaluate import evaluate
+from adderops.distill.options import add_arguments, check, flag, kind_of, option
 from adderops.distill.paired import compare_groups, group_rows
-from adderops.distill.quantize import add_options, quantize
+from adderops.distill.quantize import STUDENTS, quantize
 from adderops.distill.run_folder import SAVED, RunFolder, differing_options
 from adderops.export import export_onnx, export_program
 from adderops.files import write_atomically
 from adderops.models import classifier
+from adderops.quant.scheme import ENDS, METHODS
 
-COMMANDS = ("eval", "compare", "export", "quantize", "report")
+
+def _of_config(name: str, help: str) -> Any:
+    """An option that changes one of the run's configuration, with the same range."""
+    of_run = Config.__dataclass_fields__[name]
+    return option(None, **{**of_run.metadata, "type": kind_of(of_run), "help": help})
+
+
+class _Options:
+    """Of a command; checked as `Config` checks its own."""
+
+    def __post_init__(self) -> None:
+        check(self, label=lambda name: name if name in ("folder", "folders") else flag(name))
+
+
+def _folder(help: str = "run folder", **metadata: Any) -> Any:
+    return option(help=help, type=Path, metavar="RUN", positional=True, **metadata)
+
+
+@dataclass(frozen=True)
+class EvalOptions(_Options):
+    folder: Path = _folder()
+    weights: str | None = option(None, "network to test (default: all that the run has)", choices=SAVED, type=str)
+    data: str | None = option(
+        None,
+        "test on the test images of this set, sized and normalized as the run's are, classes found by name "
+        "(default: the run's test set)",
+        type=str,
+    )
+    reestimate_batchnorm: int | None = option(
+        None,
+        "before, take the statistics of every BatchNorm again from N training images: the averages that training kept "
+        "lag behind weights which still move when it ends (default: as saved)",
+        type=int,
+        least=2,
+        metavar="N",
+    )
+    root: str | None = _of_config("root", "folder in which mnist, cifar10 and so on lie (default: as in training)")
+    device: str | None = _of_config("device", "where to test (default: as in training)")
+    threads: int | None = _of_config("threads", "CPU threads (default: as in training)")
+    workers: int | None = _of_config("workers", "processes that load images (default: as in training)")
+
+
+@dataclass(frozen=True)
+class CompareOptions(_Options):
+    folders: tuple[Path, ...] = _folder("run folders, or those of --method compare", nargs="+")
+    plot: Path | None = option(None, "draw the curves of the test accuracy", type=Path, metavar="FILE.png")
+    csv: Path | None = option(None, "write the table of runs, with all options", type=Path, metavar="FILE")
+
+
+@dataclass(frozen=True)
+class ExportOptions(_Options):
+    folder: Path = _folder()
+    format: str = option(help="of the file", choices=("state_dict", "torch", "onnx"), type=str)
+    weights: str | None = option(None, "network to export (default: student; of cnn: teacher)", choices=SAVED, type=str)
+    output: Path | None = option(
+        None, "file in an existing folder (default: RUN/export/WEIGHTS.pt, .pt2 or .onnx)", type=Path, metavar="FILE"
+    )
+
+
+@dataclass(frozen=True)
+class QuantizeOptions(_Options):
+    folder: Path = _folder("run folder with a student")
+    weights: str = option("student", "network to take", choices=STUDENTS)
+    bits: int | None = option(
+        None,
+        "of inputs and weights of the adder layers (default: 8, or the run's --bits)",
+        type=int,
+        least=2,
+        most=8,
+    )
+    method: str = option("redistribution", "how grids are chosen", choices=METHODS)
+    filter_groups: int = option(1, "grids per layer", least=1)
+    ends: str = option("float", "first convolution and classifier", choices=ENDS)
+    images: int = option(2000, "training images to calibrate by", least=1)
+    reestimate: bool = option(True, "take the BatchNorm statistics again behind the rounded layers, by the same images")
+    batch_size: int = option(64, "images per batch of the timing", least=1, most=2**16)
+    threads: int | None = _of_config("threads", "CPU threads (default: as in training)")
+    output: Path | None = option(
+        None, "file in an existing folder (default: RUN/export/int8.safetensors)", type=Path, metavar="FILE.safetensors"
+    )
+
+
+@dataclass(frozen=True)
+class ReportOptions(_Options):
+    folder: Path = _folder("run folder, of a finished run or not")
+    output: Path | None = option(None, "folder to write to (default: RUN/report)", type=Path, metavar="FOLDER")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -36,67 +125,46 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m adderops.distill", description="What is done with run folders.", allow_abbrev=False
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-
-    def add(name: str, run, help: str) -> argparse.ArgumentParser:
-        command = commands.add_parser(name, help=help, description=help[0].upper() + help[1:] + ".", allow_abbrev=False)
-        command.set_defaults(run=run)
-        return command
-
-    command = add("eval", _evaluate, "test the saved networks of a finished run again")
-    command.add_argument("folder", type=Path, metavar="RUN", help="run folder")
-    command.add_argument("--weights", choices=SAVED, help="network to test (default: all that the run has)")
-    command.add_argument(
-        "--data", help="test on the test images of this set, normalized as the run's are (default: the run's test set)"
-    )
-    command.add_argument(
-        "--reestimate-batchnorm",
-        type=int,
-        metavar="N",
-        help="before, take the statistics of every BatchNorm again from N training images; after a run with "
-        "--reestimate-batchnorm 0 the saved averages lag behind the weights (default: as saved)",
-    )
-    command.add_argument("--root", help="folder in which mnist, cifar10 and so on lie (default: as in training)")
-    command.add_argument("--device", choices=DEVICES, help="where to test (default: as in training)")
-    command.add_argument("--threads", type=int, help="CPU threads (default: as in training)")
-    command.add_argument("--workers", type=int, help="processes that load images (default: as in training)")
-
-    command = add("compare", _compare, "table, statistics over seeds, and curves of several runs, finished or not")
-    command.add_argument(
-        "folders", type=Path, nargs="+", metavar="RUN", help="run folders, or those of --method compare"
-    )
-    command.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the curves of the test accuracy")
-    command.add_argument("--csv", type=Path, metavar="FILE", help="write the table of runs, with all options")
-
-    command = add("export", _export, "write a network of a finished run for use elsewhere")
-    command.add_argument("folder", type=Path, metavar="RUN", help="run folder")
-    command.add_argument("--format", choices=tuple(EXPORTED), required=True, help="of the file")
-    command.add_argument("--weights", choices=SAVED, help="network to export (default: student; of cnn: teacher)")
-    command.add_argument("--output", type=Path, metavar="FILE", help="default: RUN/export/WEIGHTS.pt, .pt2 or .onnx")
-
-    command = add("quantize", quantize, "make the student of a finished run a network of bytes, and test and time it")
-    add_options(command)
-
-    command = add("report", _report, "write report.html and its figures: curves, distillation, weights, operations")
-    command.add_argument("folder", type=Path, metavar="RUN", help="run folder, of a finished run or not")
-    command.add_argument("--output", type=Path, metavar="FOLDER", help="folder to write to (default: RUN/report)")
+    for name, (options, run, help) in COMMANDS.items():
+        command = commands.add_parser(
+            name,
+            help=help,
+            description=help[0].upper() + help[1:] + ".",
+            argument_default=argparse.SUPPRESS,
+            allow_abbrev=False,
+        )
+        command.set_defaults(command=run, options=options)
+        add_arguments(command, options)
     return parser
 
 
-def main(arguments: Sequence[str]) -> int:
-    """Runs a command line that begins with one of `COMMANDS`; returns the exit status."""
-    options = _parser().parse_args(arguments)
-    try:
-        options.run(options)
-    except (ValueError, OSError, ImportError) as error:
-        print(f"adderops.distill {arguments[0]}: error: {error}", file=sys.stderr)
-        return 1
-    return 0
+def run(arguments: Sequence[str]) -> int:
+    """Runs a command line that begins with one of `COMMANDS`; returns the exit status of the process."""
+    given = vars(_parser().parse_args(arguments))
+    command, options = given.pop("command"), given.pop("options")
+    with ending(f"adderops.distill {arguments[0]}") as end:
+        command(options(**given))
+    return end.status
+
+
+def output_file(output: Path | None, default: Path) -> Path:
+    """Returns the file to write, known to be in a folder before minutes of work are lost for want of it.
+
+    Raises:
+        FileNotFoundError: the folder of a file that the user names.
+    """
+    if output is None:
+        default.parent.mkdir(exist_ok=True)
+        return default
+    if not output.parent.is_dir():
+        raise FileNotFoundError(f"--output: expected a file in an existing folder, got {output}")
+    return output
 
 
 # --- eval ---
 
 
-def _evaluate(options: argparse.Namespace) -> None:
+def _evaluate(options: EvalOptions) -> None:
     run = RunFolder.load(options.folder)
     given = {name: getattr(options, name) for name in ("root", "device", "threads", "workers")}
     config = replace(run.config, **{name: value for name, value in given.items() if value is not None})
@@ -104,14 +172,17 @@ def _evaluate(options: argparse.Namespace) -> None:
     networks = {name: run.network(name) for name in ([options.weights] if options.weights else run.networks)}
     device = torch.device(device_type(config))
     torch.set_num_threads(config.threads)
-    count = options.reestimate_batchnorm
-    if count is not None and count < 2:
-        raise ValueError(f"--reestimate-batchnorm: expected at least 2 images, got {count}")
-    own = load_data_of(config) if count or options.data is None else None
-    if options.data is None:
-        images, kind = own.test, f"{run.tested_on} images"
+    count, kind = options.reestimate_batchnorm, f"{run.tested_on} images"
+    own = run.load_data() if count or (options.data is None and config.validation) else None
+    if options.data is not None:
+        images, _ = load_test_images(options.data, run.data, Path(config.root))
+        kind = f"test images of {options.data}"
+    elif config.validation:
+        images = own.test
     else:
-        images, kind = _other_set(run, options.data, next(iter(networks.values()))), f"test images of {options.data}"
+        images, sums = load_test_images(config.data, run.data, Path(config.root), own=True)
+        other = differences({"checksums": run.data["checksums"]}, {"checksums": sums})
+        kind += f" ({', '.join(other)} than when the run was trained)" * bool(other)
     print(f"{run.title}: {len(images)} {kind}")
     for name, network in networks.items():
         network.to(device, memory_format=torch.channels_last if config.channels_last else torch.preserve_format)
@@ -139,24 +210,15 @@ def _evaluate(options: argparse.Namespace) -> None:
         print(line, flush=True)
 
 
-def _other_set(run: RunFolder, data: str, network: nn.Module) -> ImageSet:
-    """Returns the test images of another set, normalized as the run's: that is part of its networks."""
-    config = replace(run.config, data=data, augment="none", train_images=None, validation=0, download=False)
-    other = load_data_of(config)
-    [(image, _)] = other.test.batches([torch.tensor([0])])
-    expected = (*run.input_shape(network), len(classifier(network)[1].weight))
-    got = (*image.shape[1:], other.num_classes)
-    if got != expected:
-        raise ValueError(f"--data: expected images (C, H, W) and classes {expected} as {run.path} has, got {got}")
-    mean, std = (255 * torch.tensor(values) for values in run.preprocessing())
-    return ImageSet(other.test.source, other.test.indices, mean, std, other.test.transform)
-
-
 # --- compare ---
 
 
-def _compare(options: argparse.Namespace) -> None:
-    runs = [RunFolder.load(folder) for given in options.folders for folder in _run_folders(given)]
+def _compare(options: CompareOptions) -> None:
+    folders = [folder for given in options.folders for folder in _run_folders(given)]
+    twice = sorted(str(f) for f, n in Counter(folder.resolve() for folder in folders).items() if n > 1)
+    if twice:
+        raise ValueError(f"RUN: expected each run once, got {', '.join(twice)} twice")
+    runs = [RunFolder.load(folder) for folder in folders]
     rows = [row for run in runs for row in run.results()]
     by = ["method", *(name for name in differing_options(rows) if name not in ("method", "seed")), "network"]
     seeds = ["seed"] if len({row["seed"] for row in rows}) > 1 else []
@@ -238,7 +300,7 @@ def _text_table(rows: Sequence[dict[str, str]]) -> str:
 # --- export ---
 
 
-def _export(options: argparse.Namespace) -> None:
+def _export(options: ExportOptions) -> None:
     run = RunFolder.load(options.folder)
     name = options.weights or run.networks[0]
     network, (mean, std) = run.network(name), run.preprocessing()
@@ -250,15 +312,22 @@ def _export(options: argparse.Namespace) -> None:
         "output": f"logits (N, {classes})",
         "network": f"{name} of {run.title}",
     }
+    if names := run.class_names:
+        facts["classes"] = json.dumps(names)
     suffix, content_of = EXPORTED[options.format]
-    output = options.output or run.path / "export" / f"{name}{suffix}"
+    output = output_file(options.output, run.path / "export" / f"{name}{suffix}")
     try:
         content = content_of(network, torch.zeros(1, *shape), facts)
     except RuntimeError as error:  # of torch.export: in networks of other libraries
         raise ValueError(f"--format {options.format}: torch cannot export {run.config.arch}: {error}") from error
-    output.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(output, content)
-    print("\n".join([str(output), *(f"{key:<10}{value}" for key, value in facts.items())]))
+    if options.format == "state_dict":  # which has no room for them
+        write_json(output.with_suffix(".json"), facts)
+    print("\n".join([str(output), *(f"{key:<10}{_shortened(value)}" for key, value in facts.items())]))
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= 200 else text[:200] + " ..."
 
 
 def _state_dict(network: nn.Module, example: Tensor, facts: dict[str, str]) -> bytes:
@@ -291,8 +360,27 @@ EXPORTED = {"state_dict": (".pt", _state_dict), "torch": (".pt2", _program), "on
 # --- report ---
 
 
-def _report(options: argparse.Namespace) -> None:
+def _report(options: ReportOptions) -> None:
     from adderops.distill.report import write_report
 
     run = RunFolder.load(options.folder)
     print(write_report(run, options.output or run.path / "report"))
+
+
+def _quantize(options: QuantizeOptions) -> None:
+    run = RunFolder.load(options.folder)
+    quantize(run, options, output_file(options.output, run.path / "export" / "int8.safetensors"))
+
+
+# By name: options, what runs it, help.
+COMMANDS = {
+    "eval": (EvalOptions, _evaluate, "test the saved networks of a finished run again"),
+    "compare": (CompareOptions, _compare, "table, statistics over seeds, and curves of several runs, finished or not"),
+    "export": (ExportOptions, _export, "write a network of a finished run for use elsewhere"),
+    "quantize": (
+        QuantizeOptions,
+        _quantize,
+        "the student of a finished run as an int8 network, tested and timed",
+    ),
+    "report": (ReportOptions, _report, "write report.html and its figures: curves, distillation, weights, operations"),
+}

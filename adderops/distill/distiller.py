@@ -14,6 +14,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import Dataset
 
 from adderops.distill.batches import LoaderBatches
+from adderops.distill.checkpoint import require_same_configuration
 from adderops.distill.config import Config
 from adderops.distill.evaluate import evaluate
 from adderops.distill.interrupt import StopRequest, stop_request
@@ -205,11 +206,15 @@ class Distiller:
         folder = None if folder is None else Path(folder)
         run = Run(loop, folder, checkpoint_minutes=checkpoint_minutes, quiet=quiet)
         identity = {"config": self._identity | {"epochs": epochs}}
+
+        def check(state: dict[str, Any]) -> None:
+            require_same_configuration(folder, _differences(identity["config"], state["config"]))
+
         # without a folder there is nothing to save, and Ctrl-C is the caller's
         interrupts = nullcontext(StopRequest()) if folder is None else stop_request()
         try:
             with interrupts as stop, _random_numbers_kept(self.device):
-                if not run.resume(lambda state: _differences(identity["config"], state["config"])) and run.writes:
+                if not run.resume(check) and run.writes:
                     folder.mkdir(parents=True, exist_ok=True)
                 if run.epochs(stop, identity, on_step, on_epoch):
                     loop.refresh_batchnorm()

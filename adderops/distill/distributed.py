@@ -6,13 +6,15 @@ Without torchrun all of this is the identity.
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+T = TypeVar("T")
 _alone = False
 
 
@@ -60,12 +62,29 @@ def process_group(device_type: str) -> Iterator[torch.device]:
         dist.destroy_process_group()
 
 
-def of_first(text: str) -> str:
-    """Returns the text of process 0 on every process."""
-    texts = [text]
+class FailedOnFirst(Exception):
+    """Process 0 failed, and says why; the others end with it."""
+
+
+def on_first(function: Callable[[], T]) -> T:
+    """Calls a function on process 0 alone; returns its result on every process.
+
+    Raises:
+        FailedOnFirst: on the other processes, where it failed; process 0 has its error.
+    """
+    shared, error = [None], None
+    if rank() == 0:
+        try:
+            shared = [(function(),)]
+        except Exception as failure:
+            error = failure
     if in_use():
-        dist.broadcast_object_list(texts)
-    return texts[0]
+        dist.broadcast_object_list(shared)
+    if error is not None:
+        raise error
+    if shared[0] is None:
+        raise FailedOnFirst
+    return shared[0][0]
 
 
 def share(batch: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from torch.optim.swa_utils import AveragedModel
 from adderops.batchnorm import reestimate_batchnorm
 from adderops.distill import distributed
 from adderops.distill.batches import Batches, Part, seed_of
+from adderops.distill.checkpoint import restore
 from adderops.distill.data import ImageSet
 from adderops.distill.evaluate import autocast, correct, evaluate, to_device
 from adderops.distill.task import Losses, PKKDTask, SingleTask
@@ -122,16 +123,13 @@ class Loop:
         """Continues from what `state_dict()` gave.
 
         Raises:
-            ValueError: the state of other networks or of another optimizer.
+            ValueError, RuntimeError, KeyError: the state of other networks or of another optimizer.
         """
-        try:
-            for name, part in self._parts().items():
-                if name in state:
-                    saved = state[name]
-                    # a checkpoint of before adder weights were marked
-                    part.load_state_dict(mark_adder_weights(saved, part) if isinstance(part, nn.Module) else saved)
-        except (RuntimeError, KeyError) as error:
-            raise ValueError(f"expected the state of these networks, got another: {error}") from error
+        for name, part in self._parts().items():
+            if name in state:
+                saved = state[name]
+                # a checkpoint of before adder weights were marked
+                restore(part, mark_adder_weights(saved, part) if isinstance(part, nn.Module) else saved)
         self.epoch, self.step, self.sums = state["epoch"], state["step"], Counter(state["sums"])
         self.rows, self.layers, self.best = state["log"], state["layers"], state.get("best", {})
         if "schedule" not in state:  # of a version that set the rate of each epoch itself

@@ -1,47 +1,74 @@
-"""Declared options: help, group, type and range of each said once, for the command line, its help and every check."""
+"""Options as fields of a dataclass: one declaration gives default, help, type and range to the command line and Python.
+
+`Config` holds those of training; each command of `adderops.distill.commands` has its own.
+"""
 
 import argparse
-import dataclasses
 import math
 import numbers
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import MISSING, Field, field, fields
+from pathlib import Path
 from typing import Any
 
-FLOAT_MOST = 3.4028234663852886e38  # of float32: beyond, torch refuses a number for its tensors
-INT_MOST = 2**31 - 1
-_NAMES = {bool: "true or false", int: "an integer", float: "a number", str: "text"}
+LARGEST_INT = 2**31 - 1
+LARGEST_FLOAT = 3.4028234663852886e38  # of float32: beyond, torch refuses a number for its tensors
+LARGEST_THREADS = 1024  # the OpenMP runtime ends the process where it cannot start a thread
+
+_NAMES = {bool: "true or false", int: "an integer", float: "a number", str: "text", Path: "a path"}
+_ACCEPTED = {
+    bool: bool,
+    int: numbers.Integral,
+    float: numbers.Real,
+    str: (str, os.PathLike),
+    Path: (str, os.PathLike),
+}
 
 
-def option(default: Any, help: str, group: str, **metadata: Any) -> Any:
-    """Declares an option as a field of a dataclass.
+def option(default: Any = MISSING, help: str = "", group: str | None = None, **metadata: Any) -> Any:
+    """Declares an option.
 
     Args:
-        default: may be None; then `type` says what other values are.
-        help: for --help; the default is added to it.
+        default: None where something else decides; an option without it is one that the command needs.
+        help: what it is; the command line adds the default.
         group: heading under which --help has it.
-        metadata: `type` where it is not that of the default; `choices`; `least` and `most`, of a number; `alone`, the
-            value where the option is given without one; `needs`, {other option: values with which this has an effect}.
+        metadata: `type` of the value, for a default of None or none; `choices`; `least` and `most`, of a number;
+            `alone`, the value where the option is given without one; `needs`, {other option: values with which this has
+            an effect}; for the command line, `metavar`, `nargs` and `positional`.
     """
-    return dataclasses.field(default=default, metadata={"help": help, "group": group, **metadata})
+    return field(default=default, metadata={"help": help, "group": group, **metadata})
 
 
-def kind_of(field: dataclasses.Field) -> type:
-    return field.metadata.get("type") or type(field.default)
+def kind_of(f: Field) -> type:
+    """Returns the type of an option's value."""
+    return f.metadata.get("type") or type(f.default)
 
 
-def check(config: Any) -> None:
-    """Checks type, choice and range of every field of a frozen dataclass; numbers become those of the declared type.
+def flag(name: str) -> str:
+    """Returns an option as it is written on the command line.
+
+    >>> flag("batch_size")
+    '--batch-size'
+    """
+    return "--" + name.replace("_", "-")
+
+
+def check(options: Any, label: Callable[[str], str] = lambda name: name) -> None:
+    """Checks type, choice and range of every field of a frozen dataclass; values become those of the declared type.
+
+    A None stands for 'not given' where it is the default.
 
     Raises:
-        ValueError: the message names field, expected, got.
+        ValueError: the message names field (by `label`), expected, got.
     """
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if value is None and field.default is None:
+    for f in fields(options):
+        value = getattr(options, f.name)
+        if value is None and f.default is None:
             continue
-        value = _checked(field, value)
-        object.__setattr__(config, field.name, value)
+        several = "nargs" in f.metadata
+        values = [_checked(f, item, label(f.name)) for item in (value if several else [value])]
+        object.__setattr__(options, f.name, tuple(values) if several else values[0])
 
 
 def check_values(declared: type, where: str, values: dict[str, Any]) -> None:
@@ -50,64 +77,64 @@ def check_values(declared: type, where: str, values: dict[str, Any]) -> None:
     Raises:
         ValueError: the message names `where`, field, expected, got.
     """
-    for field in dataclasses.fields(declared):
-        if values.get(field.name) is not None:
-            try:
-                _checked(field, values[field.name])
-            except ValueError as error:
-                raise ValueError(f"{where}: {error}") from None
+    for f in fields(declared):
+        if values.get(f.name) is not None:
+            _checked(f, values[f.name], f"{where}: {f.name}")
 
 
-def _checked(field: dataclasses.Field, value: Any) -> Any:
-    kind, metadata = kind_of(field), field.metadata
-    if kind is str and isinstance(value, os.PathLike):
-        value = os.fspath(value)
-    accepted = {bool: bool, int: numbers.Integral, float: numbers.Real, str: str}[kind]
-    if not isinstance(value, accepted) or (kind is not bool and isinstance(value, bool)):
-        raise ValueError(f"{field.name}: expected {_NAMES[kind]}, got {value!r}")
-    choices = metadata.get("choices")
-    if choices and value not in choices:
-        raise ValueError(f"{field.name}: expected one of {', '.join(choices)}, got {value!r}")
+def _checked(f: Field, value: Any, label: str) -> Any:
+    kind, metadata = kind_of(f), f.metadata
+    if choices := metadata.get("choices"):
+        if value not in choices:
+            raise ValueError(f"{label}: expected one of {', '.join(choices)}, got {_shown(value)}")
+        return value
+    if not isinstance(value, _ACCEPTED[kind]) or (kind is not bool and isinstance(value, bool)):
+        raise ValueError(f"{label}: expected {_NAMES[kind]}, got {_shown(value)}")
     if kind in (int, float):
-        least, most = metadata.get("least", -math.inf), metadata.get("most", INT_MOST if kind is int else FLOAT_MOST)
+        least = metadata.get("least", -LARGEST_INT if kind is int else -LARGEST_FLOAT)
+        most = metadata.get("most", LARGEST_INT if kind is int else LARGEST_FLOAT)
         if not least <= value <= most:
-            upper = f" and at most {most}" if "most" in metadata or value > most else ""
-            raise ValueError(f"{field.name}: expected a finite number of at least {least}{upper}, got {value}")
-        value = kind(value)
-    return value
+            upper = f" and at most {most}" if "most" in metadata or (value > most and math.isfinite(value)) else ""
+            raise ValueError(f"{label}: expected a finite number of at least {least}{upper}, got {_shown(value)}")
+    return kind(os.fspath(value) if kind is str else value)
 
 
-def add_arguments(parser: argparse.ArgumentParser, config: type) -> None:
-    """Adds an option to the parser for every field of a dataclass, under the heading of its group."""
-    groups: dict[str, Any] = {}
-    for field in dataclasses.fields(config):
-        title = field.metadata["group"]
+def _shown(value: Any) -> str:
+    text = str(value) if isinstance(value, numbers.Real) and not isinstance(value, bool) else repr(value)
+    return text[:200]
+
+
+def add_arguments(parser: argparse.ArgumentParser, options: type) -> None:
+    """Adds the options of a dataclass to a parser, whose default must be `argparse.SUPPRESS`, each under its group."""
+    groups: dict[str | None, Any] = {None: parser}
+    for f in fields(options):
+        kind, metadata, text = kind_of(f), f.metadata, f.metadata["help"]
+        title = metadata["group"]
         if title not in groups:
             groups[title] = parser.add_argument_group(title)
         group = groups[title]
-        flag = flag_of(field.name)
-        text = field.metadata["help"] + ("" if field.default is None else f" (default: {field.default})")
-        kind, choices = kind_of(field), field.metadata.get("choices")
+        settings = {name: metadata[name] for name in ("metavar", "nargs", "choices") if name in metadata}
+        if metadata.get("positional"):
+            group.add_argument(f.name, type=kind, help=text, **settings)
+            continue
+        if f.default not in (None, MISSING):
+            text += f" (default: {f.default})"
         if kind is bool:
-            group.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
-        elif "alone" in field.metadata:
-            group.add_argument(flag, nargs="?", const=field.metadata["alone"], choices=choices, help=text)
+            group.add_argument(flag(f.name), action=argparse.BooleanOptionalAction, help=text)
+        elif "alone" in metadata:
+            group.add_argument(flag(f.name), nargs="?", const=metadata["alone"], help=text, **settings)
         else:
-            group.add_argument(flag, type=kind, choices=choices, help=text)
+            group.add_argument(flag(f.name), type=kind, help=text, required=f.default is MISSING, **settings)
 
 
-def refuse_unused(config: Any, given: Iterable[str]) -> None:
+def refuse_unused(options: Any, given: Iterable[str]) -> None:
     """Raises ValueError where an option given has no effect beside the others, naming both."""
-    declared = {field.name: field for field in dataclasses.fields(config)}
+    declared = {f.name: f for f in fields(options)}
     for name in given:
         for other, values in declared[name].metadata.get("needs", {}).items():
-            if getattr(config, other) not in values:
-                got = f"{flag_of(other)} {str(getattr(config, other)).lower()}"
+            if getattr(options, other) not in values:
+                got = f"{flag(other)} {str(getattr(options, other)).lower()}"
                 wanted = " or ".join(str(value).lower() for value in values)
                 raise ValueError(
-                    f"{name}: expected {flag_of(other)} {wanted} beside it, got {got}: it has no effect there"
+                    f"{name}: expected {flag(other)} {wanted} beside it, got {got}: it has no effect there"
                 )
-
-
-def flag_of(name: str) -> str:
-    return "--" + name.replace("_", "-")

@@ -1,59 +1,40 @@
 """`python -m adderops.distill quantize RUN`: the student of a run as a network of bytes, its accuracy and speed."""
 
-import argparse
 import copy
 import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from adderops.distill.build import load_data_of
 from adderops.distill.data import calibration_batches
 from adderops.distill.evaluate import evaluate
 from adderops.distill.run_folder import SAVED, RunFolder
 from adderops.quant import Scheme, calibrate, convert, reestimate_batchnorm, save
-from adderops.quant.scheme import ENDS, METHODS
 
 STUDENTS = tuple(name for name in SAVED if name.startswith("student"))
 TIMED_SECONDS = 0.2
 TIMED_ROUNDS = 7
 
 
-def add_options(command: argparse.ArgumentParser) -> None:
-    command.add_argument("folder", type=Path, metavar="RUN", help="run folder with a student")
-    command.add_argument("--weights", choices=STUDENTS, default="student", help="network to take")
-    command.add_argument(
-        "--bits", type=int, help="of inputs and weights of the adder layers, 2 to 8 (default: 8, or the run's --bits)"
-    )
-    command.add_argument("--method", choices=METHODS, default="redistribution", help="how grids are chosen")
-    command.add_argument("--filter-groups", type=int, default=1, help="grids a layer (default: 1)")
-    command.add_argument("--ends", choices=ENDS, default="float", help="first convolution and classifier")
-    command.add_argument("--images", type=int, default=2000, help="training images to calibrate by (default: 2000)")
-    command.add_argument(
-        "--reestimate",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="take the BatchNorm statistics anew behind the rounded layers, by the same images (default: yes)",
-    )
-    command.add_argument("--batch-size", type=int, default=64, help="of the timing (default: 64)")
-    command.add_argument("--threads", type=int, help="CPU threads (default: as in training)")
-    command.add_argument("--output", type=Path, metavar="FILE.safetensors", help="default: RUN/export/int8.safetensors")
+def quantize(run: RunFolder, options: Any, output: Path) -> None:
+    """Writes the int8 network of a run's student and prints its accuracy and speed beside the others'.
 
-
-def quantize(options: argparse.Namespace) -> None:
-    run = RunFolder.load(options.folder)
+    Args:
+        run: finished, with a student.
+        options: of the command: `adderops.distill.commands.QuantizeOptions`.
+        output: of the file.
+    """
     student = run.network(options.weights)
     trained_bits = run.config.bits
     if trained_bits not in (None, options.bits or trained_bits):
         raise ValueError(f"--bits: expected {trained_bits}, which the run was trained with, got {options.bits}")
     scheme = Scheme(options.bits or trained_bits or 8, options.method, 0.9997, options.filter_groups, options.ends)
-    if options.images < 1 or options.batch_size < 1:
-        raise ValueError("--images, --batch-size: expected positive numbers")
     torch.set_num_threads(options.threads or run.config.threads)
-    data, output = load_data_of(run.config), options.output or run.path / "export" / "int8.safetensors"
+    data = run.load_data()
     batches = list(calibration_batches(data.train, options.images))
 
     if trained_bits is None:
@@ -63,12 +44,8 @@ def quantize(options: argparse.Namespace) -> None:
     else:
         rounded = student
     integer = convert(rounded.eval(), batches[0])
-    mean, std = run.preprocessing()
-    facts = {"network": run.title, "mean": mean, "std": std, "side": batches[0].shape[-1]}
-    if getattr(run, "class_names", None) is not None:
-        facts["classes"] = list(run.class_names)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    save(integer, batches[0], output, facts)
+    facts = {name: data.facts()[name] for name in ("classes", "channels", "side", "mean", "std")}
+    save(integer, batches[0], output, {"network": run.title, **facts})
 
     networks: dict[str, nn.Module] = {}
     if "teacher" in run.networks:

@@ -4,6 +4,7 @@ import csv
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from adderops.distill.build import KIND_OF_ROLE, arch_of, load_data_of
-from adderops.distill.checkpoint import load_state_dict
+from adderops.distill.checkpoint import LOG_COLUMNS, load_state_dict, reading
 from adderops.distill.config import MACHINE, Config
+from adderops.distill.data import Data
+from adderops.distill.data.facts import differences, read_facts
 from adderops.distill.data.idx import SIDE
 from adderops.distill.data.sources import find_source
 from adderops.models import classifier, create_model, input_size, mark_adder_weights
@@ -20,7 +23,6 @@ from adderops.quant import Scheme, insert
 
 NETWORKS = ("student", "student_ema", "teacher", "teacher_ema")
 SAVED = (*NETWORKS, *(f"{name}_best" for name in NETWORKS))  # best: as it was at its best test
-LOG_COLUMNS = ("epoch", "images_per_second", "seconds")
 LAYER_COLUMNS = ("epoch", "layer", "l_mid", "gradient_ratio", "var_yc")
 # `root` is where the data lie, `recipe` no more than the values of other options, and frozen teachers are one a seed.
 NOT_COMPARED = {*MACHINE, "root", "recipe", "teacher_checkpoint"}
@@ -148,39 +150,66 @@ class RunFolder:
         state = load_state_dict(path)
         role = name.partition("_")[0]
         arch = arch_of(self.config, role)
-        try:
+        with reading(path, f"a state_dict of {arch}", "another"):
             network = create_model(arch, KIND_OF_ROLE[role], *_sizes(arch, state))
             if self.config.bits is not None and name.startswith("student"):
                 network = insert(network, Scheme(self.config.bits))
             network.load_state_dict(mark_adder_weights(state, network))  # runs of before there were marks
-        except (RuntimeError, KeyError) as error:
-            raise ValueError(f"{path}: expected a state_dict of {arch}, got another: {error}") from error
         return network.eval()
+
+    @cached_property
+    def data(self) -> dict[str, Any]:
+        """`Data.facts` of the images that the run was trained on: data.json.
+
+        A run of an older version has none; its images are read for it.
+
+        Raises:
+            FileNotFoundError, ValueError: as `load_data`, or a damaged data.json.
+        """
+        path = self.path / "data.json"
+        return read_facts(path) if path.is_file() else load_data_of(self.config).facts()
+
+    def load_data(self) -> Data:
+        """Loads the images of the run.
+
+        Raises:
+            FileNotFoundError, ValueError: as `load_data`, or they are others than it was trained on.
+        """
+        data = load_data_of(self.config)
+        if (self.path / "data.json").is_file() and (found := differences(self.data, data.facts())):
+            raise ValueError(f"{self.path}: expected the images of the run, got others: {'; '.join(found)}")
+        return data
+
+    @property
+    def class_names(self) -> list[str] | None:
+        """Names of the classes in the order of the logits; None where the set has none, or an older run is exported."""
+        return self.data.get("classes") if (self.path / "data.json").is_file() else None
 
     def input_shape(self, network: nn.Module) -> tuple[int, int, int]:
         """Returns (C, H, W) of the images that a network of the run takes.
 
         Raises:
-            FileNotFoundError: a run on a folder of the user, which is gone.
+            FileNotFoundError: a run of an older version on a folder of the user, which is gone.
+            ValueError: data.json is damaged.
         """
+        channels = first_convolution(network)[1].in_channels
+        if (self.path / "data.json").is_file():
+            return channels, self.data["side"], self.data["side"]
         source = find_source(self.config.data, Path(self.config.root), download=False)
         side = (self.config.side or input_size(self.config.arch)) if source.of_files else SIDE
-        name, layer = first_convolution(network)
-        return layer.in_channels, side, side
+        return channels, side, side
 
     def preprocessing(self) -> tuple[list[float], list[float]]:
         """Returns mean and standard deviation of each channel, for pixels from 0 to 1: x = (pixel - mean) / std.
 
-        Where they were measured on the training images these are read again.
-
         Raises:
-            FileNotFoundError, ValueError: as `load_data`.
+            FileNotFoundError, ValueError: as `data`.
         """
-        source = find_source(self.config.data, Path(self.config.root), download=False)
-        if source.statistics is not None:
-            return tuple(map(list, source.statistics))
-        images = load_data_of(self.config).train
-        return (images.mean / 255).flatten().tolist(), (images.std / 255).flatten().tolist()
+        if not (self.path / "data.json").is_file():  # published numbers need no images
+            source = find_source(self.config.data, Path(self.config.root), download=False)
+            if source.statistics is not None:
+                return tuple(map(list, source.statistics))
+        return self.data["mean"], self.data["std"]
 
 
 def differing_options(rows: Sequence[dict[str, Any]]) -> list[str]:

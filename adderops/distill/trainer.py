@@ -20,10 +20,19 @@ from adderops.distill.build import (
     main_role,
     redraw_classifier,
 )
-from adderops.distill.checkpoint import load_checkpoint, save_checkpoint, save_tensors, write_json
+from adderops.distill.checkpoint import (
+    load_checkpoint,
+    reading,
+    require_same_configuration,
+    require_same_data,
+    save_checkpoint,
+    save_tensors,
+    write_json,
+)
 from adderops.distill.config import Config
 from adderops.distill.data import Data, calibration_batches
 from adderops.distill.interrupt import Interrupted, StopRequest, stop_request
+from adderops.distill.lock import own
 from adderops.distill.log import Log
 from adderops.distill.loop import Loop, Progress
 from adderops.distill.schedule import cosine_schedule
@@ -53,12 +62,12 @@ Callback = Callable[[Progress], None]
 def train(config: Config, data: Data, folder: Path, device: torch.device | None = None) -> dict[str, Any]:
     """Trains to the end in a run folder; continues where the folder holds a checkpoint of the same run.
 
-    The folder gets config.json, log.csv (a row per epoch), layers.csv (a row per epoch and matched layer),
-    checkpoint.pt (all state, once per epoch and every `checkpoint_minutes`), the state_dict of the network that the
-    run is about at its best test (student_best.pt, say), and at the end summary.json and one state_dict for each
-    network: student.pt, teacher.pt.  Images, their order and all random numbers follow from seed, epoch and step, so a
-    continued run ends with the same bits as one never interrupted, given as many threads and processes.  (The adder
-    operators give the same bits on any number; torch's own convolution does not promise it.)
+    The folder gets config.json, data.json (`Data.facts`), log.csv (a row per epoch), layers.csv (a row per epoch and
+    matched layer), checkpoint.pt (all state, once per epoch and every `checkpoint_minutes`), the state_dict of the
+    network that the run is about at its best test (student_best.pt, say), and at the end summary.json and one
+    state_dict for each network: student.pt, teacher.pt.  Images, their order and all random numbers follow from seed,
+    epoch and step, so a continued run ends with the same bits as one never interrupted, given as many threads and
+    processes.  (The adder operators give the same bits on any number; torch's own convolution does not promise it.)
 
     Under torchrun every process calls it with the same arguments; process 0 writes.
 
@@ -72,31 +81,41 @@ def train(config: Config, data: Data, folder: Path, device: torch.device | None 
         The summary: configuration, accuracies of the last epoch, hours, command.
 
     Raises:
-        ValueError: the folder holds another run or a damaged checkpoint, or fewer images than a batch.
+        ValueError: the folder holds another run or a damaged checkpoint, the images or classes are not those that the
+            run began with, or fewer images than a batch.
+        BlockingIOError: another process owns the folder.
         FileNotFoundError: the folder holds a log but no checkpoint.
         FloatingPointError: a loss became infinite or NaN; the last checkpoint stays.
         Interrupted: SIGTERM or Ctrl-C; after a checkpoint.
     """
     config = config.resolve()
     torch.set_num_threads(config.threads)
-    with stop_request() as stop:
+    with own(folder), stop_request() as stop:
         loop = _build_loop(config, data, device or torch.device("cpu"))
         run = Run(loop, folder, config.method, data.held_out, config.checkpoint_minutes, config.tensorboard)
+        identity = {"config": asdict(config), "data": data.facts()}
 
-        def differences(state: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-            return config.differences(state["config"])
+        def check(state: dict[str, Any]) -> None:
+            require_same_configuration(folder, config.differences(state["config"]))
+            require_same_data(folder, state.get("data"), identity["data"])
+            if state["step"] >= loop.batches.steps_per_epoch:
+                raise ValueError(
+                    f"{folder / 'checkpoint.pt'}: step: expected fewer than the {loop.batches.steps_per_epoch} of an "
+                    f"epoch, got {state['step']}"
+                )
 
-        if not run.resume(differences):
+        if not run.resume(check):
             if run.writes:
-                folder.mkdir(parents=True, exist_ok=True)
-                write_json(folder / "config.json", asdict(config))
+                write_json(folder / "config.json", identity["config"])
             if config.bits is not None:
                 batches = (images.to(loop.device) for images in calibration_batches(data.train))
                 observe(loop.task.networks["student"], batches)
+        if run.writes and not (folder / "data.json").exists():  # older versions kept none
+            write_json(folder / "data.json", identity["data"])
         if config.compile:
             for network in loop.task.networks.values():
                 network.compile()
-        run.epochs(stop, {"config": asdict(config)})
+        run.epochs(stop, identity)
         summary = _summary(config, data, loop)
         run.save_networks()
         if run.writes:
@@ -162,25 +181,19 @@ class Run:
         self.log = Log(folder, tensorboard and self.writes) if folder is not None else None
         self.saved_at = time.monotonic()
 
-    def resume(self, differences: Callable[[dict[str, Any]], dict[str, tuple[Any, Any]]]) -> bool:
+    def resume(self, check: Callable[[dict[str, Any]], None]) -> bool:
         """Continues from the folder's checkpoint; returns False where there is none.
 
         Args:
-            differences: name -> (the checkpoint's value, ours) where the checkpoint is that of another run.
+            check: raises ValueError where the checkpoint is that of another run.
         """
         if self.folder is None or not any((self.folder / name).exists() for name in ("checkpoint.pt", "log.csv")):
             return False
-        state = load_checkpoint(self.folder / "checkpoint.pt")
-        changed = differences(state)
-        if changed:
-            described = ", ".join(f"{name} {old!r} -> {new!r}" for name, (old, new) in changed.items())
-            raise ValueError(
-                f"{self.folder}: expected the configuration of the run in this folder, got another: {described}"
-            )
-        try:
+        path = self.folder / "checkpoint.pt"
+        state = load_checkpoint(path)
+        check(state)
+        with reading(path, "a checkpoint of this run"):
             self.loop.load_state_dict(state)
-        except ValueError as error:
-            raise ValueError(f"{self.folder / 'checkpoint.pt'}: {error}") from error
         if self.writes:
             self._write_log()
         return True

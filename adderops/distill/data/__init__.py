@@ -1,7 +1,7 @@
 """The image sets of the trainer.
 
-`sources` knows what lies where and `idx` one format of it, `sets` splits, augments and normalizes, `loading` makes
-batches.
+`sources` knows what lies where, `idx` and `images` the formats of it, `sets` splits, augments and normalizes,
+`loading` makes batches, and `facts` is what a run keeps of it all.
 """
 
 try:
@@ -11,7 +11,17 @@ except ModuleNotFoundError as missing:
 
 from adderops.distill.data.idx import IDX_FILES, read_idx
 from adderops.distill.data.loading import ImageSet, calibration_batches, epoch_batches
-from adderops.distill.data.sets import Data, load_data
+from adderops.distill.data.sets import Data, load_data, load_test_images
 from adderops.distill.data.sources import SETS
 
-__all__ = ["IDX_FILES", "SETS", "Data", "ImageSet", "calibration_batches", "epoch_batches", "load_data", "read_idx"]
+__all__ = [
+    "IDX_FILES",
+    "SETS",
+    "Data",
+    "ImageSet",
+    "calibration_batches",
+    "epoch_batches",
+    "load_data",
+    "load_test_images",
+    "read_idx",
+]

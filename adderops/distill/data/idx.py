@@ -2,16 +2,19 @@
 
 import gzip
 import math
+import os
 import struct
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 SIDE = 32  # the input of LeNet-5 and of the CIFAR networks, to which smaller images are brought
+CHUNK = 2**24
 IDX_FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
 
 
@@ -60,18 +63,36 @@ def read_idx(path: Path) -> Tensor:
     Raises:
         ValueError: damaged, or another type than unsigned bytes.
     """
-    content = path.read_bytes()
-    if content[:2] == b"\x1f\x8b":
-        try:
-            content = gzip.decompress(content)
-        except (EOFError, OSError, zlib.error) as error:
-            raise ValueError(f"{path}: expected a whole gzip file, got a damaged one ({error})") from error
-    if len(content) < 4 or content[:3] != b"\x00\x00\x08":
-        raise ValueError(f"{path}: expected an idx file of unsigned bytes (00 00 08 ..), got {content[:4].hex(' ')!r}")
-    begin = 4 + 4 * content[3]
-    if len(content) < begin:
-        raise ValueError(f"{path}: expected {content[3]} sizes behind the magic number, got the end of the file")
-    shape = struct.unpack(f">{content[3]}I", content[4:begin])
-    if len(content) - begin != math.prod(shape):
-        raise ValueError(f"{path}: expected {math.prod(shape)} bytes for shape {shape}, got {len(content) - begin}")
-    return torch.frombuffer(bytearray(content[begin:]), dtype=torch.uint8).reshape(shape)
+    with open(path, "rb") as file:
+        compressed = file.read(2) == b"\x1f\x8b"
+        file.seek(0)
+        if not compressed:
+            return _read(path, file)
+        with gzip.GzipFile(fileobj=file) as unpacked:
+            try:
+                return _read(path, unpacked)
+            except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+                raise ValueError(f"{path}: expected a whole gzip file, got a damaged one ({error})") from error
+
+
+def _read(path: Path, file: BinaryIO) -> Tensor:
+    """Reads no more than the header declares."""
+    magic = file.read(4)
+    if len(magic) < 4 or magic[:3] != b"\x00\x00\x08":
+        raise ValueError(f"{path}: expected an idx file of unsigned bytes (00 00 08 ..), got {magic.hex(' ')!r}")
+    sizes = file.read(4 * magic[3])
+    if len(sizes) < 4 * magic[3]:
+        raise ValueError(f"{path}: expected {magic[3]} sizes behind the magic number, got the end of the file")
+    shape = struct.unpack(f">{magic[3]}I", sizes)
+    expected, memory = math.prod(shape), os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if len(shape) > 4 or expected > memory:
+        raise ValueError(f"{path}: expected at most 4 sizes and the {memory} bytes of memory, got shape {shape}")
+    content = bytearray()  # grows by what is there, not by what the header says
+    while len(content) < expected and (chunk := file.read(min(expected - len(content), CHUNK))):
+        content += chunk
+    surplus = file.read(1)
+    if len(content) < expected or surplus:
+        got = f"{len(content) + len(surplus)}" + " or more" * len(surplus)
+        raise ValueError(f"{path}: expected {expected} bytes for shape {shape}, got {got}")
+    # torch takes no empty buffer
+    return torch.frombuffer(content, dtype=torch.uint8).reshape(shape) if content else torch.empty(shape).byte()

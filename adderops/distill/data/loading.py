@@ -1,13 +1,19 @@
 """From images to batches: their order and every random crop follow from seed, epoch and image alone."""
 
+import atexit
 import math
+import multiprocessing
+import signal
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset, get_worker_info
+
+from adderops.distill.interrupt import signals_blocked
 
 CALIBRATION_BATCH = 100
 
@@ -27,6 +33,33 @@ def epoch_batches(count: int, batch_size: int, seed: int, epoch: int, least: int
     entropy = np.random.SeedSequence([seed, epoch]).generate_state(1, np.uint64)[0]
     order = torch.randperm(count, generator=torch.Generator().manual_seed(int(entropy >> np.uint64(1))))
     return order.tensor_split(max(1, min(math.ceil(count / batch_size), count // least)))
+
+
+_workers: weakref.WeakSet[multiprocessing.Process] = weakref.WeakSet()
+
+
+@atexit.register
+def _end_workers() -> None:
+    """Python ends the processes it has started by SIGTERM, and then waits for them."""
+    for worker in _workers:
+        worker.kill()
+
+
+class _Loader(DataLoader):
+    """A DataLoader whose workers leave by its queue, not by a signal to their group, and hand over their errors."""
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        others, of_child = set(multiprocessing.active_children()), signal.getsignal(signal.SIGCHLD)
+        with signals_blocked():  # the workers inherit that and never unblock them
+            batches = super().__iter__()
+        if signal.getsignal(signal.SIGCHLD) != of_child:
+            # torch's handler raises the loss of a worker wherever the main thread is; it looks for it here, too
+            signal.signal(signal.SIGCHLD, of_child or signal.SIG_DFL)
+        _workers.update(set(multiprocessing.active_children()) - others)
+        for batch in batches:
+            if isinstance(batch, Exception):
+                raise batch
+            yield batch
 
 
 class ImageSet:
@@ -92,14 +125,23 @@ class ImageSet:
         # spawn_key: other numbers than those that epoch_batches draws from the same seed and epoch
         seeds = np.random.SeedSequence([seed, epoch], spawn_key=(1,)).generate_state(len(self.source))
         positions = [self.indices[batch].numpy() for batch in batches]
-        return DataLoader(
+        return _Loader(
             [(batch, seeds[batch]) for batch in positions],
             batch_size=None,  # an item is a batch already
-            collate_fn=self._load,
+            collate_fn=self._load_or_fail,
             num_workers=workers,
             pin_memory=pin_memory,
             generator=torch.Generator(),  # else each pass draws from the global one
         )
+
+    def _load_or_fail(self, batch: tuple[np.ndarray, np.ndarray]) -> tuple[Tensor, Tensor] | Exception:
+        """In a worker an error is a result: what DataLoader itself raises for it has the worker's traceback as text."""
+        try:
+            return self._load(batch)
+        except Exception as error:
+            if get_worker_info() is None:
+                raise
+            return error
 
     def _load(self, batch: tuple[np.ndarray, np.ndarray]) -> tuple[Tensor, Tensor]:
         positions, seeds = batch

@@ -1,12 +1,14 @@
 """An image set as it is trained and tested on: its split, augmentation and normalization."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from torchvision.transforms import v2
 
+from adderops.distill.data.facts import checksums
 from adderops.distill.data.idx import SIDE
 from adderops.distill.data.loading import ImageSet
 from adderops.distill.data.sources import find_source
@@ -25,6 +27,9 @@ class Data:
         train: the training images, augmented.
         test: the test images, or the validation images held out of the training images.
         held_out: whether `test` is a validation set.
+        classes: names in the order of the labels; None where the set does not name them.
+        side: height and width of an image in a batch.
+        checksums: what tells another set of as many images, by what they are of.
     """
 
     name: str
@@ -33,6 +38,28 @@ class Data:
     train: ImageSet
     test: ImageSet
     held_out: bool
+    classes: tuple[str, ...] | None = None
+    side: int = SIDE
+    checksums: dict[str, str] = field(default_factory=dict)
+
+    def facts(self) -> dict[str, Any]:
+        """Returns what a run keeps of the set, and what an exported network needs: numbers, names, normalization.
+
+        Mean and deviation are for pixels from 0 to 1: x = (pixel - mean) / std, by channel.
+        """
+        return {
+            "name": self.name,
+            "channels": self.in_channels,
+            "side": self.side,
+            "num_classes": self.num_classes,
+            "classes": None if self.classes is None else list(self.classes),
+            "mean": (self.train.mean / 255).flatten().tolist(),
+            "std": (self.train.std / 255).flatten().tolist(),
+            "train_images": len(self.train),
+            "test_images": len(self.test),
+            "held_out": self.held_out,
+            "checksums": self.checksums,
+        }
 
 
 def load_data(
@@ -92,30 +119,75 @@ def load_data(
     if augment not in transforms:
         raise ValueError(f"augment: expected one of {', '.join(transforms)} for {data}, got {augment!r}")
 
-    items, labels = source.read(True)
-    num_classes = int(labels.max()) + 1
-    kept, held_out = _split(labels, train_images, validation)
+    trained = source.read(True, None)
+    num_classes = int(trained.labels.max()) + 1
+    kept, held_out = _split(trained.labels, train_images, validation)
+    sums = checksums("training", trained.items, trained.labels)
     if validation:
-        test_items, test = items, held_out
+        test_items, test = trained.items, held_out
     else:
-        test_items, test_labels = source.read(False)
-        test = torch.arange(len(test_labels))
-        if test_labels.max() >= num_classes:
+        tested = source.read(False, None)
+        if tested.classes != trained.classes:  # of folders: what has names of its own has the same for both
+            other = sorted(set(tested.classes) ^ set(trained.classes))
             raise ValueError(
-                f"{data}: expected test labels up to {num_classes - 1} as in training, got {test_labels.max()}"
+                f"{tested.items.root}: expected the classes of {trained.items.root}, got a difference: {other[:5]}"
+            )
+        test_items, test = tested.items, torch.arange(len(tested.labels))
+        sums |= checksums("test", tested.items, tested.labels)
+        if tested.labels.max() >= num_classes:
+            raise ValueError(
+                f"{data}: expected test labels up to {num_classes - 1} as in training, got {tested.labels.max()}"
             )
     if source.statistics is None:
-        mean, std = _measure(items.tensors[0][kept])
+        mean, std = _measure(trained.items.tensors[0][kept])
     else:
         mean, std = (255 * torch.tensor(values) for values in source.statistics)
     return Data(
         name=source.name,
         in_channels=len(mean),
         num_classes=num_classes,
-        train=ImageSet(items, kept, mean, std, transforms[augment]),
+        train=ImageSet(trained.items, kept, mean, std, transforms[augment]),
         test=ImageSet(test_items, test, mean, std, test_transform),
         held_out=validation > 0,
+        classes=None if trained.classes is None else trained.classes[:num_classes],
+        side=(side or FILE_SIDE) if source.of_files else SIDE,
+        checksums=sums,
     )
+
+
+def load_test_images(
+    data: str, facts: dict[str, Any], root: Path | None = None, own: bool = False
+) -> tuple[ImageSet, dict[str, str]]:
+    """Loads the test images of a set for a network that was trained on another, or on the same some time ago.
+
+    They are sized and normalized as the network's were, and their classes are found by name, whatever their order.
+    The training images are not read.
+
+    Args:
+        data, root: as `load_data` takes them.
+        facts: `Data.facts` of the set that the network was trained on.
+        own: this is that set.  Another one whose classes have no names needs as many of them.
+
+    Returns:
+        The images, and their checksums.
+
+    Raises:
+        FileNotFoundError: a folder or file is missing.
+        ValueError: a file is damaged; classes that the network does not know; other channels or size than it takes.
+    """
+    source = find_source(data, root, download=False)
+    tested = source.read(False, facts["classes"])
+    channels, side = (3, facts["side"]) if source.of_files else (tested.items.tensors[0].size(1), SIDE)
+    if (channels, side) != (facts["channels"], facts["side"]):
+        expected = (facts["channels"], facts["side"], facts["side"])
+        raise ValueError(f"data: expected images (C, H, W) {expected} for this network, got {(channels, side, side)}")
+    count, named = int(tested.labels.max()) + 1, tested.classes is not None and facts["classes"] is not None
+    if count > facts["num_classes"] or (count < facts["num_classes"] and not named and not own):
+        raise ValueError(f"data: expected {facts['num_classes']} classes for this network, got {count}")
+    mean, std = (255 * torch.tensor(facts[name]) for name in ("mean", "std"))
+    transform = _file_transforms(side)["none"] if source.of_files else None
+    images = ImageSet(tested.items, torch.arange(len(tested.labels)), mean, std, transform)
+    return images, checksums("test", tested.items, tested.labels)
 
 
 def _tensor_transforms() -> dict[str, v2.Transform | None]:

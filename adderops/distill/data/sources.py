@@ -1,23 +1,24 @@
 """Where image sets lie and how they are read: into memory whole, or from image files one by one."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, TensorDataset
 from torchvision import datasets
-from torchvision.datasets.folder import default_loader, find_classes
 from torchvision.datasets.utils import check_integrity
 
+from adderops.distill.data.facts import numbers_of
 from adderops.distill.data.idx import IDX_FILES, SIDE, read_idx_images
+from adderops.distill.data.images import ImageFolder
 
 MNIST_LIKE = {"mnist": datasets.MNIST, "fashion-mnist": datasets.FashionMNIST}
 CIFAR = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}
 SETS = ("digits", *MNIST_LIKE, *CIFAR, "imagenet")
+DIGITS = tuple("0123456789")
 
 ROOT = Path("data")
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # where Debian's package dataset-fashion-mnist puts it
@@ -28,19 +29,34 @@ IMAGENET_STATISTICS = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # torchvisio
 
 
 @dataclass(frozen=True)
+class Part:
+    """The training images or the test images of a set.
+
+    Attributes:
+        items: (image, label) by index.
+        labels: (N) int64.
+        classes: their names in the order of their numbers; None where the set does not name them.
+    """
+
+    items: Dataset
+    labels: Tensor
+    classes: tuple[str, ...] | None
+
+
+@dataclass(frozen=True)
 class Source:
     """An image set as it lies on disk.
 
     Attributes:
         name: for tables.
-        read: items (image, label) and the labels of the training images (True) or of the test images (False).
+        read: the training images (True) or the test images (False), numbered as the names of classes given say.
         of_files: whether images are RGB images of PIL, read when asked for, in place of (C, 32, 32) uint8 in memory.
         augment: the usual augmentation.
         statistics: published mean and standard deviation; None where those of the training images are to be measured.
     """
 
     name: str
-    read: Callable[[bool], tuple[Dataset, Tensor]]
+    read: Callable[[bool, Sequence[str] | None], Part]
     of_files: bool = False
     augment: str = "none"
     statistics: tuple[tuple[float, ...], tuple[float, ...]] | None = None
@@ -61,20 +77,22 @@ def find_source(data: str, root: Path | None, download: bool) -> Source:
         return Source(data, read, augment="crop-flip", statistics=CIFAR_STATISTICS)
 
     name = data if data in SETS else folder.resolve().name
-    if data == "imagenet" or (folder / "train").is_dir():
+    if data == "imagenet" or (folder / "train").is_dir() or (folder / "val").is_dir():
         read = partial(_read_image_folder, folder)
         return Source(name, read, of_files=True, augment="imagenet", statistics=IMAGENET_STATISTICS)
     expected = f"a folder of idx files ({', '.join(IDX_FILES)}) or of train/CLASS/IMAGE and val/CLASS/IMAGE"
     if not folder.is_dir():
         raise FileNotFoundError(f"data: no folder {folder}: expected {', '.join(SETS)} or {expected}")
-    return Source(name, partial(_read_idx, [folder], f"expected {expected}"))
+    return Source(name, partial(_read_idx, [folder], f"expected {expected}", None))
 
 
-def _in_memory(images: Tensor, labels: Tensor) -> tuple[Dataset, Tensor]:
-    return TensorDataset(images, labels), labels
+def _in_memory(images: Tensor, labels: Tensor, classes: Sequence[str] | None, numbering: Sequence[str] | None) -> Part:
+    if classes is not None and numbering is not None:
+        labels, classes = numbers_of(classes, numbering)[labels], numbering
+    return Part(TensorDataset(images, labels), labels, None if classes is None else tuple(classes))
 
 
-def _read_digits(train: bool) -> tuple[Dataset, Tensor]:
+def _read_digits(train: bool, numbering: Sequence[str] | None) -> Part:
     """The 1797 digits of scikit-learn, 8x8 pixels enlarged four times; 500 fixed random ones are the test set."""
     try:
         from sklearn.datasets import load_digits  # takes a second to import, and only this set needs it
@@ -87,17 +105,23 @@ def _read_digits(train: bool) -> tuple[Dataset, Tensor]:
     labels = torch.from_numpy(digits.target).long()
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
     part = order[500:] if train else order[:500]
-    return _in_memory(images[part], labels[part])
+    return _in_memory(images[part], labels[part], DIGITS, numbering)
 
 
-def _read_idx(folders: list[Path], remedy: str, train: bool) -> tuple[Dataset, Tensor]:
-    return _in_memory(*read_idx_images(folders, train, remedy))
+def _read_idx(
+    folders: list[Path], remedy: str, classes: Sequence[str] | None, train: bool, numbering: Sequence[str] | None
+) -> Part:
+    images, labels = read_idx_images(folders, train, remedy)
+    if classes is not None and labels.max() >= len(classes):
+        raise ValueError(f"{folders[0]}: expected labels up to {len(classes) - 1}, got {labels.max()}")
+    return _in_memory(images, labels, classes, numbering)
 
 
-def _read_mnist_like(name: str, root: Path, download: bool, train: bool) -> tuple[Dataset, Tensor]:
+def _read_mnist_like(name: str, root: Path, download: bool, train: bool, numbering: Sequence[str] | None) -> Part:
     kind = MNIST_LIKE[name]
     folders = [root, root / kind.__name__ / "raw", *([FASHION_MNIST] if name == "fashion-mnist" else [])]
-    read = partial(_read_idx, folders, f"put the files of {name} there or give --download", train)
+    classes = DIGITS if name == "mnist" else kind.classes
+    read = partial(_read_idx, folders, f"put the files of {name} there or give --download", classes, train, numbering)
     try:
         return read()
     except FileNotFoundError:
@@ -107,7 +131,9 @@ def _read_mnist_like(name: str, root: Path, download: bool, train: bool) -> tupl
     return read()
 
 
-def _read_cifar(kind: type[datasets.CIFAR10], root: Path, download: bool, train: bool) -> tuple[Dataset, Tensor]:
+def _read_cifar(
+    kind: type[datasets.CIFAR10], root: Path, download: bool, train: bool, numbering: Sequence[str] | None
+) -> Part:
     folder, archive = root / kind.base_folder, root / kind.filename
     # torchvision unpacks an archive with the right checksum without the network
     if download or (not folder.is_dir() and check_integrity(archive, kind.tgz_md5)):
@@ -123,7 +149,7 @@ def _read_cifar(kind: type[datasets.CIFAR10], root: Path, download: bool, train:
             f"give --download, or put {kind.base_folder} or {kind.filename} there"
         ) from error
     images = torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous()
-    return _in_memory(images, torch.tensor(part.targets))
+    return _in_memory(images, torch.tensor(part.targets), part.classes, numbering)
 
 
 def _download(kind: type[datasets.VisionDataset], root: Path) -> None:
@@ -134,23 +160,9 @@ def _download(kind: type[datasets.VisionDataset], root: Path) -> None:
         raise OSError(f"download: expected to get {kind.__name__} into {root}, got: {reason}") from error
 
 
-def _read_image_folder(folder: Path, train: bool) -> tuple[Dataset, Tensor]:
+def _read_image_folder(folder: Path, train: bool, numbering: Sequence[str] | None) -> Part:
     part = folder / ("train" if train else "val")
     if not part.is_dir():
         raise FileNotFoundError(f"data: no folder {part}: expected train/CLASS/IMAGE and val/CLASS/IMAGE in {folder}")
-    images = datasets.ImageFolder(part, loader=_decode)
-    if not train:
-        trained, _ = find_classes(folder / "train")
-        if images.classes != trained:
-            other = sorted(set(images.classes) ^ set(trained))
-            raise ValueError(f"{part}: expected the classes of {folder / 'train'}, got a difference: {other[:5]}")
-    return images, torch.tensor(images.targets)
-
-
-def _decode(path: str) -> Image.Image:
-    try:
-        return default_loader(path)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        if getattr(error, "filename", None) is not None:  # of the file system, and names the file
-            raise
-        raise ValueError(f"{path}: expected a whole image file, got a damaged one ({error})") from error
+    images = ImageFolder(part, numbering)
+    return Part(images, torch.tensor(images.targets), tuple(numbering or images.classes))
