@@ -3,23 +3,22 @@
 import argparse
 import sys
 import time
-from dataclasses import asdict, fields, replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from adderops.distill import commands, distributed
 from adderops.distill.build import device_type, load_data_of
-from adderops.distill.checkpoint import write_json
+from adderops.distill.comparison import compare
+from adderops.distill.comparison import table as _table
 from adderops.distill.config import Config
-from adderops.distill.data import Data
 from adderops.distill.interrupt import Interrupted
 from adderops.distill.trainer import train
 
 DESCRIPTION = """\
 Trains an adder network (student) together with a CNN of the same architecture (teacher) by PKKD, arXiv 2009.13044.
-Without arguments: scikit-learn's digits, the student with and without distillation, a table; under two minutes.
+Without arguments: scikit-learn's digits, CNN, adder network with and without distillation, and int8: their accuracy,
+energy and speed in a table; under two minutes.
 
 What is done with runs: python -m adderops.distill COMMAND --help, where COMMAND is
   eval      test the saved networks again
@@ -77,39 +76,6 @@ def _open_run(parser: argparse.ArgumentParser, given: dict[str, Any]) -> tuple[C
     return config, output
 
 
-def _compare(config: Config, data: Data, folder: Path, device: torch.device) -> list[dict[str, Any]]:
-    """Runs pkkd and plain in subfolders; those that are finished already return at once."""
-    if distributed.rank() == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / "config.json", asdict(config))
-    summaries = [train(replace(config, method=method), data, folder / method, device) for method in ("pkkd", "plain")]
-    if distributed.rank() == 0:
-        write_json(folder / "summary.json", summaries)
-    return summaries
-
-
-def _table(summaries: list[dict[str, Any]]) -> str:
-    """One line for each network trained, with the standard error that the number of test images implies."""
-    named = {
-        ("pkkd", "teacher"): "teacher: CNN, by the labels",
-        ("pkkd", "student"): "student: adder network, by PKKD",
-        ("plain", "student"): "plain:   adder network, by the labels",
-        ("cnn", "teacher"): "cnn:     CNN, by the labels",
-    }
-    lines = []
-    for summary in summaries:
-        for name in ("teacher", "teacher_ema", "student", "student_ema"):
-            accuracy = summary.get(f"{name}_test_accuracy")
-            if accuracy is not None:
-                label = named[summary["method"], name.removesuffix("_ema")] + ", averaged" * name.endswith("_ema")
-                error = (accuracy * (1 - accuracy) / summary["test_images"]) ** 0.5
-                lines.append(f"{label:<40}{100 * accuracy:6.2f} % +- {100 * error:.2f}")
-    first = summaries[0]
-    kind = "validation" if first["test_is_validation"] else "test"
-    title = f"{first['dataset']}, {first['network']}, seed {first['seed']}, {first['epochs']} epochs"
-    return "\n".join([f"{title}: {kind} accuracy", *lines])
-
-
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command line; returns the exit status."""
     arguments = sys.argv[1:] if arguments is None else arguments
@@ -128,9 +94,9 @@ def main(arguments: list[str] | None = None) -> int:
             if first:
                 print(f"run folder: {folder}", flush=True)
             if config.method == "compare":
-                summaries = _compare(config, data, folder, device)
+                results = compare(config, data, folder, device)
             else:
-                summaries = [train(config, data, folder, device)]
+                results = _table([train(config, data, folder, device)])
     except (ValueError, OSError, ImportError, FloatingPointError) as error:
         print(f"adderops.distill: error: {error}", file=sys.stderr)
         return 1
@@ -141,7 +107,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"\nadderops.distill: interrupted; continue with --resume {folder}", file=sys.stderr)
         return 130
     if first:
-        print(f"\n{_table(summaries)}\nrun folder: {folder}")
+        print(f"\n{results}\nrun folder: {folder}")
     return 0
 
 
