@@ -48,12 +48,12 @@ def line_of(text: str, beginning: str) -> str:
 def test_one_seed_by_hand():
     """Shares with two hits and two misses added: 495/504, 498/504, 497/504."""
     text = table(summaries_of([0.992], [0.986], [0.990]))
-    assert "seed 0, 100 training images: accuracy on 500 test images" in text
+    assert "20 epochs, seed 0\n100 training images, accuracy on 500 test images\n" in text
     errors = {name: math.sqrt(hits * (504 - hits) / 504**3) for name, hits in (("c", 498), ("p", 495), ("l", 497))}
     assert line_of(text, "CNN").split() == ["CNN", "99.20", "+-", f"{100 * errors['c']:.2f}"]
     assert line_of(text, "adder, by PKKD").split()[3:] == ["98.60", "+-", f"{100 * errors['p']:.2f}"]
     half = 196 * math.hypot(errors["p"], errors["l"])
-    expected = f"-0.40 points (95 % interval {-0.4 - half:+.2f} to {-0.4 + half:+.2f}): within the noise"
+    expected = f"-0.40 points ({-0.4 - half:+.2f} to {-0.4 + half:+.2f}): within the noise"
     assert line_of(text, "PKKD - the labels alone:").endswith(expected)
 
 
@@ -67,7 +67,7 @@ def test_differences_over_seeds_by_hand():
     assert "seeds 0 to 2" in text and "standard deviation over 3 seeds" in text
     assert line_of(text, "adder, by the labels").endswith("60.00 +- 10.00")
     line = line_of(text, "PKKD - the labels alone:")
-    assert line.endswith("+2.33 points (95 % interval -1.46 to +6.13): within the noise")
+    assert line.endswith("+2.33 points (-1.46 to +6.13): within the noise")
     assert line_of(text, "PKKD - CNN:").endswith("worse")
 
 
@@ -80,7 +80,7 @@ def test_verdict_on_a_difference_beyond_the_noise(step, word):
 
 def test_a_single_run_has_no_differences():
     text = table([{**RUN, "seed": 3, "method": "cnn", "teacher_test_accuracy": 0.5, "teacher_ema_test_accuracy": 0.75}])
-    assert line_of(text, "CNN, averaged").split()[2] == "75.00" and " - CNN" not in text
+    assert line_of(text, "CNN, averaged").split()[2] == "75.00" and " - CNN" not in text and "interval" not in text
 
 
 # --- the job ---
@@ -116,7 +116,9 @@ def test_files_of_a_comparison(compared):
     assert [(s["seed"], s["method"]) for s in summaries] == [(0, "pkkd"), (0, "plain"), (1, "pkkd"), (1, "plain")]
     config = Config.load(compared / "config.json")
     for path, summary in zip(compared_runs(config, compared), summaries, strict=True):
-        summary.pop("int8_test_accuracy", None)
+        for name in ("accuracy", "loss"):
+            assert (f"int8_test_{name}" in summary) == (summary["method"] == "pkkd")
+            summary.pop(f"int8_test_{name}", None)
         assert json.loads((path / "summary.json").read_text()) == summary
     rows = csv_of(compared)
     assert list(rows) == ["CNN", "adder, by the labels", "adder, by PKKD", "adder, PKKD, int8"]
@@ -152,8 +154,7 @@ def test_costs_are_those_of_the_networks(compared):
 def test_int8_is_the_distilled_student_with_all_layers_in_8_bits(compared, data, monkeypatch):
     converted = []
     monkeypatch.setattr(comparison, "convert", lambda network, example: converted.append(network) or network)
-    run = RunFolder.load(compared / "seed1" / "pkkd")
-    in_floats = comparison._in_int8(run.network("student"), run.config, data)
+    in_floats = comparison._in_int8(RunFolder.load(compared / "seed1" / "pkkd"), data)
     assert len(quantized_layers(converted[0])) == 5 and not in_floats.training
     [summary] = [s for s in json.loads((compared / "summary.json").read_text()) if "int8_test_accuracy" in s][1:]
     tested = evaluate({"it": in_floats}, data.test, torch.device("cpu"))["it_test_accuracy"]

@@ -37,10 +37,10 @@ ROWS = {
 }
 # Differences under the table: title, row, and the row that it is compared with.
 DIFFERENCES = (("PKKD - the labels alone", PKKD, PLAIN), ("PKKD - CNN", PKKD, CNN), ("int8 - float32", INT8, PKKD))
-COSTS = (
-    "mult., add.: millions per image, of convolutions, adder layers and classifier (|x - w| is two additions)\n"
-    "uJ:          their energy per image in 45 nm circuits (M. Horowitz, ISSCC 2014), without memory"
-)
+COSTS = """\
+mult., add.: millions per image, |x - w| is two additions
+uJ: their energy in 45 nm circuits (Horowitz, ISSCC 2014); CNN in int8: {:.3g}
+images/s: batches of 64 on the CPU; kB: of the state_dict"""
 TIMED_BATCH = 64
 
 
@@ -91,23 +91,20 @@ def compare(config: Config, data: Data, folder: Path, device: torch.device) -> s
 
 def _test_in_int8(summaries: list[dict[str, Any]], runs: list[RunFolder], data: Data) -> nn.Module:
     """Adds the accuracy in int8 to the summaries of pkkd; returns the network of the first seed in int8."""
-    of_seeds = []
-    for summary, run in zip(summaries, runs, strict=True):
-        if summary["method"] == "pkkd":
-            network = _in_int8(run.network("student"), run.config, data)
-            tested = evaluate({"int8": network}, data.test, torch.device("cpu"), workers=run.config.workers)
-            summary["int8_test_accuracy"] = tested["int8_test_accuracy"]
-            of_seeds.append(network)
-    return of_seeds[0]
+    distilled = [(summary, run) for summary, run in zip(summaries, runs, strict=True) if summary["method"] == "pkkd"]
+    networks = [_in_int8(run, data) for _, run in distilled]
+    for network, (summary, run) in zip(networks, distilled, strict=True):
+        summary |= evaluate({"int8": network}, data.test, torch.device("cpu"), workers=run.config.workers)
+    return networks[0]
 
 
-def _in_int8(student: nn.Module, config: Config, data: Data) -> nn.Module:
-    """Returns a student with all its layers in 8 bits, or its adder layers in the bits that it was trained with."""
+def _in_int8(run: RunFolder, data: Data) -> nn.Module:
+    """Returns the student of a run with all its layers in 8 bits."""
+    if run.config.bits is not None:
+        raise ValueError(f"the student has {run.config.bits} bits already: see the command quantize")
     batches = list(calibration_batches(data.train))
-    if config.bits is None:
-        student = calibrate(student, batches, Scheme(ends="int8"))
-        reestimate_batchnorm(student, batches)
-    return convert(student.eval(), batches[0])
+    student = calibrate(run.network("student"), batches, Scheme(ends="int8"))
+    return convert(reestimate_batchnorm(student, batches).eval(), batches[0])
 
 
 def _costs(networks: dict[str, nn.Module], data: Data) -> dict[str, dict[str, float]]:
@@ -121,10 +118,11 @@ def _costs(networks: dict[str, nn.Module], data: Data) -> dict[str, dict[str, fl
             "multiplications": counted.multiplications,
             "additions": counted.additions,
             "picojoules": energy(counted, "int8" if in_int8 else "float32"),
+            "picojoules_in_int8": energy(counted, "int8"),
             "images_per_second": speeds[label],
             "bytes": sum(tensor.numel() * tensor.element_size() for tensor in network.state_dict().values()),
         }
-    return costs | {PLAIN: costs[PKKD]}
+    return costs | {PLAIN: costs[PKKD]}  # the same architecture
 
 
 def rows_of(summaries: Sequence[dict[str, Any]], costs: Mapping[str, dict[str, float]]) -> list[dict[str, Any]]:
@@ -191,16 +189,17 @@ def table(summaries: Sequence[dict[str, Any]], costs: Mapping[str, dict[str, flo
     >>> run |= {"test_images": 500, "test_is_validation": False}
     >>> print(table([run | {"method": "pkkd", "teacher_test_accuracy": 0.992, "student_test_accuracy": 0.986},
     ...              run | {"method": "plain", "student_test_accuracy": 0.99}]))
-    digits, lenet5, 20 epochs, seed 0; 500 test images
+    digits, lenet5, 20 epochs, seed 0
+    1297 training images, accuracy on 500 test images
     <BLANKLINE>
     network                 accuracy, %
-    CNN                   99.20 +- 0.44
-    adder, by the labels  99.00 +- 0.48
-    adder, by PKKD        98.60 +- 0.56
+    CNN                   99.20 +- 0.48
+    adder, by the labels  99.00 +- 0.52
+    adder, by PKKD        98.60 +- 0.59
     <BLANKLINE>
-    PKKD - the labels alone: -0.40 points (-1.83 to +1.03): within the noise
-    PKKD - CNN:              -0.60 points (-1.99 to +0.79): within the noise
-    +-: standard error; in brackets the 95 % interval, both by the number of test images
+    PKKD - the labels alone: -0.40 points (-1.94 to +1.14): within the noise
+    PKKD - CNN:              -0.60 points (-2.09 to +0.89): within the noise
+    +-: standard error by the number of images; ( ): 95 % interval, likewise, of one seed
     """
     rows = []
     for row in rows_of(summaries, costs or {}):
@@ -210,27 +209,29 @@ def table(summaries: Sequence[dict[str, Any]], costs: Mapping[str, dict[str, flo
     width = max((len(found["title"]) for found in differences), default=0) + 1
     notes = [f"{found['title'] + ':':<{width}} {_verdict(found)}" for found in differences]
     if len(seeds) > 1:
-        notes.append(f"+-: standard deviation over {len(seeds)} seeds; 95 % intervals: paired by seed, Student's t")
+        spread, interval = f"standard deviation over {len(seeds)} seeds", "in pairs of a seed"
     else:
-        notes.append("+-: standard error by the number of test images; 95 % intervals likewise, of one seed")
+        spread, interval = "standard error by the number of images", "likewise, of one seed"
+    notes.append(f"+-: {spread}" + (f"; ( ): 95 % interval, {interval}" if differences else ""))
     if costs:
-        notes.append(COSTS)
+        notes.append(COSTS.format(costs[CNN]["picojoules_in_int8"] / 1e6))
     return "\n\n".join([_title(summaries[0], sorted(seeds)), text_table(rows), "\n".join(notes)])
 
 
 def _title(summary: dict[str, Any], seeds: list[int]) -> str:
     kind = "validation" if summary["test_is_validation"] else "test"
     runs = f"seed {seeds[0]}" if len(seeds) == 1 else f"seeds {seeds[0]} to {seeds[-1]}"
-    title = f"{summary['dataset']}, {summary['network']}, {summary['epochs']} epochs, {runs}"
-    if "train_images" in summary:
-        title += f", {summary['train_images']} training images"
-    return f"{title}: accuracy on {summary['test_images']} {kind} images"
+    trained = f"{summary['train_images']} training images, " if "train_images" in summary else ""
+    return (
+        f"{summary['dataset']}, {summary['network']}, {summary['epochs']} epochs, {runs}\n"
+        f"{trained}accuracy on {summary['test_images']} {kind} images"
+    )
 
 
 def _verdict(found: dict[str, Any]) -> str:
     difference, low, high = (100 * found[name] for name in ("difference", "low", "high"))
     word = "better" if low > 0 else "worse" if high < 0 else "within the noise"
-    return f"{difference:+.2f} points (95 % interval {low:+.2f} to {high:+.2f}): {word}"
+    return f"{difference:+.2f} points ({low:+.2f} to {high:+.2f}): {word}"
 
 
 def _shown_costs(row: dict[str, Any]) -> dict[str, str]:
