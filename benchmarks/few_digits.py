@@ -7,6 +7,7 @@ statistics of the training images.  A method may have options: pkkd:beta=1.
 """
 
 import argparse
+import math
 from dataclasses import fields
 
 import torch
@@ -18,7 +19,6 @@ from adderops.distill.build import build_optimizer, build_task
 from adderops.distill.config import Config
 from adderops.distill.data import epoch_batches
 from adderops.distill.paired import mean_and_deviation, paired_difference
-from adderops.distill.trainer import learning_rate
 from adderops.optim import AdaptiveRate
 
 METHODS = {
@@ -64,7 +64,7 @@ def train(config: Config, images: Tensor, labels: Tensor, training: Tensor, test
         AdaptiveRate(task, optimizer)
     for epoch in range(config.epochs):
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(config.lr, epoch, config.epochs)
+            group["lr"] = config.lr * (1 + math.cos(math.pi * epoch / config.epochs)) / 2
         for part in epoch_batches(len(training), config.batch_size, config.seed, epoch):
             generator = torch.Generator().manual_seed(config.seed * 100003 + epoch * 1009 + int(part[0]))
             batch, target = x[training[part]], labels[training[part]]

@@ -180,8 +180,8 @@ class Config:
             raise ValueError("teacher_checkpoint: expected a file for the frozen teacher, got none")
         if self.bits is not None and (self.initial is None or self.method == "cnn"):
             raise ValueError("bits: expected a trained adder network to start from (initial), got none")
-        if self.method != "compare" and self.seeds not in (None, 1):
-            raise ValueError(f"seeds: expected 1 for the method {self.method}, got {self.seeds}")
+        if self.method != "compare" and self.seeds is not None:
+            raise ValueError(f"seeds: expected none for the method {self.method}, got {self.seeds}")
         if self.alpha == 0 and not self.logits:
             raise ValueError(
                 "alpha: expected a positive number without logits, got 0: nothing would train the classifier"
@@ -193,7 +193,7 @@ class Config:
         chosen = {f.name: getattr(recipe, f.name) for f in fields(recipe) if f.name not in ("name", "source")}
         chosen |= {"recipe": recipe.name, "threads": torch.get_num_threads()}
         if self.method != "compare":
-            chosen["seeds"] = 1
+            del chosen["seeds"]
         values = {name: value for name, value in chosen.items() if getattr(self, name) is None}
         if self.teacher == "none" and self.method == "pkkd":
             values["method"] = "plain"

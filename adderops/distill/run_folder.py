@@ -199,7 +199,7 @@ def compared_runs(config: Config, folder: Path) -> dict[Path, Config]:
     """
     seeds = config.seeds or 1  # None: written before there was the option
     return {
-        folder / (f"seed{seed}" if seeds > 1 else "") / method: replace(config, method=method, seed=seed, seeds=1)
+        folder / (f"seed{seed}" if seeds > 1 else "") / method: replace(config, method=method, seed=seed, seeds=None)
         for seed in range(config.seed, config.seed + seeds)
         for method in ("pkkd", "plain")
     }
