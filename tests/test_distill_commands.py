@@ -43,7 +43,7 @@ def run(trained, tmp_path) -> Path:
 
 def written_run(folder: Path, accuracies: list[float], **options) -> Path:
     """A run folder as the trainer leaves it, without networks; `accuracies` are the student's, one an epoch."""
-    config = Config(**{"epochs": len(accuracies), "threads": 1, **options}).resolve()
+    config = Config(**{"data": "digits", "epochs": len(accuracies), "threads": 1, **options}).resolve()
     name = "teacher" if config.method == "cnn" else "student"
     rows = [
         {
@@ -213,7 +213,7 @@ def test_eval_refuses_what_does_not_fit(run, tmp_path, capsys):
     assert f"data: no folder {tmp_path}/none" in error_of(capsys, "eval", run, "--data", tmp_path / "none")
     assert "threads: expected" in error_of(capsys, "eval", run, "--threads", 0)
     comparison = written_run(tmp_path / "both", [0.5], method="compare")
-    assert "expected the folder of one run, got a comparison" in error_of(capsys, "eval", comparison)
+    assert f"{comparison}/pkkd: expected a run folder" in error_of(capsys, "eval", comparison)
 
 
 # --- compare ---
@@ -276,7 +276,7 @@ def test_compare_takes_the_folder_of_a_comparison(tmp_path, capsys):
     both = tmp_path / "both"
     for method in ("pkkd", "plain"):
         written_run(both / method, [0.5], method=method)
-    write_json(both / "config.json", asdict(Config(method="compare").resolve()))
+    write_json(both / "config.json", asdict(Config(data="digits", method="compare").resolve()))
     assert main(["compare", str(both)]) == 0
     assert [line[:2] for line in lines_of(capsys)[3:]] == [[str(both / m), m] for m in ("pkkd", "plain")]
     shutil.rmtree(both / "pkkd")

@@ -155,7 +155,8 @@ def test_it_learns_and_the_saved_student_is_the_one_that_was_tested(config, data
 @pytest.mark.parametrize(
     "given, expected",
     [
-        ({}, ("digits-lenet5", "digits", "lenet5", 20, 64, 0.1, 5e-4, True)),
+        ({}, ("few-digits-lenet5", "digits", "lenet5", 100, 50, 0.1, 5e-4, True)),
+        ({"data": "digits"}, ("digits-lenet5", "digits", "lenet5", 20, 64, 0.1, 5e-4, True)),
         (
             {"data": "fashion-mnist"},
             ("fashion-mnist-lenet5", "fashion-mnist", "lenet5", 50, 256, 0.1, 5e-4, True),
@@ -187,7 +188,7 @@ def test_a_recipe_fills_in_what_is_not_given(given, expected):
 
 def test_recipes_name_networks_that_exist_and_their_sources():
     for name, recipe in RECIPES.items():
-        assert name == recipe.name == f"{recipe.data}-{recipe.arch}" and recipe.source
+        assert name == recipe.name and name.endswith(f"{recipe.data}-{recipe.arch}") and recipe.source
         with torch.device("meta"):
             create_model(recipe.arch)
 
@@ -235,7 +236,7 @@ def test_run_folder(options, tmp_path, capsys):
     assert summary["student_test_accuracy"] == float(rows[-1]["student_test_accuracy"])
     assert "--alpha 0.5" in summary["command"] and "--epochs 2" in summary["command"]
     printed = capsys.readouterr().out
-    assert "student: adder network, by PKKD" in printed and str(run) in printed
+    assert "adder, by PKKD" in printed and str(run) in printed
 
 
 def test_command_of_the_summary_starts_the_same_run(config):
@@ -246,35 +247,13 @@ def test_command_of_the_summary_starts_the_same_run(config):
     assert _open_run(_parser(), vars(_parser().parse_args(words[3:])))[0] == config
 
 
-def test_default_method_compares_and_continues(options, tmp_path, capsys, monkeypatch):
-    run = tmp_path / "run"
-
-    def interrupted(config, *args):
-        if config.method == "plain":
-            raise KeyboardInterrupt
-        return train(config, *args)
-
-    monkeypatch.setattr("adderops.distill.__main__.train", interrupted)
-    assert main([*options, "--output", str(run)]) == 130
-    assert f"continue with --resume {run}" in capsys.readouterr().err
-    monkeypatch.undo()
-    assert main(["--resume", str(run)]) == 0
-    table = capsys.readouterr().out
-    summaries = json.loads((run / "summary.json").read_text())
-    assert [summary["method"] for summary in summaries] == ["pkkd", "plain"]
-    accuracies = [summaries[0]["teacher_test_accuracy"], *(s["student_test_accuracy"] for s in summaries)]
-    lines = [line for line in table.splitlines() if "+-" in line]
-    assert [line.split(":")[0] for line in lines] == ["teacher", "student", "plain"]
-    assert [float(line.split()[-4]) for line in lines] == pytest.approx([100 * a for a in accuracies], abs=0.005)
-
-
 def test_validation_images_are_tested_in_place_of_the_test_images(options, tmp_path, capsys):
     run = tmp_path / "run"
     arguments = ["--method", "plain", "--validation", "32", "--train-images", "64", "--output", str(run)]
     assert main([*options, *arguments]) == 0
     summary = json.loads((run / "summary.json").read_text())
     assert (summary["train_images"], summary["test_images"], summary["test_is_validation"]) == (64, 32, True)
-    assert "validation accuracy" in capsys.readouterr().out
+    assert "accuracy on 32 validation images" in capsys.readouterr().out
 
 
 # --- errors ---
@@ -312,12 +291,12 @@ def test_missing_data_leaves_no_run_folder(tmp_path, capsys):
     [
         (["--epochs", "0"], "epochs: expected a finite number of at least 1, got 0"),
         (["--batch-size", "1"], "batch_size: expected a finite number of at least 2, got 1"),
-        (["--batch-size", "4000"], "batch_size: expected at most the 1297 images, got 4000"),
+        (["--batch-size", "4000"], "batch_size: expected at most the 100 images, got 4000"),
         (["--lr", "nan"], "lr: expected a finite number of at least 0, got nan"),
         (["--beta", "-1"], "beta: expected a finite number of at least 0, got -1.0"),
         (["--seed", "-3"], "seed: expected a finite number of at least 0 and at most 4294967295, got -3"),
         (["--ema", "1.5"], "ema: expected a finite number of at least 0 and at most 1, got 1.5"),
-        (["--accumulate", "40"], "accumulate: expected at least 2 images in each part of a batch of 64"),
+        (["--accumulate", "40"], "accumulate: expected at least 2 images in each part of a batch of 50"),
         (["--teacher", "frozen"], "teacher_checkpoint: expected a file for the frozen teacher, got none"),
         (["--alpha", "0", "--no-logits"], "alpha: expected a positive number without logits, got 0"),
         (["--arch", "vgg"], "arch: expected one of 'lenet5', "),

@@ -5,17 +5,15 @@ import signal
 import sys
 import time
 from contextlib import AbstractContextManager
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from adderops.distill import commands, distributed, lock
 from adderops.distill.build import device_type, load_data_of
-from adderops.distill.checkpoint import write_json
+from adderops.distill.comparison import compare
+from adderops.distill.comparison import table as _table
 from adderops.distill.config import Config
-from adderops.distill.data import Data
 from adderops.distill.ending import ending
 from adderops.distill.interrupt import end_at_once
 from adderops.distill.options import add_arguments, flag, refuse_unused
@@ -23,7 +21,8 @@ from adderops.distill.trainer import train
 
 DESCRIPTION = """\
 Trains an adder network (student) together with a CNN of the same architecture (teacher) by PKKD, arXiv 2009.13044.
-Without arguments: scikit-learn's digits, the student with and without distillation, a table; under two minutes.
+Without arguments: scikit-learn's digits, CNN, adder network with and without distillation, and int8: their accuracy,
+energy and speed in a table; under two minutes.
 
 What is done with runs: python -m adderops.distill COMMAND --help, where COMMAND is
   eval      test the saved networks again
@@ -74,39 +73,6 @@ def _open_run(parser: argparse.ArgumentParser, given: dict[str, Any]) -> tuple[C
     return config, lock.own_new(output, f"{Path(config.data).name}-{Path(config.arch).name}-{config.method}-{stamp}")
 
 
-def _compare(config: Config, data: Data, folder: Path, device: torch.device) -> list[dict[str, Any]]:
-    """Runs pkkd and plain in subfolders; those that are finished already return at once."""
-    if distributed.rank() == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / "config.json", asdict(config))
-    summaries = [train(replace(config, method=method), data, folder / method, device) for method in ("pkkd", "plain")]
-    if distributed.rank() == 0:
-        write_json(folder / "summary.json", summaries)
-    return summaries
-
-
-def _table(summaries: list[dict[str, Any]]) -> str:
-    """One line for each network trained, with the standard error that the number of test images implies."""
-    named = {
-        ("pkkd", "teacher"): "teacher: CNN, by the labels",
-        ("pkkd", "student"): "student: adder network, by PKKD",
-        ("plain", "student"): "plain:   adder network, by the labels",
-        ("cnn", "teacher"): "cnn:     CNN, by the labels",
-    }
-    lines = []
-    for summary in summaries:
-        for name in ("teacher", "teacher_ema", "student", "student_ema"):
-            accuracy = summary.get(f"{name}_test_accuracy")
-            if accuracy is not None:
-                label = named[summary["method"], name.removesuffix("_ema")] + ", averaged" * name.endswith("_ema")
-                error = (accuracy * (1 - accuracy) / summary["test_images"]) ** 0.5
-                lines.append(f"{label:<40}{100 * accuracy:6.2f} % +- {100 * error:.2f}")
-    first = summaries[0]
-    kind = "validation" if first["test_is_validation"] else "test"
-    title = f"{first['dataset']}, {first['network']}, seed {first['seed']}, {first['epochs']} epochs"
-    return "\n".join([f"{title}: {kind} accuracy", *lines])
-
-
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command line; returns 0, 1 for an error, or 128 + the signal that stopped it."""
     status = run(sys.argv[1:] if arguments is None else arguments)
@@ -129,11 +95,11 @@ def run(arguments: list[str]) -> int:
                 if first:
                     print(f"run folder: {end.folder}", flush=True)
                 if config.method == "compare":
-                    summaries = _compare(config, data, end.folder, device)
+                    results = compare(config, data, end.folder, device)
                 else:
-                    summaries = [train(config, data, end.folder, device)]
+                    results = _table([train(config, data, end.folder, device)])
                 if first:
-                    print(f"\n{_table(summaries)}\nrun folder: {end.folder}")
+                    print(f"\n{results}\nrun folder: {end.folder}")
     return end.status
 
 

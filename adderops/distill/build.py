@@ -40,7 +40,7 @@ def load_data_of(config: Config) -> Data:
         download=config.download,
         augment=config.augment,
         train_images=config.train_images,
-        validation=config.validation,
+        validation=config.validation or 0,
         side=input_size(config.arch) if of_files and config.side is None else config.side,
     )
 

@@ -26,7 +26,8 @@ from adderops.distill.evaluate import evaluate
 from adderops.distill.options import add_arguments, check, flag, kind_of, option
 from adderops.distill.paired import compare_groups, group_rows
 from adderops.distill.quantize import STUDENTS, quantize
-from adderops.distill.run_folder import SAVED, RunFolder, differing_options
+from adderops.distill.run_folder import SAVED, RunFolder, compared_runs, differing_options
+from adderops.distill.text_table import text_table
 from adderops.export import export_onnx, export_program
 from adderops.files import write_atomically
 from adderops.models import classifier
@@ -238,7 +239,7 @@ def _compare(options: CompareOptions) -> None:
         }
         for row in rows
     ]
-    print(_text_table(table))
+    print(text_table(table))
     if options.csv:
         write_csv(options.csv, rows)
     if options.plot:
@@ -264,14 +265,15 @@ def _compare(options: CompareOptions) -> None:
         }
         for i, group in enumerate(compare_groups(finished, by, "test_accuracy"))
     ]
-    print(_text_table(table))
+    print(text_table(table))
 
 
 def _run_folders(folder: Path) -> list[Path]:
     """Returns the folder, or the run folders in it that --method compare has made so far."""
-    if not (folder / "config.json").is_file() or Config.load(folder / "config.json").method != "compare":
+    config = Config.load(folder / "config.json") if (folder / "config.json").is_file() else None
+    if config is None or config.method != "compare":
         return [folder]
-    found = [folder / method for method in ("pkkd", "plain") if (folder / method / "log.csv").is_file()]
+    found = [run for run in compared_runs(config, folder) if (run / "log.csv").is_file()]
     if not found:
         raise FileNotFoundError(f"{folder}: expected run folders pkkd and plain, got none with an epoch done")
     return found
@@ -283,18 +285,6 @@ def _shown(value: Any) -> str:
 
 def _percent(share: float | None, signed: bool = False) -> str:
     return "-" if share is None else f"{100 * share:{'+' if signed else ''}.2f}"
-
-
-def _text_table(rows: Sequence[dict[str, str]]) -> str:
-    """Columns as wide as their content, words to the left and numbers to the right."""
-    lines = [{name: name for name in rows[0]}, *rows]
-    columns = []
-    for name in rows[0]:
-        cells = [line[name] for line in lines]
-        numeric = all(cell[:1].isdigit() or cell[:1] in "+-" for cell in cells[1:])
-        width = max(map(len, cells))
-        columns.append([cell.rjust(width) if numeric else cell.ljust(width) for cell in cells])
-    return "\n".join("  ".join(line).rstrip() for line in zip(*columns, strict=True))
 
 
 # --- export ---

@@ -11,7 +11,7 @@ import torch
 
 from adderops.distill.matching import FEATURES, MID_NORMS, MID_REDUCTIONS, TEACHER_LINEARS, WIDTHS
 from adderops.distill.options import LARGEST_THREADS, check, flag, option
-from adderops.distill.recipes import RECIPES, Recipe
+from adderops.distill.recipes import DEFAULT, RECIPES, Recipe
 
 METHODS = ("compare", "pkkd", "plain", "cnn")
 TEACHERS = ("progressive", "frozen", "none")
@@ -45,11 +45,14 @@ class Config:
         ValueError: a value of another type or outside its range; the message names field, expected, got.
 
     >>> Config().resolve().epochs
-    20
+    100
     """
 
     recipe: str | None = _data(
-        None, "settings to start from (default: that of --data and --arch)", type=str, choices=tuple(RECIPES)
+        None,
+        f"settings to start from (default: that of --data and --arch; where neither is given {DEFAULT})",
+        type=str,
+        choices=tuple(RECIPES),
     )
     data: str | None = _of_recipe(
         _data,
@@ -59,10 +62,16 @@ class Config:
     root: str = _data("data", "folder in which mnist, fashion-mnist, cifar10, cifar100, imagenet lie")
     download: bool = _data(False, "fetch the data to --root where torchvision can")
     train_images: int | None = _data(
-        None, "train on a balanced random subset of this many images (default: all)", type=int, least=2
+        None,
+        "train on a balanced random subset of this many images (default: of the recipe, else all)",
+        type=int,
+        least=2,
     )
-    validation: int = _data(
-        0, "take this many images out of the training set and test on them instead of on the test images", least=0
+    validation: int | None = _of_recipe(
+        _data,
+        "take this many images out of the training set and test on them instead of on the test images",
+        type=int,
+        least=0,
     )
     augment: str | None = _data(
         None, "of training images: none, crop, crop-flip or imagenet (default: the usual of the set)", type=str
@@ -80,8 +89,16 @@ class Config:
     method: str = _networks(
         "compare",
         "pkkd: CNN teacher and adder student together; plain: the adder network alone; cnn: the CNN alone; "
-        "compare: pkkd, then plain, and a table",
+        "compare: pkkd and plain, the student in int8, and a table",
         choices=METHODS,
+    )
+    seeds: int | None = _networks(
+        None,
+        "compare: number of seeds, from --seed on (default: of the recipe, mostly 1)",
+        type=int,
+        least=1,
+        most=1000,
+        needs={"method": ("compare",)},
     )
     initial: str | None = _networks(None, "state_dict that the trained network starts from (fine-tuning)", type=str)
     bits: int | None = _networks(
@@ -245,6 +262,8 @@ class Config:
             raise ValueError("teacher_checkpoint: expected a file for the frozen teacher, got none")
         if self.bits is not None and (self.initial is None or self.method == "cnn"):
             raise ValueError("bits: expected a trained adder network to start from (initial), got none")
+        if self.method != "compare" and self.seeds is not None:
+            raise ValueError(f"seeds: expected none for the method {self.method}, got {self.seeds}")
         if self.alpha == 0 and not self.logits:
             raise ValueError(
                 "alpha: expected a positive number without logits, got 0: nothing would train the classifier"
@@ -266,6 +285,8 @@ class Config:
         recipe = self._recipe()
         chosen = {f.name: getattr(recipe, f.name) for f in fields(recipe) if f.name not in ("name", "source")}
         chosen |= {"recipe": recipe.name, "threads": torch.get_num_threads()}
+        if self.method != "compare":
+            del chosen["seeds"]
         values = {name: value for name, value in chosen.items() if getattr(self, name) is None}
         if self.teacher == "none" and self.method == "pkkd":
             values["method"] = "plain"
@@ -280,6 +301,8 @@ class Config:
     def _recipe(self) -> Recipe:
         if self.recipe is not None:
             return RECIPES[self.recipe]
+        if self.data is None and self.arch is None:
+            return RECIPES[DEFAULT]
         data, arch = self.data or "digits", self.arch or "lenet5"
         for recipe in RECIPES.values():
             if (recipe.data, recipe.arch) == (data, arch):

@@ -4,6 +4,7 @@ import io
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -200,6 +201,23 @@ def draw_weights(networks: Mapping[str, nn.Module]) -> Figure:
             axes.set(title=f"{name}: {kind}", xlabel="weight / standard deviation of its layer", ylabel="density")
             axes.set_ylim(top=1.3 * axes.get_ylim()[1])  # room for the legend
             axes.legend(fontsize="small", loc="upper right")
+    return figure
+
+
+def draw_trade_off(rows: Sequence[Mapping[str, Any]]) -> Figure:
+    """Accuracy over the energy of an image's arithmetic, a point for each row of a comparison, with its uncertainty."""
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for i, row in enumerate(row for row in rows if "picojoules" in row):
+        accuracy, uncertainty = 100 * row["accuracy"], 100 * row["uncertainty"]
+        axes.errorbar(
+            row["picojoules"] / 1e6, accuracy, uncertainty, fmt="o", capsize=4, color=f"C{i}", label=row["network"]
+        )
+    axes.set_xscale("log")
+    axes.margins(x=0.15, y=0.15)
+    axes.set(xlabel="energy of an image's arithmetic, uJ (45 nm circuits, without memory)", ylabel="accuracy, %")
+    axes.grid(alpha=0.3, which="both")
+    axes.legend(fontsize="small")
     return figure
 
 

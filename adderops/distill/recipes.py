@@ -4,7 +4,7 @@ A recipe fills in the options that are not given.  Sources: AdderNet, arXiv 1912
 github.com/huawei-noah/AdderNet; PKKD, arXiv 2009.13044, section 4.  What they leave open is marked as ours.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -15,6 +15,8 @@ class Recipe:
         name: for --recipe.
         source: where the numbers come from.
         data, arch, epochs, batch_size, lr, weight_decay, nesterov: the options of the same names.
+        train_images, validation, augment, seeds: likewise; by default all images, none held out, the usual of the set,
+            one seed.
     """
 
     name: str
@@ -26,8 +28,15 @@ class Recipe:
     lr: float
     weight_decay: float
     nesterov: bool
+    train_images: int | None = None
+    validation: int = 0
+    augment: str | None = None
+    seeds: int = 1
 
 
+DEFAULT = "few-digits-lenet5"  # where neither --recipe nor --data nor --arch is given
+
+_FEW_DIGITS = "ours: see docs/default_job.md"
 _DIGITS = "ours: small enough to finish in a minute"
 _LENET = "arXiv 1912.13200, section 4.1, for MNIST (50 epochs, batch 256); Nesterov and weight decay are ours"
 _FASHION = "ours: the CIFAR recipe with the 50 epochs of LeNet-5-BN"
@@ -39,6 +48,13 @@ _IMAGENET = (
 
 _ALL = [
     Recipe("digits-lenet5", _DIGITS, "digits", "lenet5", 20, 64, 0.1, 5e-4, True),
+    replace(
+        Recipe(DEFAULT, _FEW_DIGITS, "digits", "lenet5", 100, 50, 0.1, 5e-4, True),
+        train_images=100,
+        validation=1000,
+        augment="crop",
+        seeds=5,
+    ),
     *(
         Recipe(f"{data}-lenet5", _LENET, data, "lenet5", 50, 256, 0.1, 5e-4, True)
         for data in ("mnist", "fashion-mnist")

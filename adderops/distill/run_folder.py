@@ -3,7 +3,7 @@
 import csv
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -50,17 +50,17 @@ class RunFolder:
 
     @classmethod
     def load(cls, path: Path) -> "RunFolder":
-        """Reads a run folder.
+        """Reads a run folder; of a comparison the first run by PKKD.
 
         Raises:
             FileNotFoundError: not a run folder, or no epoch is over yet.
-            ValueError: a damaged file, or the folder of a comparison, which holds two run folders.
+            ValueError: a damaged file.
         """
         if not (path / "config.json").is_file():
             raise FileNotFoundError(f"{path}: expected a run folder, got one without a config.json")
         config = Config.load(path / "config.json")
         if config.method == "compare":
-            raise ValueError(f"{path}: expected the folder of one run, got a comparison: take its pkkd or plain")
+            return cls.load(next(iter(compared_runs(config, path))))
         if not (path / "log.csv").is_file():
             raise FileNotFoundError(f"{path}: expected a run of at least one epoch, got a folder without a log.csv")
         rows = _read_csv(path / "log.csv", LOG_COLUMNS)
@@ -210,6 +210,22 @@ class RunFolder:
             if source.statistics is not None:
                 return tuple(map(list, source.statistics))
         return self.data["mean"], self.data["std"]
+
+
+def compared_runs(config: Config, folder: Path) -> dict[Path, Config]:
+    """Returns the runs of a comparison, each with its folder: by seed, pkkd first.
+
+    >>> list(map(str, compared_runs(Config(seeds=2).resolve(), Path("runs"))))
+    ['runs/seed0/pkkd', 'runs/seed0/plain', 'runs/seed1/pkkd', 'runs/seed1/plain']
+    >>> list(map(str, compared_runs(Config(seeds=1).resolve(), Path("runs"))))
+    ['runs/pkkd', 'runs/plain']
+    """
+    seeds = config.seeds or 1  # None: written before there was the option
+    return {
+        folder / (f"seed{seed}" if seeds > 1 else "") / method: replace(config, method=method, seed=seed, seeds=None)
+        for seed in range(config.seed, config.seed + seeds)
+        for method in ("pkkd", "plain")
+    }
 
 
 def differing_options(rows: Sequence[dict[str, Any]]) -> list[str]:
