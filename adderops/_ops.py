@@ -75,7 +75,7 @@ def output_shape(x, w, stride, padding, dilation) -> tuple[int, ...]:
     return x.size(0), w.size(0), height, width
 
 
-def _checked_shape(operator: str, x, w, stride, padding, dilation, groups) -> tuple[int, ...]:
+def _checked_shape(operator: str, x, w, stride, padding, dilation, groups, **others) -> tuple[int, ...]:
     """output_shape, or an error of csrc/checks.cpp where it follows from plain integers: symbolic ones get no guard."""
 
     def refuse(argument: str, expected: str, got: object):
@@ -84,6 +84,9 @@ def _checked_shape(operator: str, x, w, stride, padding, dilation, groups) -> tu
     for name, tensor in (("x", x), ("w", w)):
         if tensor.dim() != 4:
             refuse(name, "4 dimensions", f"shape {tuple(tensor.shape)}")
+    for name, tensor in (("w", w), *others.items()):
+        if tensor is not None and tensor.device != x.device:
+            refuse(name, f"the device of x, {x.device}", tensor.device)
     for name, values, count, least in (
         ("stride", stride, 2, 1),
         ("padding", padding, 4, 0),
@@ -103,13 +106,14 @@ def _checked_shape(operator: str, x, w, stride, padding, dilation, groups) -> tu
 
 @torch.library.register_fake("adderops::adder_conv2d")
 def _(x, w, bias, *geometry):
-    return _empty_in_format_of(x, _checked_shape("adder_conv2d", x, w, *geometry))
+    return _empty_in_format_of(x, _checked_shape("adder_conv2d", x, w, *geometry, bias=bias))
 
 
 @torch.library.register_fake("adderops::adder_conv2d_int8")
 def _(x, w, scale, offset, residual, residual_scale, relu, quantize, zero_point, quant_max, padding_value, *geometry):
     dtype = torch.int32 if scale is None else torch.uint8 if quantize else torch.float32
-    shape = _checked_shape("adder_conv2d_int8", x, w, *geometry)
+    others = {"scale": scale, "offset": offset, "residual": residual}
+    shape = _checked_shape("adder_conv2d_int8", x, w, *geometry, **others)
     return torch.empty(shape, dtype=dtype, device=x.device, memory_format=torch.channels_last)
 
 
@@ -122,13 +126,13 @@ def _(x, scale, zero_point, quant_max):
 
 @torch.library.register_fake("adderops::adder_conv2d_grad_x")
 def _(grad_y, x, w, *geometry):
-    _checked_shape("adder_conv2d_grad_x", x, w, *geometry)
+    _checked_shape("adder_conv2d_grad_x", x, w, *geometry, grad_y=grad_y)
     return _empty_in_format_of(x, x.shape)
 
 
 @torch.library.register_fake("adderops::adder_conv2d_grad_w")
 def _(grad_y, x, w, *geometry):
-    _checked_shape("adder_conv2d_grad_w", x, w, *geometry)
+    _checked_shape("adder_conv2d_grad_w", x, w, *geometry, grad_y=grad_y)
     return _empty_in_format_of(w, w.shape)
 
 

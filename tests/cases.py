@@ -295,6 +295,13 @@ def exact_inputs(case: Case, offset: int = 0) -> Inputs:
     return Inputs(x, w, draw(case.y_shape, 4), draw((case.C_out,), 4))
 
 
+def opposite_offsets(case: Case, inputs: Inputs, offset: float) -> Inputs:
+    """+offset on the first half of the channels of x and w, -offset on the others: each one's sum is small."""
+    channels = case.C_in // case.groups
+    of_w = torch.where(torch.arange(channels) < channels // 2, offset, -offset)[:, None, None]
+    return Inputs(inputs.x + of_w.repeat(case.groups, 1, 1), inputs.w + of_w, inputs.grad_y, inputs.bias)
+
+
 @cache
 def random_inputs(case: Case, dtype: torch.dtype, x_scale=1.0, w_scale=1.0, offset=0.0) -> Inputs:
     """Normal numbers, rounded to `dtype`: every computation starts from the same bits."""

@@ -12,6 +12,9 @@ import random
 import resource
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from cases import one_thread
@@ -197,6 +200,18 @@ def shown(arguments: dict) -> str:
     return ", ".join(f"{key}={one(value)}" for key, value in arguments.items())
 
 
+@contextmanager
+def memory_limit(room: int) -> Iterator[None]:
+    """What lies within may take `room` bytes beyond what the process has by now."""
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    unlimited = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + room, unlimited[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, unlimited)
+
+
 @one_thread()
 def main() -> None:
     parser = argparse.ArgumentParser()
@@ -204,9 +219,6 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--show", action="store_true", help="print each call before it is made")
     args = parser.parse_args()
-    pages = int(open("/proc/self/statm").read().split()[0])
-    # what one call may take beyond what the process has by now
-    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + (80 << 20), resource.RLIM_INFINITY))
     faulthandler.enable()
     hostile, count = Hostile(args.seed), collections.Counter()
     x, w = torch.randn(2, 8, 9, 9), torch.randn(8, 8, 3, 3)
@@ -219,7 +231,8 @@ def main() -> None:
         faulthandler.dump_traceback_later(SECONDS, exit=True)
         outcome, begin = "answered", time.process_time()
         try:
-            through_function(name, arguments) if function else getattr(OPS, name)(**arguments)
+            with memory_limit(80 << 20):
+                through_function(name, arguments) if function else getattr(OPS, name)(**arguments)
         except REFUSALS as error:
             outcome, text = type(error).__name__, str(error)
             # of a NotImplementedError torch lists where kernels for other backends were registered

@@ -18,6 +18,7 @@ from cases import (
     define,
     exact_inputs,
     exact_result,
+    opposite_offsets,
     random_case,
 )
 
@@ -111,6 +112,17 @@ def test_common_offset(c, offset, backend):
         arranged = rearranged(exact_inputs(c, offset).to(torch.float32, backend.device), x=how, w=how)
         for name in ("forward", "grad_x"):
             assert_same(compute(name, c, arranged), exact_result(name, c, offset).float(), f"{name} of {c!r}")
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_opposite_offsets(form, backend):
+    """Offsets of either sign cancel within sum x + sum w, and leave nothing of the digits: the direct form is exact."""
+    for c in [*SELECTED, case("deep", (1, 512, 2, 3), 33, 1), case("deep-k3", (1, 96, 5, 6), 20, 3)]:
+        if c.C_in == c.groups or any(c.padding):  # a padded zero is far from w, and y as large as the offset
+            continue
+        inputs = opposite_offsets(c, exact_inputs(c), 2**20)
+        arranged = rearranged(inputs.to(torch.float32, backend.device), x=FORMATS[form], w=FORMATS[form])
+        assert_same(compute("forward", c, arranged), define("forward", c, inputs).float(), f"forward of {c!r}")
 
 
 def test_without_bias(backend):

@@ -10,6 +10,7 @@ import pytest
 import torch
 from cases import (
     CASES,
+    FAR_CASES,
     GEOMETRY_CASES,
     PASSES,
     PEER_CASES,
@@ -22,6 +23,8 @@ from cases import (
     define,
     exact_inputs,
     exact_result,
+    near,
+    opposite_offsets,
     random_case,
     random_inputs,
     sliced,
@@ -211,6 +214,38 @@ def test_minimum_form_where_it_cancels(dtype, offset, c):
     for layout, capability in product(("contiguous", "channels_last"), (75, 80)):
         got = compute(host.build(), "forward", c, arranged(inputs, layout, dtype), capability=capability)
         assert_same(got, want.float().to(dtype), f"offset {offset}, {dtype}, {layout}, sm_{capability}")
+
+
+OPPOSITE = [
+    (torch.float32, 2**20, case("opposite", (1, 512, 2, 3), 33, 1)),
+    (torch.float16, 2032, case("deep-opposite", (1, 20480, 1, 3), 17, 1)),
+]
+
+
+@pytest.mark.parametrize("dtype, offset, c", OPPOSITE, ids=str)
+def test_minimum_form_where_offsets_cancel_within_its_sums(dtype, offset, c):
+    """sum X + sum W is small, and wrong: what tells is sum |W|."""
+    inputs = exact_inputs(c)
+    if dtype == torch.float16:  # integers next to 2032
+        inputs = Inputs(*(t.round() for t in (inputs.x, inputs.w, inputs.grad_y, inputs.bias)))
+    inputs = opposite_offsets(c, inputs, offset)
+    want = define("forward", c, inputs)
+    for layout, capability in product(("contiguous", "channels_last"), (75, 80)):
+        got = compute(host.build(), "forward", c, arranged(inputs, layout, dtype), capability=capability)
+        assert_same(got, want.float().to(dtype), f"offset {offset}, {dtype}, {layout}, sm_{capability}")
+
+
+@pytest.mark.parametrize("name", PASSES)
+@pytest.mark.parametrize(
+    "far, close", [(far, near(far, geometry)) for far, geometry in FAR_CASES], ids=lambda c: c.name
+)
+def test_far_windows(far, close, name):
+    """Windows of up to 2^31 pixels: the same sums as near at hand, in a workspace as small."""
+    for dtype, capability in ((torch.float32, 80), (torch.float64, 80), (torch.bfloat16, 90)):
+        got = compute(
+            host.build(), name, far, arranged(exact_inputs(close), "contiguous", dtype), capability=capability
+        )
+        assert_same(got, exact_result(name, close).float().to(dtype), f"{name} of {far!r}, {dtype}")
 
 
 @pytest.mark.parametrize("name", PASSES)

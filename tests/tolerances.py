@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from cases import Case, Inputs, one_thread
 
 LAMBDA = 9.0
-# Where the forward's three sums cancel it takes the direct form: |sum x + sum w| may be this many times |Y|.
+# Where the forward's three sums cancel it takes the direct form: |sum x + sum w| and sum |w| may be so many times |Y|.
 CANCELLATION = 32
 
 

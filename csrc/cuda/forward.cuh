@@ -2,9 +2,9 @@
 //
 //   kDirect   acc += |x - w|        two instructions a term: FADD, FADD with a free absolute value
 //   kMinimum  acc += min(x, w)      FMNMX on another pipe and FADD: twice as fast where there are 64 float lanes
-//             (sm_75, sm_80); Y = 2*acc - (sum X + sum W).  Where that cancels (|sum X + sum W| > kCancellation * |Y|),
-//             overflows or meets an infinity or NaN, the tile is flagged, and the direct form, launched behind it on
-//             the flagged tiles alone, computes it again.
+//             (sm_75, sm_80); Y = 2*acc - (sum X + sum W).  Where that cancels (|sum X + sum W| or sum |W| >
+//             kCancellation * |Y|), overflows or meets an infinity or NaN, the tile is flagged, and the direct form,
+//             launched behind it on the flagged tiles alone, computes it again.
 //
 // Block: kLanes filters x kColumns pixels (tile.cuh), K in slabs (walk.cuh); 128 x 128, 256 threads, 8 x 8 each:
 // 128 registers, 33 to 37 KB of shared memory, two blocks a multiprocessor.  grid (tiles of pixels, tiles of filters,
@@ -19,9 +19,10 @@ namespace cuda {
 enum class Form : int { kDirect, kMinimum };
 constexpr float kCancellation = 32.f;
 
-// Is y = 2 * sum min - both finite, and not what a cancellation left?  A comparison with NaN is false.
-__device__ __forceinline__ bool trustworthy(float both, float y) {
-  return fabsf(both) <= kCancellation * fabsf(y) && is_finite(y);
+// Is y = 2 * sum min - both finite, and not what a cancellation left?  A comparison with NaN is false.  Offsets of
+// either sign cancel within `both` already; not within sum |W|, nor within sum |X|, which is at most |y| + sum |W|.
+__device__ __forceinline__ bool trustworthy(float both, float size_w, float y) {
+  return fabsf(both) <= kCancellation * fabsf(y) && size_w <= kCancellation * fabsf(y) && is_finite(y);
 }
 
 // Where the window of an output pixel begins, and where the pixel lies in `out` (in elements).
@@ -65,8 +66,9 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
 
     SHARED(float, s_sum_x, [F == Form::kMinimum ? Tile::kColumns : 1]);
     SHARED(float, s_sum_w, [F == Form::kMinimum ? Tile::kLanes : 1]);
+    SHARED(float, s_size_w, [F == Form::kMinimum ? Tile::kLanes : 1]);
     if constexpr (F == Form::kMinimum) {
-      gather_lane_sums(weights, lane0, Tile::kLanes, s_sum_w);
+      gather_lane_sums(weights, lane0, Tile::kLanes, s_sum_w, s_size_w);
       sums.gather(s_slabs, s_sum_x);
     }
 
@@ -86,7 +88,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
         if constexpr (F == Form::kMinimum) {
           const float both = s_sum_x[place.column_of(j)] + s_sum_w[place.lane_of(i)];
           y = 2 * acc[i][j] - both;
-          doubtful |= !trustworthy(both, y);
+          doubtful |= !trustworthy(both, s_size_w[place.lane_of(i)], y);
         }
         if (args.bias) y += load_float(static_cast<const T*>(args.bias) + co);
         store_float(to + co * args.out.stride[1], y);

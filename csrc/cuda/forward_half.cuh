@@ -178,7 +178,8 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
   }
 
   SHARED(float, s_sum_w, [Tile::kLanes]);
-  gather_lane_sums(weights, lane0, Tile::kLanes, s_sum_w);
+  SHARED(float, s_size_w, [Tile::kLanes]);
+  gather_lane_sums(weights, lane0, Tile::kLanes, s_sum_w, s_size_w);
   __syncthreads();
   int doubtful = 0;
 #pragma unroll
@@ -196,7 +197,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
           if (lane0 + column >= M) continue;
           const float both = window[m][2 * half] + s_sum_w[column];
           float y = 2 * c[m][octet][2 * half + i] - both;
-          doubtful |= !trustworthy(both, y);
+          doubtful |= !trustworthy(both, s_size_w[column], y);
           if (args.bias) y += load_float(static_cast<const T*>(args.bias) + co);
           store_float(to + co * args.out.stride[1], y);
         }

@@ -119,6 +119,7 @@ inline Packed make_packed(const Conv2dProblem& p, int64_t lanes, int64_t channel
   Packed f{{(int)lanes, (int)pitch, (int)channels, (int)depth, (int)taps, (int)p.KW, (int)chunks}, p.groups, {}};
   f.weights = {carve->take<char>(product(p.groups, taps, depth, pitch, bytes)),
                carve->take<float>(product(p.groups, chunks, pitch)),
+               carve->take<float>(product(p.groups, chunks, pitch)),
                carve->take<int>(product(p.groups, chunks, lane_blocks)),
                (int)pitch,
                (int)chunks,
@@ -129,7 +130,7 @@ template <typename T, Packing P>
 void pack(const Conv2dArgs& args, const Packed& f, cudaStream_t stream) {
   const dim3 grid((unsigned)f.shape.chunks, (unsigned)f.weights.lane_blocks, (unsigned)f.groups);
   LAUNCH((pack_kernel<T, P>), grid, dim3(kPackThreads), stream, args.w, f.shape, const_cast<void*>(f.weights.packed),
-         const_cast<float*>(f.weights.sums), const_cast<int*>(f.weights.flags));
+         const_cast<float*>(f.weights.sums), const_cast<float*>(f.weights.sizes), const_cast<int*>(f.weights.flags));
 }
 
 }  // namespace cuda

@@ -6,7 +6,7 @@
 //   forward, mma   packed[group][kh*KW + kw][slab of 32 ci][co, to whole tiles][32], in the element type
 //
 // grid (chunks of rows, blocks of 32 lanes, groups), 32 x 8 threads: a block packs kPackRows rows of 32 lanes.
-//   sums[group][chunk][lane]   the chunk's part of the sum over W of a lane
+//   sums[group][chunk][lane]   the chunk's part of the sum over W of a lane;  sizes likewise, over |W|
 //   flags[group][chunk][block of lanes]   grad_x: are not all of its weights below kLargestWeight?
 #pragma once
 #include "tile.cuh"
@@ -17,18 +17,21 @@ namespace cuda {
 // What the tiled kernels are told of it.
 struct PackedWeights {
   const void* packed;
-  const float* sums;
+  const float *sums, *sizes;
   const int* flags;
   int pitch, chunks, lane_blocks;  // lanes with their padding; chunks of rows, blocks of 32 lanes: pack_kernel's grid
 };
 
-// The sums over W of the lanes [first, first + count) of this block's group.
-__device__ __forceinline__ void gather_lane_sums(const PackedWeights& w, int first, int count, float* sums) {
+// The sums over W and |W| of the lanes [first, first + count) of this block's group.
+__device__ __forceinline__ void gather_lane_sums(const PackedWeights& w, int first, int count, float* sums,
+                                                 float* sizes) {
   for (int i = threadIdx.x; i < count; i += blockDim.x) {
-    float sum = 0;
-    for (int chunk = 0; chunk < w.chunks; ++chunk)
-      sum += w.sums[((int64_t)blockIdx.z * w.chunks + chunk) * w.pitch + first + i];
-    sums[i] = sum;
+    float sum = 0, size = 0;
+    for (int chunk = 0; chunk < w.chunks; ++chunk) {
+      const int64_t at = ((int64_t)blockIdx.z * w.chunks + chunk) * w.pitch + first + i;
+      sum += w.sums[at], size += w.sizes[at];
+    }
+    sums[i] = sum, sizes[i] = size;
   }
 }
 
@@ -47,12 +50,13 @@ struct PackShape {
 
 template <typename T, Packing P>
 __global__ void __launch_bounds__(kPackThreads)
-    pack_kernel(Operand w, PackShape s, void* packed, float* sums, int* flags) {
+    pack_kernel(Operand w, PackShape s, void* packed, float* sums, float* sizes, int* flags) {
   SHARED(float, s_sum, [kPackThreads]);
+  SHARED(float, s_size, [kPackThreads]);
   const int lane = blockIdx.y * kPackLanes + threadIdx.x % 32, group = blockIdx.z;
   const int64_t rows = (int64_t)s.taps * s.depth, begin = (int64_t)blockIdx.x * kPackRows;
   const int co_step = P == Packing::kGradX ? s.channels : s.lanes;  // filters of a group
-  float sum = 0;
+  float sum = 0, size = 0;
   int bad = 0;
   for (int64_t r = begin + threadIdx.x / 32; r < begin + kPackRows && r < rows; r += 8) {
     const int tap = (int)(r / s.depth), c = (int)(r % s.depth);
@@ -62,7 +66,7 @@ __global__ void __launch_bounds__(kPackThreads)
                     tap / s.KW * w.stride[2] + tap % s.KW * w.stride[3];
     const T element = real ? *from : T{};
     const float v = load_float(&element);
-    sum += v;
+    sum += v, size += fabsf(v);
     bad |= !(fabsf(v) < kLargestWeight);
     if (lane >= s.lane_pitch) continue;
     if (P == Packing::kMma) {
@@ -73,12 +77,13 @@ __global__ void __launch_bounds__(kPackThreads)
           P == Packing::kGradX ? (real ? fmaf(v, 0.5f, 0.5f) : 0.f) : v;
     }
   }
-  s_sum[threadIdx.x] = sum;
+  s_sum[threadIdx.x] = sum, s_size[threadIdx.x] = size;
   const int any = __syncthreads_or(bad);
   if (threadIdx.x < 32 && lane < s.lane_pitch) {
-    float total = 0;
-    for (int i = 0; i < kPackThreads; i += 32) total += s_sum[threadIdx.x + i];
-    sums[((int64_t)group * s.chunks + blockIdx.x) * s.lane_pitch + lane] = total;
+    float total = 0, total_size = 0;
+    for (int i = 0; i < kPackThreads; i += 32) total += s_sum[threadIdx.x + i], total_size += s_size[threadIdx.x + i];
+    const int64_t at = ((int64_t)group * s.chunks + blockIdx.x) * s.lane_pitch + lane;
+    sums[at] = total, sizes[at] = total_size;
   }
   if (threadIdx.x == 0) flags[((int64_t)group * s.chunks + blockIdx.x) * gridDim.y + blockIdx.y] = any;
 }
