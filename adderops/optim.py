@@ -177,12 +177,13 @@ class AdaptiveRate:
     """
 
     def __init__(self, model: nn.Module, optimizer: Any) -> None:
-        held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        inner = _torch_optimizer(optimizer)
+        held = {id(parameter) for group in (inner or optimizer).param_groups for parameter in group["params"]}
         if not any(isinstance(m, AdaptiveRateLayer) and id(m.weight) in held for m in model.modules()):
             raise ValueError(
                 "AdaptiveRate: optimizer: expected one with the weight of an adder layer of model, got none"
             )
-        if not _wraps_torch_optimizer(optimizer):
+        if inner is None:
             step = optimizer.step
 
             def rated_step(*args, **kwargs):
@@ -192,11 +193,13 @@ class AdaptiveRate:
             optimizer.step = rated_step
 
 
-def _wraps_torch_optimizer(optimizer: Any) -> bool:
-    wrapped = (getattr(optimizer, name, None) for name in ("optimizer", "_optimizer", "base_optimizer"))
-    return isinstance(optimizer, torch.optim.Optimizer) or any(
-        _wraps_torch_optimizer(inner) for inner in wrapped if inner is not None
-    )
+def _torch_optimizer(optimizer: Any) -> torch.optim.Optimizer | None:
+    """The optimizer of torch that an object is, or holds under the names that accelerate, Lightning and timm use."""
+    for name in ("optimizer", "_optimizer", "base_optimizer"):
+        inner = _torch_optimizer(getattr(optimizer, name)) if hasattr(optimizer, name) else None
+        if inner is not None:
+            return inner
+    return optimizer if isinstance(optimizer, torch.optim.Optimizer) else None
 
 
 # --- in the backward pass ---

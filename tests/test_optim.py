@@ -320,6 +320,15 @@ def test_adaptive_rate_refuses_an_optimizer_without_the_weights():
             AdaptiveRate(layer, torch.optim.SGD(others.parameters(), lr=0.1))
 
 
+def test_adaptive_rate_looks_at_the_optimizer_that_steps():
+    """DeepSpeed's optimizers show the model's parameters and step copies of them."""
+    layer = AdderLinear(4, 4)
+    wrapper = Wrapper(torch.optim.SGD([layer.weight.detach().clone().requires_grad_()], lr=0.1), "optimizer")
+    wrapper.inner = Descent(layer.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match="expected one with the weight of an adder layer of model, got none"):
+        AdaptiveRate(layer, wrapper)
+
+
 def manual_loop(layer, x, update, steps=3):
     for _ in range(steps):
         layer(x).square().sum().backward()
@@ -412,6 +421,7 @@ def test_the_rate_under_the_transforms_of_torch_func():
     each = torch.stack([normalize_gradient(sample, 0.3) for sample in x])
     grad, vmap, jacrev = torch.func.grad, torch.func.vmap, torch.func.jacrev
     torch.testing.assert_close(grad(loss)(w, x[0]), each[0])
+    torch.testing.assert_close(grad(loss)(nn.Parameter(w), x[0]), each[0])
     torch.testing.assert_close(vmap(grad(loss), (None, 0))(w, x), each)  # per-sample gradients
     torch.testing.assert_close(vmap(grad(loss))(torch.stack([w] * 4), x), each)  # an ensemble
     torch.testing.assert_close(grad(lambda w: vmap(loss, (None, 0))(w, x).sum())(w), normalize_gradient(x.sum(0), 0.3))
