@@ -268,10 +268,14 @@ MADE_UP = {
     "twice": (lambda d, t: d["nodes"].append(d["nodes"][0]), "expected a name that nothing else has"),
     "no identifier": (lambda d, t: d["nodes"][0].update(name="x; import os"), "expected an identifier"),
     "stride 0": (_set("adder_conv2d_int8", "attributes", "stride", [0, 1]), "stride: expected at least 1, got [0, 1]"),
-    "huge padding": (_set("adder_conv2d_int8", "attributes", "padding", [2**30] * 4), "values per image"),
+    "huge padding": (
+        _set("adder_conv2d_int8", "attributes", "padding", [2**30] * 4),
+        "no larger than the padded input",
+    ),
+    "large padding": (_set("adder_conv2d_int8", "attributes", "padding", [2**20] * 4), "values per image"),
     "more than 32 bits": (_set("adder_conv2d_int8", "attributes", "dilation", [2**40, 1]), "expected an integer"),
-    "negative": (_set("conv2d", "attributes", "padding", [-1, 0]), "expected arguments that conv2d takes"),
-    "word": (_set("adder_conv2d_int8", "attributes", "groups", "1"), "groups: expected an integer, got '1'"),
+    "negative": (_set("conv2d", "attributes", "padding", [-1, 0]), "padding: expected at least 0, got [-1, 0]"),
+    "word": (_set("adder_conv2d_int8", "attributes", "groups", "1"), "groups: expected an integer, got 1"),
     "boolean": (_set("adder_conv2d_int8", "attributes", "groups", True), "groups: expected an integer, got True"),
     "scale 0": (_set("quantize", "attributes", "scale", 0.0), "scale: expected a positive number"),
     "largest byte": (_set("quantize", "attributes", "quant_max", 256), "quant_max: expected 1 to 255, got 256"),
@@ -286,7 +290,7 @@ MADE_UP = {
     "fixed batch": (lambda d, t: d["input"].update(shape=[1, 1, 32, 32]), "input: shape: expected [-1, C, ...]"),
     "huge input": (lambda d, t: d["input"].update(shape=[-1, 1, 2**20, 2**20]), "values per image"),
     "dtype of input": (lambda d, t: d["input"].update(dtype="int8"), "input: dtype: expected one of float32"),
-    "output": (lambda d, t: d.update(output="nowhere"), "output: expected the name of a value, got 'nowhere'"),
+    "output": (lambda d, t: d.update(output="nowhere"), "output: expected the name of a value, got nowhere"),
     "no output": (lambda d, t: d.update(output=None), "output: expected tensors"),
     "nodes": (lambda d, t: d.update(nodes={}), "nodes: expected a list"),
     "facts": (lambda d, t: d.update(facts=[]), "facts: expected an object"),
@@ -331,11 +335,13 @@ def test_headers_that_lie(path, tmp_path):
         assert_refused(of_header(path, entry | {"conv2.weight": weight | change}, data))
     overlapping = {"conv3.weight": entry["conv3.weight"] | {"data_offsets": weight["data_offsets"]}}
     assert_refused(of_header(path, entry | overlapping, data))
-    assert_refused(of_header(path, header[:-1] + b',"conv2.scale":' + json.dumps(weight).encode() + b"}", data), "once")
+    assert_refused(
+        of_header(path, header.rstrip()[:-1] + b',"conv2.scale":' + json.dumps(weight).encode() + b"}", data), "once"
+    )
     assert_refused(of_header(path, b"[" * 100_000, data), "depth")
     assert_refused(of_header(path, b'{"__metadata__":' * 50_000, data))
     assert_refused(of_header(path, b"\xff\xfe{}", data))
-    assert_refused(of_header(path, {"__metadata__": {"adderops.quant": "[" * 100_000}} | entry, data))
+    assert_refused(of_header(path, entry | {"__metadata__": {"adderops.quant": "[" * 100_000}}, data))
     deep = {"__metadata__": {"adderops.quant": '{"facts":' * 900 + "1" + "}" * 900}}
     assert_refused(of_header(path, {**entry, **deep}, data))
     assert_refused(of_header(path, {}), "metadata")
@@ -428,8 +434,8 @@ def test_made_up_files_are_refused_or_run(path, images):
     for _ in range(FUZZ):
         changed, others = document, dict(tensors)
         for _ in range(dice.randint(1, 2)):
-            parts_ = {key: changed[key] for key in dice.choice((["nodes"], ["nodes"], list(changed)))}
-            changed = changed | _mutated(parts_, dice) if parts_ else changed
+            key = "nodes" if dice.random() < 0.7 and "nodes" in changed else dice.choice(sorted(changed))
+            changed = changed | {key: _mutated(changed[key], dice)}
         if dice.random() < 0.2:
             name = dice.choice(sorted(others))
             others[name] = dice.choice(

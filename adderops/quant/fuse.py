@@ -75,6 +75,8 @@ def convert(model: nn.Module, example: Tensor) -> IntegerNetwork:
     if not isinstance(example, Tensor) or not example.is_floating_point():
         got = example.dtype if isinstance(example, Tensor) else type(example).__name__
         raise TypeError(f"example: expected a tensor of floats, got {got}")
+    if example.dim() < 2 or len(example) == 0:
+        raise ValueError(f"example: expected (N, ...) with N >= 1, got shape {tuple(example.shape)}")
     traced, layers = trace(model, example)
     return _Fusion(traced, layers).run(tuple(example.shape[1:]), example.dtype)
 

@@ -1,6 +1,6 @@
 """The graph of an integer network as data: JSON of a closed list of operations, checked before it is a graph again.
 
-    {"input": {"name": "x", "shape": [-1, 3, 32, 32], "dtype": "float32"},
+    {"input": {"name": "input", "shape": [-1, 3, 32, 32], "dtype": "float32"},
      "nodes": [{"name": "relu", "op": "relu", "layer": "stem", "inputs": {"input": "conv2d"}, "attributes": {},
                 "shape": [-1, 16, 32, 32], "dtype": "float32"}, ...],
      "output": "linear"}
@@ -14,6 +14,7 @@ of inputs and attributes are those of PyTorch's operators (`self` is called `inp
 import math
 import re
 from collections.abc import Callable, Mapping
+from itertools import count
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
 from adderops import _ops
-from adderops.quant.checks import ARGUMENTS, INDICES, MOST, check, check_keys
+from adderops.quant.checks import ARGUMENTS, INDICES, LEAST, MOST, check, check_keys
 
 aten = torch.ops.aten
 
@@ -93,18 +94,27 @@ def describe(network: GraphModule, shape: tuple[int, ...], dtype: torch.dtype) -
     """
     tensors = tensors_of(network)
     names: dict[Node, str] = {}
+    taken = set(tensors)
     document: dict[str, Any] = {"nodes": []}
+
+    def new_name(stem: str) -> str:
+        name = next(name for i in count() if (name := f"{stem}_{i}" if i else stem) not in taken)
+        taken.add(name)
+        return name
+
     for node in network.graph.nodes:
-        names[node] = str(node.target) if node.op == "get_attr" else node.name
-        while node.op != "get_attr" and names[node] in tensors:
-            names[node] += "_"
-        if node.op == "placeholder":
+        if node.op == "get_attr":
+            names[node] = str(node.target)
+        elif node.op == "placeholder":
             check("input" not in document, "network", "one input", "more")
+            names[node] = new_name("input")
             document["input"] = {"name": names[node], "shape": [-1, *shape], "dtype": _word(dtype, INPUT_DTYPES)}
         elif node.op == "output":
             document["output"] = _output(node.args[0], names.__getitem__)
-        elif node.op != "get_attr":
-            document["nodes"].append(_entry(node, names))
+        else:
+            entry = _entry(node, names)
+            names[node] = entry["name"] = new_name(entry["op"])
+            document["nodes"].append(entry)
     build(document, tensors, declare=True)
     return document
 
@@ -126,7 +136,7 @@ def _entry(node: Node, names: Mapping[Node, str]) -> dict[str, Any]:
             attributes[name] = _attribute(value, f"{where}: {name}")
     if attributes.get("stride") == [] and "kernel_size" in attributes:
         attributes["stride"] = attributes["kernel_size"]
-    return {"name": names[node], "op": op, "layer": layer, "inputs": inputs, "attributes": attributes}
+    return {"op": op, "layer": layer, "inputs": inputs, "attributes": attributes}
 
 
 def _attribute(value: object, where: str) -> Any:
@@ -233,7 +243,7 @@ def build(document: dict[str, Any], tensors: Mapping[str, Tensor], *, declare: b
         check(entry["shape"] == found[0], f"{where}: shape", str(found[0]), entry["shape"])
         check(entry["dtype"] == found[1], f"{where}: dtype", found[1], entry["dtype"])
         values = [_replaced(kind, value, node_of) for kind, value in arguments]
-        nodes[name] = graph.call_function(OPERATIONS[op], *_split(op, values))
+        nodes[name] = graph.create_node("call_function", OPERATIONS[op], *_split(op, values), name=name)
         nodes[name].meta["layer"] = layer
         probes[name] = made
     check("output" in document, "output", "names", None)
@@ -295,6 +305,9 @@ def _arguments(entry: dict[str, Any], where: str) -> list[tuple[str, Any]]:
         else:
             check(name in attributes, at, "an attribute", "an input")
             value = _meaning(kind, value, at)
+            numbers = value if isinstance(value, list) else [value] if name in LEAST and kind != "str" else []
+            valid = name not in LEAST or all(number >= LEAST[name] for number in numbers)
+            check(valid, at, f"at least {LEAST.get(name)}", value)
         arguments.append((kind, value))
     check(not rest, where, f"inputs and attributes of {entry['op']}", ", ".join(rest))
     return arguments
