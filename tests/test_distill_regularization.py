@@ -215,14 +215,14 @@ def test_reestimated_statistics_are_those_of_the_images_and_change_no_weight(con
     from adderops.distill.data import calibration_batches
 
     config = replace(config, method=method, ema=0.9)
-    for count in (0, 60):
+    for count in (0, 25):
         train(replace(config, reestimate_batchnorm=count), data, tmp_path / str(count))
     for name in [p.name for p in (tmp_path / "0").glob("*.pt") if p.stem in ("student", "student_ema", "teacher")]:
-        lagging, ours = (load(tmp_path / count / name) for count in ("0", "60"))
+        lagging, ours = (load(tmp_path / count / name) for count in ("0", "25"))
         kind = "cnn" if name.startswith("teacher") else "adder"
         network = create_model("lenet5", kind, 1, 4).eval()
         network.load_state_dict(lagging)
-        expected = reestimate_batchnorm(network, calibration_batches(data.train, 60)).state_dict()
+        expected = reestimate_batchnorm(network, calibration_batches(data.train, 4 * 25)).state_dict()
         assert_same_state(dict(ours), dict(expected), name)
         assert not torch.equal(ours["bn1.running_mean"], lagging["bn1.running_mean"])
 
@@ -267,13 +267,13 @@ def test_float16_scales_the_loss_and_adder_layers_keep_their_rate(config, data, 
 
     hooks = [register_optimizer_step_pre_hook(keep), register_optimizer_step_post_hook(measure)]
     try:
-        summary = train(replace(config, amp="float16", epochs=6, nesterov=False, weight_decay=0.0), data, tmp_path)
+        summary = train(replace(config, amp="float16", epochs=3, nesterov=False, weight_decay=0.0), data, tmp_path)
     finally:
         for hook in hooks:
             hook.remove()
     assert dtypes == {torch.float16}
     assert rms[0] == pytest.approx(0.2, rel=1e-3)  # later steps carry momentum
-    assert summary["student_train_accuracy"] > 0.6
+    assert summary["student_train_accuracy"] > 0.3  # four classes, 24 steps
     assert load(tmp_path / "checkpoint.pt")["scaler"]["scale"] > 1
 
 
