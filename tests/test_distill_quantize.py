@@ -6,9 +6,10 @@ import pytest
 import torch
 from distill_runs import assert_same_state, rows_of
 
-from adderops.distill import Config, load_data, train, trainer
+from adderops.distill import Config, load_data, train
 from adderops.distill.__main__ import main
 from adderops.distill.data import calibration_batches
+from adderops.distill.loop import Loop
 from adderops.distill.run_folder import RunFolder
 from adderops.quant import load
 from adderops.quant.calibration import quantized_layers
@@ -140,7 +141,7 @@ def test_a_resumed_tuning_ends_with_the_same_bits(tuned, trained, tmp_path):
     class Stop(Exception):
         pass
 
-    step = trainer._Run._step
+    step = Loop._step
     calls = []
 
     def counted(self, *arguments, **options):
@@ -150,7 +151,7 @@ def test_a_resumed_tuning_ends_with_the_same_bits(tuned, trained, tmp_path):
         return step(self, *arguments, **options)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer._Run, "_step", counted)
+        patch.setattr(Loop, "_step", counted)
         with pytest.raises(Stop):
             train(config, data, half)
     train(config, data, half)

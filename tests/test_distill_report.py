@@ -129,7 +129,7 @@ def test_the_curves_are_those_of_the_log(runs):
         "teacher, test": run.curve("teacher_test_loss"),
         "teacher, train": run.curve("teacher_ce"),
     }
-    terms = {"sum as weighted": "student_loss", "labels": "student_ce", "imitation": "imitation", "L_mid": "l_mid"}
+    terms = {"sum as weighted": "student_loss", "labels": "student_ce", "imitation (KL)": "imitation", "L_mid": "l_mid"}
     assert drawn(right) == {label: run.curve(name) for label, name in terms.items()}
 
 

@@ -230,8 +230,8 @@ class Config:
     )
     reestimate_batchnorm: int = _testing(
         512,
-        "training images from which the statistics of every BatchNorm are taken again before each test: running "
-        "averages lag behind adder layers; 0: keep the running averages",
+        "training images from which the statistics of every BatchNorm are taken again before each test, and four times "
+        "as many before the last: running averages lag behind adder layers; 0: keep the running averages",
         least=0,
     )
 

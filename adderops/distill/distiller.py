@@ -57,7 +57,7 @@ class Distiller:
         ema: decay per step of a moving average of the student: `average`.
         amp: 'bfloat16' or 'float16' (with a gradient scaler); None: float32.
         reestimate_batchnorm: training images from which the statistics of every BatchNorm are taken again before each
-            test and at the end; 0: keep the running averages, which lag behind adder layers.
+            test, and four times as many at the end; 0: keep the running averages, which lag behind adder layers.
         device: where to train; by default where the student is.
         seed: of all random numbers.
 
@@ -217,7 +217,7 @@ class Distiller:
                 if not run.resume(check) and run.writes:
                     folder.mkdir(parents=True, exist_ok=True)
                 if run.epochs(stop, identity, on_step, on_epoch):
-                    loop.refresh_batchnorm()
+                    loop.refresh_batchnorm(last=True)
                 run.save_networks()
         finally:
             self.task.eval().release()

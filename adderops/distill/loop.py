@@ -25,6 +25,9 @@ from adderops.distill.task import Losses, PKKDTask, SingleTask
 from adderops.models import mark_adder_weights
 from adderops.optim import AdaptiveRateLayer
 
+# Statistics of 512 images cost a converged network some tenths of a point, those of 2048 nothing: docs/distill.md.
+LAST = 4
+
 
 @dataclass
 class Progress:
@@ -275,7 +278,7 @@ class Loop:
                 raise FloatingPointError(f"weight is not finite: {name}")
         due = self.test is not None and (epoch % self.test_every == 0 or epoch == self.epochs)
         if due or epoch == self.epochs:
-            self.refresh_batchnorm()
+            self.refresh_batchnorm(last=epoch == self.epochs)
         if not due:
             columns = (f"{name}_test_{what}" for name in self.tested for what in ("loss", "accuracy"))
             return dict.fromkeys(columns if self.test is not None else ()), []
@@ -296,8 +299,12 @@ class Loop:
                 improved.append(name)
         return tested, improved
 
-    def refresh_batchnorm(self) -> None:
-        """Takes the statistics of every BatchNorm that trains from training images, the same on all processes."""
+    def refresh_batchnorm(self, last: bool = False) -> None:
+        """Takes the statistics of every BatchNorm that trains from training images, the same on all processes.
+
+        Args:
+            last: what is tested is kept: take the images of `LAST` tests.
+        """
         if not self.reestimate_batchnorm:
             return
         self.task.train()
@@ -306,7 +313,7 @@ class Loop:
         for network in self.tested.values():
             if not network.training:  # a frozen teacher
                 continue
-            batches = self.batches.calibration(self.reestimate_batchnorm)
+            batches = self.batches.calibration(self.reestimate_batchnorm * (LAST if last else 1))
             try:
                 with distributed.alone(), autocast(self.device, self.amp):
                     reestimate_batchnorm(

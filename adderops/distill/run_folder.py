@@ -263,7 +263,9 @@ def _read_csv(path: Path, columns: Sequence[str]) -> list[dict[str, Any]]:
     try:
         with open(path, newline="") as file:
             rows = list(csv.DictReader(file))
-        rows = [{name: v if name == "layer" else float(v or "nan") for name, v in row.items()} for row in rows]
+        rows = [
+            {name: v if name == "layer" else float("nan" if v == "" else v) for name, v in row.items()} for row in rows
+        ]
     except (csv.Error, TypeError, ValueError) as error:  # TypeError: too few or too many fields
         raise ValueError(f"{path}: expected a number in each column, got a damaged file ({error})") from error
     if not rows or not set(columns) <= rows[0].keys():
