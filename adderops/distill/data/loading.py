@@ -56,7 +56,15 @@ class _Loader(DataLoader):
             # torch's handler raises the loss of a worker wherever the main thread is; it looks for it here, too
             signal.signal(signal.SIGCHLD, of_child or signal.SIG_DFL)
         _workers.update(set(multiprocessing.active_children()) - others)
-        for batch in batches:
+        while True:
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            except (EOFError, OSError) as error:
+                if not self.num_workers:
+                    raise
+                raise RuntimeError(f"DataLoader worker ended unexpectedly ({type(error).__name__})") from error
             if isinstance(batch, Exception):
                 raise batch
             yield batch
