@@ -27,7 +27,7 @@ LAYER_COLUMNS = ("epoch", "layer", "l_mid", "gradient_ratio", "var_yc")
 # `root` is where the data lie, `recipe` no more than the values of other options, and frozen teachers are one a seed.
 NOT_COMPARED = {*MACHINE, "root", "recipe", "teacher_checkpoint"}
 # Options without effect on the runs of the other methods.
-OF_DISTILLATION = tuple(f.name for f in fields(Config) if "method" in f.metadata.get("needs", {}))
+OF_DISTILLATION = tuple(f.name for f in fields(Config) if "pkkd" in f.metadata.get("needs", {}).get("method", ()))
 
 
 @dataclass(frozen=True)
