@@ -22,7 +22,7 @@ constexpr float kCancellation = 32.f;
 // Is y = 2 * sum min - both finite, and not what a cancellation left?  A comparison with NaN is false.  Offsets of
 // either sign cancel within `both` already; not within sum |W|, nor within sum |X|, which is at most |y| + sum |W|.
 __device__ __forceinline__ bool trustworthy(float both, float size_w, float y) {
-  return fabsf(both) <= kCancellation * fabsf(y) && size_w <= kCancellation * fabsf(y) && is_finite(y);
+  return fmaxf(fabsf(both), size_w) <= kCancellation * fabsf(y) && is_finite(y);  // a NaN is one of y, too
 }
 
 // Where the window of an output pixel begins, and where the pixel lies in `out` (in elements).
@@ -68,7 +68,8 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
     SHARED(float, s_sum_w, [F == Form::kMinimum ? Tile::kLanes : 1]);
     SHARED(float, s_size_w, [F == Form::kMinimum ? Tile::kLanes : 1]);
     if constexpr (F == Form::kMinimum) {
-      gather_lane_sums(weights, lane0, Tile::kLanes, s_sum_w, s_size_w);
+      gather_lane_sums(weights, weights.sums, lane0, Tile::kLanes, s_sum_w);
+      gather_lane_sums(weights, weights.sizes, lane0, Tile::kLanes, s_size_w);
       sums.gather(s_slabs, s_sum_x);
     }
 

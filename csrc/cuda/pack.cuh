@@ -22,16 +22,15 @@ struct PackedWeights {
   int pitch, chunks, lane_blocks;  // lanes with their padding; chunks of rows, blocks of 32 lanes: pack_kernel's grid
 };
 
-// The sums over W and |W| of the lanes [first, first + count) of this block's group.
-__device__ __forceinline__ void gather_lane_sums(const PackedWeights& w, int first, int count, float* sums,
-                                                 float* sizes) {
-  for (int i = threadIdx.x; i < count; i += blockDim.x) {
-    float sum = 0, size = 0;
-    for (int chunk = 0; chunk < w.chunks; ++chunk) {
-      const int64_t at = ((int64_t)blockIdx.z * w.chunks + chunk) * w.pitch + first + i;
-      sum += w.sums[at], size += w.sizes[at];
-    }
-    sums[i] = sum, sizes[i] = size;
+// `parts`, sums or sizes, added up for the lanes [first, first + count) of this block's group.  One array at a time, and
+// the thread's index read again: either saves the registers whose lack makes forward's largest tile spill on sm_80.
+__device__ __forceinline__ void gather_lane_sums(const PackedWeights& w, const float* parts, int first, int count,
+                                                 float* sums) {
+  for (int i = (int)thread_index(); i < count; i += blockDim.x) {
+    float sum = 0;
+    for (int chunk = 0; chunk < w.chunks; ++chunk)
+      sum += parts[((int64_t)blockIdx.z * w.chunks + chunk) * w.pitch + first + i];
+    sums[i] = sum;
   }
 }
 
