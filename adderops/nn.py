@@ -6,6 +6,7 @@ from numbers import Integral
 from operator import index
 
 import torch
+import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
@@ -205,18 +206,22 @@ class AdderLinear(_AdderLayer):
         self.set_eta(eta)
 
     def forward(self, input: Tensor) -> Tensor:
-        if input.dim() == 0 or input.size(-1) != self.in_features:
-            raise ValueError(f"AdderLinear: input: expected shape (*, {self.in_features}), got {tuple(input.shape)}")
-        pixels = input.reshape(-1, self.in_features, 1, 1)
-        return adder_conv2d(pixels, self.rated_weight()[..., None, None], self.bias).reshape(
-            *input.shape[:-1], self.out_features
-        )
+        pixels = _as_pixels(input, self.in_features)
+        y = adder_conv2d(pixels, self.rated_weight()[..., None, None], self.bias)
+        return y.reshape(input.shape[:-1] + (self.out_features,))
 
     def extra_repr(self) -> str:
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"eta={self.eta}"
         )
+
+
+@torch.fx.wrap  # its question is about a size
+def _as_pixels(input: Tensor, in_features: int) -> Tensor:
+    if input.dim() == 0 or input.size(-1) != in_features:
+        raise ValueError(f"AdderLinear: input: expected shape (*, {in_features}), got {tuple(input.shape)}")
+    return input.reshape(-1, in_features, 1, 1)
 
 
 def convert(
