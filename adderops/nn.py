@@ -6,6 +6,7 @@ from numbers import Integral
 from operator import index
 
 import torch
+import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd

@@ -5,7 +5,9 @@ import torch
 from torch import nn
 
 from adderops import AdderConv2d
+from adderops.distill.__main__ import main
 from adderops.distill.build import load_weights
+from adderops.distill.run_folder import RunFolder
 from adderops.models import lenet5, load_reference_checkpoint, mark_adder_weights, unwrap_state_dict
 
 PREFIXES = ["", "module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module.", "module.module.", "model.", "net."]
@@ -98,3 +100,19 @@ def test_adder_weights_of_before_there_were_marks(tmp_path):
     torch.save(unmarked(lenet5("cnn").state_dict()), tmp_path / "teacher.pt")
     with pytest.raises(ValueError, match="mark_adder_weights"):
         load_weights(lenet5(), tmp_path / "teacher.pt")
+
+
+def test_run_folders_of_before_there_were_marks(options, tmp_path, capsys):
+    run = tmp_path / "run"
+    assert main([*options, "--method", "plain", "--ema", "0.9", "--output", str(run)]) == 0
+    state = torch.load(run / "checkpoint.pt", weights_only=True)
+    for part in ("task", "average"):
+        assert len(unmarked(state[part])) == len(state[part]) - 3
+        state[part] = unmarked(state[part])
+    torch.save(state, run / "checkpoint.pt")
+    student = torch.load(run / "student.pt", weights_only=True)
+    torch.save(unmarked(student), run / "student.pt")
+    assert main(["--resume", str(run)]) == 0
+    torch.save(unmarked(student), run / "student.pt")
+    network = RunFolder.load(run).network("student")
+    assert all(torch.equal(value, student[name]) for name, value in network.state_dict().items())

@@ -1,9 +1,11 @@
 """The fixed rate: one formula, applied once, whatever the training loop does to the gradients on the way."""
 
 import copy
+import gc
 import io
 import math
 import pickle
+import weakref
 
 import numpy as np
 import pytest
@@ -234,6 +236,17 @@ def test_closures_are_normalized_too(as_keyword, kind, make):
     if kind is torch.optim.LBFGS:
         step = step / step.abs().sum()  # its first step has length lr in the 1-norm
     torch.testing.assert_close(before - layer.weight, step)
+
+
+def test_a_closure_that_adds_to_earlier_gradients_steps_as_the_whole_batch(make):
+    """As Lightning accumulates: the last part's backward pass is in the closure."""
+    layer, x = make(eta=0.3)
+    x = x * torch.logspace(-2, 2, len(x)).double().view(-1, *[1] * (x.dim() - 1))
+    whole = normalize_gradient(raw_gradient(layer, x), 0.3)
+    before = layer.weight.detach().clone()
+    layer(x[:2]).square().sum().backward()
+    torch.optim.SGD(layer.parameters(), lr=1.0).step(lambda: layer(x[2:]).square().sum().backward())
+    torch.testing.assert_close(before - layer.weight, whole, rtol=1e-9, atol=1e-12)
 
 
 def test_an_optimizer_per_parameter_that_steps_during_the_backward_pass(make):
@@ -472,8 +485,10 @@ class Rated(nn.Module):
 
 def test_a_graph_of_torch_fx_keeps_the_rate_when_the_layer_is_gone():
     layer = AdderLinear(3, 5, eta=0.3)
-    graph = torch.fx.symbolic_trace(Rated(layer))
+    graph, gone = torch.fx.symbolic_trace(Rated(layer)), weakref.ref(layer)
     del layer
+    gc.collect()
+    assert gone() is None
     x = torch.randn(5, 3)
     (weight,) = graph.parameters()
     graph(x).sum().backward()
