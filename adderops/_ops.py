@@ -11,9 +11,8 @@ from math import prod
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
-from adderops import _onnx_registration
+from adderops._on_import import on_import
 from adderops._transforms import register_autograd, register_vmap
 
 try:
@@ -136,6 +135,22 @@ def _(grad_y, x, w, *geometry):
     return _empty_in_format_of(w, w.shape)
 
 
+@torch.library.register_fake("adderops::_kernel_moments")
+def _(student, teacher, *_):
+    channels = student.size(1)
+    return student.new_empty((2 * channels + 1, 2 * channels))
+
+
+@torch.library.register_fake("adderops::_kernel_moments_grad")
+def _(weights, student, teacher, *_):
+    return _empty_in_format_of(student, student.shape)
+
+
+@torch.library.register_fake("adderops::_abs_sum")
+def _(x):
+    return x.new_empty(x.size(0))
+
+
 # --- autograd: the training gradients of AdderNet, on purpose not the derivative (see adderops.functional) ---
 
 
@@ -195,16 +210,33 @@ for _device in ("cpu", "cuda"):
 # the subtraction and the accumulation, as PyTorch counts 2 per term of a convolution and of each of its gradients ---
 
 
-@register_flop_formula([adder_conv2d.overloadpacket, adder_conv2d_int8.overloadpacket])
 def _forward_flops(x_shape, w_shape, *_, out_shape, **__) -> int:
     return 2 * math.prod(out_shape) * math.prod(w_shape[1:])
 
 
-@register_flop_formula([adder_conv2d_grad_x.overloadpacket, adder_conv2d_grad_w.overloadpacket])
 def _gradient_flops(grad_y_shape, x_shape, w_shape, *_, **__) -> int:
     return 2 * math.prod(grad_y_shape) * math.prod(w_shape[1:])
 
 
-# --- torch.onnx.export ---
+def _register_flop_formulas() -> None:
+    from torch.utils.flop_counter import register_flop_formula
 
-_onnx_registration.register()
+    register_flop_formula([adder_conv2d.overloadpacket, adder_conv2d_int8.overloadpacket])(_forward_flops)
+    register_flop_formula([adder_conv2d_grad_x.overloadpacket, adder_conv2d_grad_w.overloadpacket])(_gradient_flops)
+
+
+on_import("torch.utils.flop_counter", _register_flop_formulas)
+
+
+# --- torch.onnx.export(model, args, dynamo=True): its translations are in onnxscript ---
+
+
+def _register_onnx_translation() -> None:
+    from onnxscript.function_libs.torch_lib.registration import torch_op
+
+    from adderops import _onnx
+
+    torch_op("adderops::adder_conv2d", trace_only=True)(_onnx.adder_conv2d)
+
+
+on_import("onnxscript.function_libs.torch_lib.ops", _register_onnx_translation)

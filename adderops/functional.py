@@ -198,7 +198,7 @@ def adder_conv2d_int8(
         expected = _INT8_DTYPES[name]
         if tensor.dtype not in expected:
             raise bad(name, f"dtype {' or '.join(map(str, expected))}", tensor.dtype, TypeError)
-    _check_devices("adder_conv2d_int8", **tensors)
+    _check_dense("adder_conv2d_int8", **tensors)
     geometry = _geometry(input, weight, stride, padding, dilation, groups, "adder_conv2d_int8")
     if input.dim() != 4:
         raise bad("input", "shape (N, C_in, H, W)", tuple(input.shape))
@@ -259,7 +259,7 @@ def quantize(input: Tensor, scale: float, zero_point: int = 0, quant_max: int = 
         raise bad("input", "a tensor", type(input).__name__, TypeError)
     if input.dtype not in _DTYPES or input.dtype == torch.float64:
         raise bad("input", "dtype float32, bfloat16 or float16", input.dtype, TypeError)
-    _check_devices("quantize", input=input)
+    _check_dense("quantize", input=input)
     if input.dim() != 4:
         raise bad("input", "shape (N, C, H, W)", tuple(input.shape))
     scale = _number("scale", scale, bad)
@@ -316,17 +316,21 @@ def _check_floats(operator: str, input: Tensor, weight: Tensor, bias: Tensor | N
         # autocast brings the dtypes together behind this check
         if tensor.dtype != input.dtype and not _is_autocast_enabled(input.device.type):
             raise bad(name, f"the dtype of input, {input.dtype}", tensor.dtype, TypeError)
-    _check_devices(operator, input=input, weight=weight, bias=bias)
+    _check_dense(operator, input=input, weight=weight, bias=bias)
 
 
 def _is_autocast_enabled(device_type: str) -> bool:
     return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
 
 
-def _check_devices(operator: str, *, input: Tensor, **others: Tensor | None) -> None:
+def _check_dense(operator: str, *, input: Tensor, **others: Tensor | None) -> None:
     bad = partial(_bad, operator=operator)
-    for name, tensor in others.items():
-        if tensor is not None and tensor.device != input.device:
+    for name, tensor in (("input", input), *others.items()):
+        if tensor is None:
+            continue
+        if tensor.layout != torch.strided or tensor.is_nested:
+            raise bad(name, "a dense tensor", f"{'nested, ' if tensor.is_nested else ''}{tensor.layout}", TypeError)
+        if tensor.device != input.device:
             raise bad(name, f"the device of input, {input.device}", tensor.device)
     if input.device.type == "cuda" and _ops.CUDA_KERNELS_MISSING:
         raise bad("input", f"a tensor on the CPU (no CUDA kernels: {_ops.CUDA_KERNELS_MISSING})", input.device)

@@ -144,3 +144,16 @@ def test_scales_with_gradient_go_by_the_definition():
 def test_what_memory_safety_needs_is_checked(call, message):
     with pytest.raises(RuntimeError, match=message):
         call(torch.zeros(2, 3, 4, 4))
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_opcheck(layout):
+    y, c, _ = make((2, 3, 4, 5))
+    y, c = layouts(y)[layout], layouts(c)[layout]
+    numbers = 1 / 250.0, -1 / 2.4
+    for operator, arguments in (
+        (_ops.kernel_moments, (y, c, *numbers, *CENTRES, True)),
+        (_ops.kernel_moments_grad, (torch.randn(7, 3), y, c, *numbers, *CENTRES, True)),
+        (_ops.abs_sum, (y,)),
+    ):
+        assert set(torch.library.opcheck(operator, arguments).values()) == {"SUCCESS"}, operator

@@ -5,8 +5,10 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from adderops import AdderConv2d, AdderLinear
+from adderops.functional import adder_conv2d_int8
 from adderops.models import create_model
 from adderops.operations import LayerOperations, Operations, count_operations, energy
 
@@ -173,3 +175,50 @@ def test_bad_arguments():
             count_operations(nn.ReLU(), example)
     with pytest.raises(ValueError, match="energy: precision: expected one of 'float32', .*, got 'int4'"):
         energy(Operations(()), "int4")
+
+
+# --- torch.utils.flop_counter, and what is built on it ---
+
+
+def flops(call) -> int:
+    with FlopCounterMode(display=False) as counter:
+        call()
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_flop_counter_mode_counts_as_for_the_twin(groups):
+    """2 per term: forward alone, with each gradient and with both; layers on vectors too."""
+    x = torch.randn(2, 4, 9, 7)
+    for adder, twin, data in (
+        (AdderConv2d(4, 6, 3, 2, 1, 1, groups), nn.Conv2d(4, 6, 3, 2, 1, 1, groups, bias=False), x),
+        (AdderLinear(7, 5), nn.Linear(7, 5, bias=False), x),
+    ):
+        with torch.no_grad():
+            terms = adder(data).numel() * adder.weight[0].numel()
+            assert flops(lambda f=adder, x=data: f(x)) == flops(lambda f=twin, x=data: f(x)) == 2 * terms
+        for image, weight in ((True, False), (False, True), (True, True)):
+            for layer in (adder, twin)[
+                : 2 if groups == 1 else 1
+            ]:  # PyTorch miscounts gradients of grouped convolutions
+                leaf = data.clone().requires_grad_(image)
+                layer.weight.requires_grad_(weight)
+                assert flops(lambda f=layer, x=leaf: f(x).sum().backward()) == 2 * terms * (1 + image + weight)
+
+
+def test_flop_counter_mode_counts_bytes():
+    x, w = torch.zeros(2, 4, 6, 6, dtype=torch.uint8), torch.zeros(6, 2, 3, 3, dtype=torch.uint8)
+    assert flops(lambda: adder_conv2d_int8(x, w, groups=2)) == 2 * (2 * 6 * 4 * 4) * (2 * 9)
+
+
+def test_summaries_of_others():
+    """torchinfo counts the weights of a layer once per pixel, Lightning by FlopCounterMode."""
+    adder = nn.Sequential(AdderConv2d(3, 4, 3), nn.Flatten(), AdderLinear(64, 5))
+    twin = nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.Flatten(), nn.Linear(64, 5, bias=False))
+    torchinfo = pytest.importorskip("torchinfo", reason="pip install torchinfo")
+    summaries = [torchinfo.summary(model, (2, 3, 6, 6), verbose=0) for model in (adder, twin)]
+    assert summaries[0].total_mult_adds == summaries[1].total_mult_adds > 0
+    lightning = pytest.importorskip("lightning.pytorch.utilities", reason="pip install lightning")
+    x = torch.randn(2, 3, 6, 6)
+    counts = [lightning.measure_flops(model, lambda model=model: model(x), torch.Tensor.sum) for model in (adder, twin)]
+    assert counts[0] == counts[1] > 0

@@ -1,0 +1,36 @@
+"""Registers the operators with modules that take long to import, when somebody else imports them."""
+
+import sys
+from collections.abc import Callable
+from importlib.abc import MetaPathFinder
+from importlib.util import find_spec
+
+
+def on_import(name: str, action: Callable[[], object]) -> None:
+    """Calls `action` once the module `name` has run: now if it has, else right after its first import."""
+    if name in sys.modules:
+        action()
+    else:
+        sys.meta_path.insert(0, _Finder(name, action))
+
+
+class _Finder(MetaPathFinder):
+    """Finds the module as it would be found without this, with the action behind its code."""
+
+    def __init__(self, name: str, action: Callable[[], object]) -> None:
+        self.name, self.action = name, action
+
+    def find_spec(self, name, path=None, target=None):
+        if name != self.name:
+            return None
+        sys.meta_path.remove(self)
+        spec = find_spec(name)
+        if spec is not None:
+            run = spec.loader.exec_module
+
+            def run_and_act(module) -> None:
+                run(module)
+                self.action()
+
+            spec.loader.exec_module = run_and_act
+        return spec

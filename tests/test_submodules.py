@@ -1,0 +1,34 @@
+"""`import adderops` gives every public submodule, and imports those that cost something when they are first used."""
+
+import subprocess
+import sys
+
+import pytest
+
+import adderops
+
+CODE = """
+import sys
+import torch
+before = set(sys.modules)
+import adderops
+others = {name.split(".")[0] for name in sys.modules if name not in before} - {"adderops"}
+assert not others, others
+lazy = [name for name in ("distill", "export", "models", "operations", "quant") if f"adderops.{name}" in sys.modules]
+assert not lazy, lazy
+assert {name} in dir(adderops)
+module = adderops.{name}
+assert module is sys.modules["adderops.{name}"] and module.__doc__
+"""
+
+
+@pytest.mark.parametrize("name", ["distill", "export", "info", "models", "operations", "quant"])
+def test_submodule_of_the_package(name):
+    code = CODE.replace("{name} in", f"{name!r} in").replace("{name}", name)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_other_names_are_unknown():
+    with pytest.raises(AttributeError, match="module 'adderops' has no attribute 'losses'"):
+        _ = adderops.losses
