@@ -150,7 +150,8 @@ def test_the_network_is_an_object_like_others(integer, images, path):
     for change in (nn.Module.half, nn.Module.double, nn.Module.bfloat16):
         with pytest.raises(TypeError, match="IntegerNetwork: expected to keep its dtypes"):
             change(copy.deepcopy(loaded))
-    program = export_program(loaded, images).module()
+    export_program(loaded, images, path.with_suffix(".pt2"))
+    program = torch.export.load(path.with_suffix(".pt2")).module()
     assert torch.equal(program(images[:3]), loaded(images[:3]))
 
 
@@ -275,6 +276,8 @@ MADE_UP = {
     "large padding": (_set("adder_conv2d_int8", "attributes", "padding", [2**20] * 4), "values per image"),
     "more than 32 bits": (_set("adder_conv2d_int8", "attributes", "dilation", [2**40, 1]), "expected an integer"),
     "negative": (_set("conv2d", "attributes", "padding", [-1, 0]), "padding: expected at least 0, got [-1, 0]"),
+    "three numbers": (_set("conv2d", "attributes", "padding", [0, 0, 0]), "expected lists of 2 numbers"),
+    "beyond float32": (_set("quantize", "attributes", "scale", 1e308), "scale: expected a number of float32"),
     "word": (_set("adder_conv2d_int8", "attributes", "groups", "1"), "groups: expected an integer, got 1"),
     "boolean": (_set("adder_conv2d_int8", "attributes", "groups", True), "groups: expected an integer, got True"),
     "scale 0": (_set("quantize", "attributes", "scale", 0.0), "scale: expected a positive number"),

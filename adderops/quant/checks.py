@@ -66,6 +66,15 @@ def _check_batch_norm(where, x, weight, bias, mean, var, training, *_) -> None:
     check(mean is not None and var is not None and not training, where, "running statistics, in evaluation", training)
 
 
+def _check_convolution(where, x, weight, bias, *arguments) -> None:
+    lengths = [len(value) for value in arguments if isinstance(value, list)]
+    check(set(lengths) <= {x.dim() - 2}, where, f"lists of {x.dim() - 2} numbers", lengths)
+
+
+def _check_softmax(where, x, dim, dtype) -> None:
+    check(-x.dim() <= dim < x.dim(), f"{where}: dim", f"one of {x.dim()}", dim)
+
+
 def _check_grid(where, zero_point, most) -> None:
     check(1 <= most <= 255, f"{where}: quant_max", "1 to 255", most)
     check(0 <= zero_point <= most, f"{where}: zero_point", f"0 to {most}", zero_point)
@@ -75,6 +84,12 @@ ARGUMENTS = {
     "adder_conv2d_int8": _check_adder_int8,
     "adder_conv2d": _check_adder,
     "batch_norm": _check_batch_norm,
+    "conv1d": _check_convolution,
+    "conv2d": _check_convolution,
+    "conv2d_same": _check_convolution,
+    "conv_transpose2d": _check_convolution,
+    "softmax": _check_softmax,
+    "log_softmax": _check_softmax,
     "quantize": _check_quantize,
 }
 

@@ -257,13 +257,13 @@ def _is_int(value: object) -> bool:
 
 
 def _is_number(value: object) -> bool:
-    return _is_int(value) or (type(value) is float and math.isfinite(value))
+    return _is_int(value) or (type(value) is float and abs(value) <= torch.finfo(torch.float32).max)
 
 
 _KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "int": ("an integer", _is_int),
-    "float": ("a finite number", _is_number),
-    "number": ("a finite number", _is_number),
+    "float": ("a number of float32", _is_number),
+    "number": ("a number of float32", _is_number),
     "bool": ("true or false", lambda value: type(value) is bool),
     "str": (f"one of {', '.join(_WORDS)}", lambda value: isinstance(value, str) and value in _WORDS),
     "ScalarType": ("a dtype", lambda value: isinstance(value, str) and value in _DTYPES_OF_NODES),
