@@ -164,13 +164,15 @@ def test_exports_carry_names_and_normalization_without_the_images(trained, tmp_p
         assert json.loads(facts["mean"]) == pytest.approx([0.485, 0.456, 0.406])
 
 
-def test_the_int8_file_carries_names(trained):
+def test_the_int8_file_carries_names(tmp_path):
     from adderops.quant import load
 
-    assert main(["quantize", str(trained), "--batch-size", "4", "--images", "8"]) == 0
-    [file] = [path for path in (trained / "export").iterdir() if path.name.startswith("int8")]
+    options = "--data digits --method plain --epochs 4 --train-images 400 --threads 1 --lr 0.05".split()
+    assert main([*options, "--output", str(tmp_path / "run")]) == 0
+    assert main(["quantize", str(tmp_path / "run"), "--batch-size", "4", "--images", "100"]) == 0
+    [file] = (tmp_path / "run" / "export").iterdir()
     facts = load(file)[1]["facts"]
-    assert facts["classes"] == ["dark", "light"] and facts["side"] == 32
+    assert facts["classes"] == list("0123456789") and (facts["channels"], facts["side"]) == (1, 32)
 
 
 def test_hidden_folders_are_no_classes_and_hidden_files_no_images(trained, tmp_path):
