@@ -74,12 +74,13 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         ValueError: damaged, or not one of ours.
     """
     content = _load_tensors(path, "checkpoint")
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
+    if not isinstance(content, dict) or not (type(found := content.get("format")) is int and found == FORMAT):
         raise ValueError(f"{path}: expected a checkpoint of format {FORMAT}, got something else")
     with reading(path, "a checkpoint of a run"):
         for name, kind in CONTENT.items():
             if not isinstance(content.get(name), kind) or isinstance(content.get(name), bool):
                 raise ValueError(f"{name}: expected {kind.__name__}, got {type(content.get(name)).__name__}")
+        json.dumps(content["config"])  # numbers, strings, null: nothing that compares otherwise
         if min(content["epoch"], content["step"]) < 0 or len(content["log"]) != content["epoch"]:
             raise ValueError(
                 f"expected a row of the log for each epoch done, got {len(content['log'])} for {content['epoch']}"
