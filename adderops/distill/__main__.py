@@ -15,7 +15,7 @@ from adderops.distill.checkpoint import write_json
 from adderops.distill.config import Config
 from adderops.distill.data import Data
 from adderops.distill.interrupt import Interrupted
-from adderops.distill.options import add_arguments, flag_of, refuse_unused
+from adderops.distill.options import add_arguments, flag, refuse_unused
 from adderops.distill.trainer import train
 
 DESCRIPTION = """\
@@ -58,7 +58,7 @@ def _open_run(parser: argparse.ArgumentParser, given: dict[str, Any]) -> tuple[C
     if resume is not None:
         others = sorted(set(given) - {"threads", "workers", "device"}) + ["output"] * (output is not None)
         if others:
-            refused = ", ".join(map(flag_of, others))
+            refused = ", ".join(map(flag, others))
             parser.error(f"--resume takes everything from the run's config.json; drop {refused}")
         if not (resume / "config.json").is_file():
             raise FileNotFoundError(f"--resume: expected a run folder, got {resume} without a config.json")

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from adderops.distill.matching import FEATURES, MID_NORMS, MID_REDUCTIONS, TEACHER_LINEARS, WIDTHS
-from adderops.distill.options import check, flag_of, option
+from adderops.distill.options import LARGEST_THREADS, check, flag, option
 from adderops.distill.recipes import RECIPES, Recipe
 
 METHODS = ("compare", "pkkd", "plain", "cnn")
@@ -219,8 +219,10 @@ class Config:
     )
 
     device: str = _machine("auto", "where to train; auto: a GPU if adderops has kernels for it", choices=DEVICES)
-    threads: int | None = _machine(None, "CPU threads (default: what torch chooses here)", type=int, least=1, most=1024)
-    workers: int = _machine(0, "processes that load images", least=0, most=1024)
+    threads: int | None = _machine(
+        None, "CPU threads (default: what torch chooses here)", type=int, least=1, most=LARGEST_THREADS
+    )
+    workers: int = _machine(0, "processes that load images", least=0, most=LARGEST_THREADS)
     amp: str | None = _machine(
         None,
         "autocast to bfloat16, or to float16 with a gradient scaler (--amp alone: bfloat16); the adder layers stay in "
@@ -294,11 +296,10 @@ class Config:
         for name, value in asdict(self).items():
             if value == defaults[name]:
                 continue
-            flag = flag_of(name)
             if isinstance(value, bool):
-                words.append(flag if value else f"--no-{flag[2:]}")
+                words.append(flag(name) if value else flag(f"no_{name}"))
             else:
-                words += [flag, str(value)]
+                words += [flag(name), str(value)]
         return shlex.join(words)
 
     @classmethod
