@@ -10,7 +10,7 @@ from tqdm import tqdm
 from adderops.distill import Config
 from adderops.distill.__main__ import main
 from adderops.distill.commands import COMMANDS
-from adderops.distill.options import FLOAT_MOST, INT_MOST, kind_of
+from adderops.distill.options import LARGEST_FLOAT, LARGEST_INT, kind_of
 from adderops.distill.trainer import BAR, postfix
 
 WRONG = {bool: ["yes", 1, 0.0], int: ["3", 2.5, True], float: ["0.1", True, [1.0]], str: [5, True, ["x"]]}
@@ -31,14 +31,17 @@ def test_a_value_of_another_type_is_refused_wherever_it_comes_from(field, tmp_pa
 @pytest.mark.parametrize("field", [f for f in fields(Config) if kind_of(f) in (int, float)], ids=lambda f: f.name)
 def test_every_number_has_a_range(field):
     assert "least" in field.metadata
-    most = field.metadata.get("most", INT_MOST if kind_of(field) is int else FLOAT_MOST)
+    most = field.metadata.get("most", LARGEST_INT if kind_of(field) is int else LARGEST_FLOAT)
     beyond = [10**30] if kind_of(field) is int else [1e308, float("inf"), float("nan")]
     for value in [*beyond, field.metadata["least"] - 1, 2 * most]:
         with pytest.raises(ValueError, match=f"^{field.name}: expected a finite number of at least "):
             Config(**{field.name: value})
 
 
-@pytest.mark.parametrize("content", ["[1]", "3", '"text"', "{", '{"lr": 1e999}', '{"colour": 1}', "[" * 100000, "\xff"])
+@pytest.mark.parametrize(
+    "content",
+    ["[1]", "3", '"text"', "{", '{"lr": 1e999}', '{"lr": 1%s}' % ("0" * 400), '{"colour": 1}', "[" * 100000, "\xff"],
+)
 def test_a_file_that_is_no_configuration(tmp_path, content):
     path = tmp_path / "config.json"
     path.write_bytes(content.encode("latin-1"))
@@ -49,7 +52,7 @@ def test_a_file_that_is_no_configuration(tmp_path, content):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ("--lr 1e308", "lr: expected a finite number of at least 0 and at most 3.4028234663852886e+38, got 1e+308"),
+        ("--lr 1e308", "lr: expected a finite number of at least 0 and at most 3.4e+38, got 1e+308"),
         ("--weight-decay 1e308", "weight_decay: expected a finite number"),
         ("--threads 100000", "threads: expected a finite number of at least 1 and at most 1024"),
         ("--warmup-epochs 20", "warmup_epochs: expected fewer than the 20 epochs, got 20"),

@@ -320,7 +320,7 @@ class Config:
             if value == defaults[name]:
                 continue
             if isinstance(value, bool):
-                words.append(flag(name) if value else f"--no-{flag(name)[2:]}")
+                words.append(flag(name) if value else flag(f"no_{name}"))
             else:
                 words += [flag(name), str(value)]
         return shlex.join(words)
