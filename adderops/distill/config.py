@@ -221,7 +221,9 @@ class Config:
         type=str,
     )
 
-    test_every: int = _testing(1, "test after every so many epochs, and after the last", least=1)
+    test_every: int | None = _of_recipe(
+        _testing, "test after every so many epochs, and after the last", type=int, least=1
+    )
     patience: int | None = _testing(
         None,
         "stop when the accuracy on the --validation images has not risen for so many epochs",
@@ -349,10 +351,10 @@ class Config:
         """Returns name -> (other's, own) where another configuration means another run.
 
         Args:
-            other: of a checkpoint; what it does not have takes its default.
+            other: of a checkpoint; what it does not have takes its default, or that of its recipe.
         """
         names = {f.name for f in fields(self)}
-        theirs = asdict(Config(**{name: value for name, value in other.items() if name in names}))
+        theirs = asdict(Config(**{name: value for name, value in other.items() if name in names}).resolve())
         own = {name: value for name, value in asdict(self).items() if name not in MACHINE}
         return {name: (theirs[name], value) for name, value in own.items() if value != theirs[name]}
 

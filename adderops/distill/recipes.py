@@ -15,8 +15,8 @@ class Recipe:
         name: for --recipe.
         source: where the numbers come from.
         data, arch, epochs, batch_size, lr, weight_decay, nesterov: the options of the same names.
-        train_images, validation, augment, seeds: likewise; by default all images, none held out, the usual of the set,
-            one seed.
+        train_images, validation, augment, seeds, test_every: likewise; by default all images, none held out, the usual
+            of the set, one seed, a test per epoch.
     """
 
     name: str
@@ -32,6 +32,7 @@ class Recipe:
     validation: int = 0
     augment: str | None = None
     seeds: int = 1
+    test_every: int = 1
 
 
 DEFAULT = "few-digits-lenet5"  # where neither --recipe nor --data nor --arch is given
@@ -54,6 +55,7 @@ _ALL = [
         validation=1000,
         augment="crop",
         seeds=5,
+        test_every=10,
     ),
     *(
         Recipe(f"{data}-lenet5", _LENET, data, "lenet5", 50, 256, 0.1, 5e-4, True)
