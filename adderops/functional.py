@@ -310,7 +310,8 @@ def _check_floats(operator: str, input: Tensor, weight: Tensor, bias: Tensor | N
         if not isinstance(tensor, Tensor):
             raise bad(name, "a tensor", type(tensor).__name__, TypeError)
         if tensor.dtype not in _DTYPES:
-            raise bad(name, "dtype float32, float64, bfloat16 or float16", tensor.dtype, TypeError)
+            by_others = " of torch.ao: adder layers are quantized by adderops.quant" if tensor.is_quantized else ""
+            raise bad(name, "dtype float32, float64, bfloat16 or float16", f"{tensor.dtype}{by_others}", TypeError)
         # autocast brings the dtypes together behind this check
         if tensor.dtype != input.dtype and not _is_autocast_enabled(input.device.type):
             raise bad(name, f"the dtype of input, {input.dtype}", tensor.dtype, TypeError)
