@@ -50,7 +50,7 @@ def test_symbolic_trace(training):
     for traced in (graph, copy.deepcopy(graph), pickle.loads(pickle.dumps(graph)), fx.symbolic_trace(graph)):
         for shape in ((2, 3, 10, 10), (1, 3, 13, 9)):
             x = torch.randn(shape)
-            traced.load_state_dict(net.state_dict())
+            traced.load_state_dict({**dict(net.named_parameters()), **dict(net.named_buffers())})
             assert_same(traced(x).detach(), copy.deepcopy(net)(x).detach(), f"{shape}")
         traced(torch.randn(2, 3, 10, 10)).sum().backward()
         assert all(p.grad is not None for p in traced.parameters())
