@@ -136,6 +136,7 @@ def test_the_network_is_an_object_like_others(integer, images, path):
     ]
     want = integer(images)
     for network in (integer, loaded):
+        assert network.conv2.weight.is_contiguous(memory_format=torch.channels_last)  # what the kernels read uncopied
         buffer = io.BytesIO()
         torch.save(network, buffer)
         buffer.seek(0)
