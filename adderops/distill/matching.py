@@ -229,7 +229,7 @@ def layer_pairs(
 
     >>> from adderops.models import lenet5, resnet20
     >>> layer_pairs(lenet5("adder"), resnet20("cnn"))
-    {'conv2': 'layer1.0.conv1', 'conv3': 'layer2.1.conv1', 'conv4': 'layer3.2.conv2'}
+    {'conv2': 'layer1.0.conv1', 'conv3': 'layer2.1.conv2', 'conv4': 'layer3.2.conv2'}
     """
     if layers is not None:
         pairs = dict(layers) if isinstance(layers, Mapping) else {name: name for name in layers}
