@@ -4,6 +4,7 @@ ADDEROPS_KILLS=30 makes the series so long.  Every command is a process group of
 it or to the main process alone.
 """
 
+import multiprocessing
 import os
 import random
 import shutil
@@ -18,6 +19,8 @@ import pytest
 import torch
 from distill_runs import assert_same_state, write_bars
 from PIL import Image
+
+from adderops.distill import load_data
 
 COUNT = int(os.environ.get("ADDEROPS_KILLS", "3"))
 COMMAND = [sys.executable, "-W", "ignore", "-m", "adderops.distill"]
@@ -119,6 +122,21 @@ def test_a_series_of_kills(sets, whole, tmp_path):
             assert_same_networks(run, complete)
             finished(kind, run, *more)
         assert not list(run.rglob("*.tmp")), "what a killed writer left is still there"
+
+
+def test_signals_that_reach_a_worker_do_not_end_it(sets):
+    data = load_data(sets["files"][1], side=16)
+    batches = iter(data.train.batches([torch.tensor([i]) for i in range(40)], workers=2))
+    next(batches)
+    workers = multiprocessing.active_children()
+    assert len(workers) == 2
+    for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        for worker in workers:
+            os.kill(worker.pid, signum)
+    assert sum(1 for _ in batches) == 39
+    for worker in workers:
+        worker.join(10)
+        assert worker.exitcode == 0, "it did not leave by the queue"
 
 
 def test_sigterm_to_the_group_reaches_no_worker(sets, tmp_path):

@@ -12,7 +12,7 @@ from PIL import Image
 
 from adderops.distill import load_data
 from adderops.distill.__main__ import main, run
-from adderops.distill.data import IDX_FILES
+from adderops.distill.data import IDX_FILES, load_test_images
 from adderops.distill.run_folder import RunFolder
 
 TINY = "--arch lenet5 --side 32 --method plain --epochs 2 --batch-size 8 --threads 1".split()
@@ -71,6 +71,16 @@ def test_classes_are_found_by_name(trained, tmp_path, capsys):
     (swapped / "data.json").write_text(json.dumps({**facts, "classes": ["light", "dark"]}))
     assert main(["eval", str(swapped), "--data", str(other)]) == 0
     assert accuracy(capsys) == pytest.approx(100 - expected)
+
+
+def test_labels_are_numbered_by_the_names_of_the_run(trained, tmp_path):
+    facts = {**json.loads((trained / "data.json").read_text()), "classes": ["light", "dark"]}
+    images, _ = load_test_images(str(trained.parent / "set"), facts)
+    [(batch, labels)] = images.batches([torch.arange(8)])
+    assert torch.equal(labels, (batch.mean((1, 2, 3)) < 0).long())  # dark is 1
+    digits = load_data("digits")
+    images, _ = load_test_images("digits", {**digits.facts(), "classes": list("9876543210")})
+    assert torch.equal(images.source.tensors[1], 9 - digits.test.source.tensors[1])
 
 
 def test_unknown_classes_are_listed(trained, tmp_path, capsys):
@@ -208,7 +218,7 @@ RAMP = np.linspace(0, 255, 256).reshape(16, 16).astype(np.uint8).repeat(16, 0).r
 @pytest.mark.parametrize("suffix", ["png", "tiff", "pgm"])
 def test_16_bit_grey_is_scaled(tmp_path, suffix):
     expected = levels(tmp_path / "8", Image.fromarray(RAMP), "png")
-    image = Image.fromarray(RAMP.astype(np.uint16) * 257)
+    image = Image.fromarray(np.minimum(RAMP.astype(np.uint16) * 257.0 + 100, 65535).astype(np.uint16))
     torch.testing.assert_close(levels(tmp_path / "16", image, suffix), expected, rtol=0, atol=1)
     assert expected.min() < 30 and expected.max() > 220
 
