@@ -338,11 +338,11 @@ class Config:
             content = json.loads(path.read_text())
             if not isinstance(content, dict):
                 raise ValueError(f"got {type(content).__name__} in place of names and values")
+            config = cls(**content)
             resolved = [f.name for f in fields(cls) if f.metadata.get("of_recipe") or f.name == "threads"]
             for name in resolved:  # an older version may not have had an option, but for these
                 if content.get(name, name not in ("data", "arch") or None) is None:
                     raise ValueError(f"{name}: expected a value, got none")
-            config = cls(**content)
             return config if content.keys() >= set(resolved) else config.resolve()
         except (ValueError, TypeError, RecursionError) as error:
             raise ValueError(f"{path}: expected a configuration as this program writes it ({error})") from error
