@@ -68,8 +68,8 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
     SHARED(float, s_sum_w, [F == Form::kMinimum ? Tile::kLanes : 1]);
     SHARED(float, s_size_w, [F == Form::kMinimum ? Tile::kLanes : 1]);
     if constexpr (F == Form::kMinimum) {
-      gather_lane_sums(weights, weights.sums, lane0, Tile::kLanes, s_sum_w);
-      gather_lane_sums(weights, weights.sizes, lane0, Tile::kLanes, s_size_w);
+      gather_lane_sums(weights, weights.sums, lane0, Tile::kLanes, thread_index(), s_sum_w);
+      gather_lane_sums(weights, weights.sizes, lane0, Tile::kLanes, thread_index(), s_size_w);
       sums.gather(s_slabs, s_sum_x);
     }
 

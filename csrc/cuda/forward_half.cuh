@@ -179,8 +179,8 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
 
   SHARED(float, s_sum_w, [Tile::kLanes]);
   SHARED(float, s_size_w, [Tile::kLanes]);
-  gather_lane_sums(weights, weights.sums, lane0, Tile::kLanes, s_sum_w);
-  gather_lane_sums(weights, weights.sizes, lane0, Tile::kLanes, s_size_w);
+  gather_lane_sums(weights, weights.sums, lane0, Tile::kLanes, threadIdx.x, s_sum_w);
+  gather_lane_sums(weights, weights.sizes, lane0, Tile::kLanes, threadIdx.x, s_size_w);
   __syncthreads();
   int doubtful = 0;
 #pragma unroll

@@ -22,11 +22,11 @@ struct PackedWeights {
   int pitch, chunks, lane_blocks;  // lanes with their padding; chunks of rows, blocks of 32 lanes: pack_kernel's grid
 };
 
-// `parts`, sums or sizes, added up for the lanes [first, first + count) of this block's group.  One array at a time,
-// and the thread's index read again: either saves the registers whose lack makes forward's largest tile spill on sm_80.
+// `parts`, sums or sizes, added up for the lanes [first, first + count) of this block's group.  `thread`: threadIdx.x,
+// or thread_index() where the registers that keep it are missed.
 __device__ __forceinline__ void gather_lane_sums(const PackedWeights& w, const float* parts, int first, int count,
-                                                 float* sums) {
-  for (int i = (int)thread_index(); i < count; i += blockDim.x) {
+                                                 unsigned thread, float* sums) {
+  for (int i = (int)thread; i < count; i += blockDim.x) {
     float sum = 0;
     for (int chunk = 0; chunk < w.chunks; ++chunk)
       sum += parts[((int64_t)blockIdx.z * w.chunks + chunk) * w.pitch + first + i];
