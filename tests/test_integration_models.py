@@ -95,6 +95,32 @@ def test_segmentation_learns(make, heads):
             assert intersection_over_union(y, masks(other_labels, side)) > 0.5  # all in the bar: 0.25
 
 
+def test_the_loss_of_a_detector_falls():
+    """RetinaNet on three stages of a ResNet; its forward cannot be traced as a whole."""
+    torchvision = pytest.importorskip("torchvision")
+    detection, resnet = torchvision.models.detection, torchvision.models.resnet
+    body = resnet.ResNet(resnet.BasicBlock, [1, 1, 1, 1])
+    backbone = detection.backbone_utils._resnet_fpn_extractor(body, 5, returned_layers=[2, 3])
+    side = 64
+    anchors = detection.anchor_utils.AnchorGenerator(((32,),) * 3, ((0.25, 1.0),) * 3)
+    model = detection.RetinaNet(
+        backbone, 2, min_size=side, max_size=side, anchor_generator=anchors, image_mean=[0] * 3, image_std=[1] * 3
+    )
+    converted(model, 8)
+    assert not any(isinstance(m, AdderConv2d) for part in (model.head, backbone.fpn) for m in part.modules())
+    images, labels = bars(32, 1, side)
+
+    def box(label: int) -> torch.Tensor:
+        return torch.tensor([[0.0, side // 4 * label, side, side // 4 * (label + 1)]])
+
+    def loss_of(m: nn.Module, part: torch.Tensor) -> torch.Tensor:
+        targets = [{"boxes": box(i), "labels": torch.tensor([1])} for i in labels[part].tolist()]
+        return sum(m(list(images[part]), targets).values())
+
+    losses = train(model, loss_of, images, steps=120, lr=0.005, batch=4)
+    assert sum(losses[-5:]) / 5 < 0.5 * losses[0]
+
+
 def test_heads_of_the_networks_of_torchvision_stay():
     torchvision = pytest.importorskip("torchvision")
     with torch.device("meta"):
