@@ -55,7 +55,7 @@ def test_a_file_that_is_no_configuration(tmp_path, content):
         ("--lr 1e308", "lr: expected a finite number of at least 0 and at most 3.4e+38, got 1e+308"),
         ("--weight-decay 1e308", "weight_decay: expected a finite number"),
         ("--threads 100000", "threads: expected a finite number of at least 1 and at most 1024"),
-        ("--warmup-epochs 20", "warmup_epochs: expected fewer than the 20 epochs, got 20"),
+        ("--epochs 20 --warmup-epochs 20", "warmup_epochs: expected fewer than the 20 epochs, got 20"),
         ("--patience 3", "patience: expected validation images"),
         ("--class-weights heavy", "class_weights: expected balanced, or numbers from 0 to 1e6 with commas between"),
         ("--class-weights 1,2 --method plain", "class_weights: expected 10, one for each class, got 2"),

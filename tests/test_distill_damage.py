@@ -286,7 +286,7 @@ def test_a_checkpoint_of_another_form(trained, tmp_path, capsys, change: Callabl
         ({"arch": None}, "arch: expected a value, got none"),
         ({"threads": None}, "threads: expected a value, got none"),
         ({"data": 5}, "data: expected a string, got 5"),
-        ({"amp": 1.5}, "amp: expected true or false, got 1.5"),
+        ({"amp": 1.5}, "amp: expected a string, got 1.5"),
         ({"weight_decay": 1e308}, "weight_decay: expected a finite number of at least 0 and at most 3.4e+38"),
         ({"batch_size": True}, "batch_size: expected an integer, got True"),
     ],

@@ -326,7 +326,7 @@ def test_the_folder_of_another_training_is_refused(tmp_path):
     ):
         fitted(epochs=1, fit={"folder": tmp_path}, alpha=2.0)
     other = Distiller(small_teacher(), lenet5("adder", num_classes=CLASSES))
-    with pytest.raises(ValueError, match="checkpoint.pt: expected the state of these networks"):
+    with pytest.raises(ValueError, match="checkpoint.pt: expected a checkpoint of this run"):
         other.fit(bars(), 1, folder=tmp_path, quiet=True)
 
 

@@ -14,6 +14,7 @@ import pytest
 
 from adderops.distill import lock, train
 from adderops.distill.__main__ import main, run
+from adderops.distill.loop import Loop
 
 HOLDER = """
 import os, sys, time
@@ -73,15 +74,13 @@ def test_train_owns_its_folder(config, data, tmp_path, monkeypatch):
 
     def step(self, *arguments, **options):
         if not seen:
-            thread = threading.Thread(target=other, args=(self.folder,))
+            thread = threading.Thread(target=other, args=(tmp_path / "run",))
             thread.start()
             thread.join()
         return original(self, *arguments, **options)
 
-    from adderops.distill.trainer import _Run
-
-    original = _Run._step
-    monkeypatch.setattr(_Run, "_step", step)
+    original = Loop._step
+    monkeypatch.setattr(Loop, "_step", step)
     train(replace(config, method="cnn", epochs=1), data, tmp_path / "run")
     assert seen == ["refused"]
     with lock.own(tmp_path / "run"), lock.own(tmp_path / "run"):
@@ -124,7 +123,7 @@ def test_what_a_run_left_that_was_killed_before_its_first_checkpoint(options, tm
     else:
         assert run(["--resume", str(folder)]) == 0
         (folder / "log.csv").unlink()
-        for name in ("checkpoint.pt", "teacher.pt", "summary.json"):
+        for name in ("checkpoint.pt", "teacher.pt", "teacher_best.pt", "summary.json"):
             (folder / name).unlink()
     assert run([*arguments, "--output", str(folder)]) == 0
     assert (folder / "summary.json").is_file()
@@ -163,7 +162,7 @@ def test_a_run_that_fails_after_a_checkpoint_keeps_its_folder(config, data, tmp_
     def fail(*_):
         raise ValueError("late")
 
-    monkeypatch.setattr(trainer._Run, "finish", fail)
+    monkeypatch.setattr(trainer.Run, "save_networks", fail)
     with pytest.raises(ValueError, match="late"):
         train(config, data, tmp_path / "run")
     assert (tmp_path / "run" / "checkpoint.pt").is_file()

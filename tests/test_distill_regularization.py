@@ -237,7 +237,7 @@ def test_a_frozen_teacher_keeps_its_statistics(config, data, tmp_path):
 def test_test_accuracy_follows_the_training_accuracy_from_the_start(tmp_path, set_threads):
     """Digits after two epochs: 16 % by running averages, 95 % by 512 images; the training images are at 91 %."""
     set_threads(1)
-    arguments = "--method plain --epochs 2 --threads 1 --no-nesterov".split()
+    arguments = "--data digits --method plain --epochs 2 --threads 1 --no-nesterov".split()
     found = {}
     for count in ("0", "512"):
         assert main([*arguments, "--reestimate-batchnorm", count, "--output", str(tmp_path / count)]) == 0

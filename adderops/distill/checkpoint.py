@@ -129,9 +129,7 @@ def restore(part: Any, state: dict[str, Any]) -> None:
     """
     if isinstance(part, torch.optim.Optimizer):
         groups = part.state_dict()["param_groups"]
-        if [{name: type(v) for name, v in g.items()} for g in groups] != [
-            {name: type(v) for name, v in g.items()} for g in state["param_groups"]
-        ]:
+        if _types(groups) != _types(state["param_groups"]):
             raise ValueError("expected the parameter groups of this optimizer, got others")
         parameters = [p for group in part.param_groups for p in group["params"]]
         for i, values in state["state"].items():
@@ -142,6 +140,11 @@ def restore(part: Any, state: dict[str, Any]) -> None:
                         f"got {tuple(value.shape)}"
                     )
     part.load_state_dict(state)
+
+
+def _types(groups: list[dict[str, Any]]) -> list[dict[str, type]]:
+    """Returns the types of an optimizer's settings, but for one that came with schedules."""
+    return [{name: type(value) for name, value in group.items() if name != "initial_lr"} for group in groups]
 
 
 def load_state_dict(path: Path) -> dict[str, Tensor]:

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 LARGEST_INT = 2**31 - 1
-LARGEST_FLOAT = 3.4028234663852886e38  # of float32: beyond, torch refuses a number for its tensors
+LARGEST_FLOAT = 3.4e38  # of float32: beyond, torch refuses a number for its tensors
 LARGEST_THREADS = 1024  # the OpenMP runtime ends the process where it cannot start a thread
 
-_NAMES = {bool: "true or false", int: "an integer", float: "a number", str: "text", Path: "a path"}
+_NAMES = {bool: "true or false", int: "an integer", float: "a number", str: "a string", Path: "a path"}
 _ACCEPTED = {
     bool: bool,
     int: numbers.Integral,
@@ -84,17 +84,16 @@ def check_values(declared: type, where: str, values: dict[str, Any]) -> None:
 
 def _checked(f: Field, value: Any, label: str) -> Any:
     kind, metadata = kind_of(f), f.metadata
-    if choices := metadata.get("choices"):
-        if value not in choices:
-            raise ValueError(f"{label}: expected one of {', '.join(choices)}, got {_shown(value)}")
-        return value
     if not isinstance(value, _ACCEPTED[kind]) or (kind is not bool and isinstance(value, bool)):
         raise ValueError(f"{label}: expected {_NAMES[kind]}, got {_shown(value)}")
+    choices = metadata.get("choices")
+    if choices and value not in choices:
+        raise ValueError(f"{label}: expected one of {', '.join(choices)}, got {_shown(value)}")
     if kind in (int, float):
         least = metadata.get("least", -LARGEST_INT if kind is int else -LARGEST_FLOAT)
         most = metadata.get("most", LARGEST_INT if kind is int else LARGEST_FLOAT)
         if not least <= value <= most:
-            upper = f" and at most {most}" if "most" in metadata or (value > most and math.isfinite(value)) else ""
+            upper = f" and at most {most}" if "most" in metadata or most < value < math.inf else ""
             raise ValueError(f"{label}: expected a finite number of at least {least}{upper}, got {_shown(value)}")
     return kind(os.fspath(value) if kind is str else value)
 

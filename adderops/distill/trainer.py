@@ -100,8 +100,8 @@ def train(config: Config, data: Data, folder: Path, device: torch.device | None 
             require_same_data(folder, state.get("data"), identity["data"])
             if state["step"] >= loop.batches.steps_per_epoch:
                 raise ValueError(
-                    f"{folder / 'checkpoint.pt'}: step: expected fewer than the {loop.batches.steps_per_epoch} of an "
-                    f"epoch, got {state['step']}"
+                    f"{folder / 'checkpoint.pt'}: step: expected fewer than the steps of an epoch, "
+                    f"{loop.batches.steps_per_epoch}, got {state['step']}"
                 )
 
         if not run.resume(check):
