@@ -135,14 +135,22 @@ def _(grad_y, x, w, *geometry):
     return _empty_in_format_of(w, w.shape)
 
 
+def _require_images(operator: str, **tensors) -> None:
+    for name, tensor in tensors.items():
+        if tensor.dim() != 4:
+            raise RuntimeError(f"{operator}: {name}: expected 4 dimensions, got shape {tuple(tensor.shape)}")
+
+
 @torch.library.register_fake("adderops::_kernel_moments")
 def _(student, teacher, *_):
+    _require_images("_kernel_moments", student=student, teacher=teacher)
     channels = student.size(1)
     return student.new_empty((2 * channels + 1, 2 * channels))
 
 
 @torch.library.register_fake("adderops::_kernel_moments_grad")
 def _(weights, student, teacher, *_):
+    _require_images("_kernel_moments_grad", student=student, teacher=teacher)
     return _empty_in_format_of(student, student.shape)
 
 

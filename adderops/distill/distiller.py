@@ -18,6 +18,7 @@ from adderops.distill.checkpoint import require_same_configuration
 from adderops.distill.config import Config
 from adderops.distill.evaluate import evaluate
 from adderops.distill.interrupt import StopRequest, stop_request
+from adderops.distill.lock import own
 from adderops.distill.loop import Loop
 from adderops.distill.matching import FeatureMatch, layer_pairs, pair_channels
 from adderops.distill.options import check_values
@@ -179,6 +180,7 @@ class Distiller:
 
         Raises:
             ValueError: the folder holds another training or a damaged checkpoint; batches that are no (images, labels).
+            BlockingIOError: another process trains in the folder.
             FloatingPointError: a loss became infinite or NaN; the last checkpoint stays.
             Interrupted: SIGTERM or Ctrl-C where there is a folder; after a checkpoint.
         """
@@ -211,11 +213,11 @@ class Distiller:
             require_same_configuration(folder, _differences(identity["config"], state["config"]))
 
         # without a folder there is nothing to save, and Ctrl-C is the caller's
+        owned = nullcontext() if folder is None else own(folder)
         interrupts = nullcontext(StopRequest()) if folder is None else stop_request()
         try:
-            with interrupts as stop, _random_numbers_kept(self.device):
-                if not run.resume(check) and run.writes:
-                    folder.mkdir(parents=True, exist_ok=True)
+            with owned, interrupts as stop, _random_numbers_kept(self.device):
+                run.resume(check)
                 if run.epochs(stop, identity, on_step, on_epoch):
                     loop.refresh_batchnorm(last=True)
                 run.save_networks()
