@@ -126,9 +126,10 @@ def test_a_series_of_kills(sets, whole, tmp_path):
 
 def test_signals_that_reach_a_worker_do_not_end_it(sets):
     data = load_data(sets["files"][1], side=16)
+    others = set(multiprocessing.active_children())  # of the tests before
     batches = iter(data.train.batches([torch.tensor([i]) for i in range(40)], workers=2))
     next(batches)
-    workers = multiprocessing.active_children()
+    workers = set(multiprocessing.active_children()) - others
     assert len(workers) == 2
     for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         for worker in workers:
@@ -175,13 +176,13 @@ def test_out_of_memory_is_one_line_with_a_remedy(sets, whole, tmp_path):
     arguments = [*TRAINING, *sets["bars"], "--output", str(run)]
     program = f"""
 import sys, torch
-from adderops.distill import trainer
 from adderops.distill.__main__ import run
-step, steps = trainer._Run._step, []
+from adderops.distill.loop import Loop
+step, steps = Loop._step, []
 def hungry(self, *arguments, **options):
     steps.append(torch.empty(2**50 if len(steps) == 9 else 1, dtype=torch.uint8))
     return step(self, *arguments, **options)
-trainer._Run._step = hungry
+Loop._step = hungry
 sys.exit(run({arguments!r}))
 """
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", program], capture_output=True, text=True)
