@@ -131,7 +131,7 @@ MUTANTS = [
     ),
     Mutant(
         *("cancelled sums are trusted", "forward.cuh"),
-        *("fabsf(both) <= kCancellation * fabsf(y) && is_finite(y)", "is_finite(y)", "forward", VALUES),
+        *("fmaxf(fabsf(both), size_w) <= kCancellation * fabsf(y) && is_finite(y)", "is_finite(y)", "forward", VALUES),
         capability=80,
     ),
     Mutant(
