@@ -25,6 +25,8 @@ def write_atomically(path: Path, content: bytes | memoryview) -> None:
         else:
             _replace(Path(os.path.realpath(path)), content, None if old is None else stat.S_IMODE(old.st_mode))
     except OSError as error:
+        if error.errno is None:  # not of the system: it has a text of its own
+            raise
         raise OSError(error.errno, error.strerror, str(path)) from error
 
 

@@ -62,7 +62,15 @@ class Quantized(nn.Module):
 
     @property
     def in_floats(self) -> bool:
-        """Whether no calibration batch reached the layer (an auxiliary head, say), so that it is not quantized."""
+        """Whether no calibration batch reached the layer (an auxiliary head, say), so that it is not quantized.
+
+        `forward` asks this first, so it is what `torch.export` meets first, and refuses.
+        """
+        if torch.compiler.is_exporting():
+            raise RuntimeError(
+                f"{type(self).__name__}: expected the network that adderops.quant.convert makes of a calibrated one, "
+                "got the calibrated one, whose grids follow from its weights at each call: convert before the export"
+            )
         return bool(self.bits == FLOAT_BITS)
 
     def range_of(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -74,11 +82,6 @@ class Quantized(nn.Module):
         return torch.maximum(x.amin(), -covered).clamp(max=0), torch.minimum(x.amax(), covered).clamp(min=0)
 
     def _check_calibrated(self) -> None:
-        if torch.compiler.is_exporting():
-            raise RuntimeError(
-                f"{type(self).__name__}: expected the network that adderops.quant.convert makes of a calibrated one, "
-                "got the calibrated one, whose grids follow from its weights at each call: convert before the export"
-            )
         if not self.calibrated:
             raise RuntimeError(
                 f"{type(self).__name__}: expected a layer that has seen inputs, got a range of 0: "
