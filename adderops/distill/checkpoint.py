@@ -87,10 +87,14 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
             )
         for row in content["log"]:
             _require_numbers({name: row.get(name) for name in LOG_COLUMNS})
+        for row in content["layers"]:
+            _require_numbers({"epoch": row.get("epoch")})
         _require_numbers(content["sums"])
         for name, value in ((name, value) for row in content["log"] + content["layers"] for name, value in row.items()):
             if not isinstance(name, str) or not isinstance(value, (int, float, str, NoneType)):
                 raise ValueError(f"{name}: expected a number, got {type(value).__name__}")
+            if name.endswith("_accuracy") and value is not None and not 0 <= value <= 1:
+                raise ValueError(f"{name}: expected a share from 0 to 1, got {value}")
     return content
 
 

@@ -226,6 +226,8 @@ def draw_trade_off(rows: Sequence[Mapping[str, Any]]) -> Figure:
 
 def _line(axes: Axes, epochs: Sequence[float], values: Sequence[float], style: str, **options) -> None:
     points = [(epoch, value) for epoch, value in zip(epochs, values, strict=True) if not math.isnan(value)]
+    if not points:  # a curve without a number
+        return
     # points, as long as they can be told apart: of a run's first epoch there is no line
     axes.plot(*zip(*points, strict=True), style, marker="." if len(points) <= 20 else None, **options)
 
@@ -236,7 +238,7 @@ def _finish(axes: Axes, title: str, log: bool = False, legend: bool = True) -> N
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.3)
     values = [value for line in axes.lines for value in line.get_ydata()]
-    if log and 0 < 10 * min(values) < max(values):
+    if log and values and 0 < 10 * min(values) < max(values):
         axes.set_yscale("log")
     if legend:
         axes.legend(fontsize="small")
