@@ -90,6 +90,8 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         for row in content["layers"]:
             _require_numbers({"epoch": row.get("epoch")})
         _require_numbers(content["sums"])
+        for of_network in content.get("best", {}).values():
+            _require_numbers({name: of_network.get(name) for name in ("epoch", "accuracy")})
         for name, value in ((name, value) for row in content["log"] + content["layers"] for name, value in row.items()):
             if not isinstance(name, str) or not isinstance(value, (int, float, str, NoneType)):
                 raise ValueError(f"{name}: expected a number, got {type(value).__name__}")
