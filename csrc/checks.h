@@ -8,8 +8,8 @@
 #include <string>
 #include <vector>
 
-#include "conv2d_problem.h"
-#include "int8_args.h"
+#include "args/conv2d.h"
+#include "args/int8.h"
 
 namespace adderops {
 

@@ -27,7 +27,7 @@ STABLE_TORCH_LIBRARY(adderops, m) {
       "int[] dilation, int groups) -> Tensor");
   // (N, C, H, W), float32, bfloat16 or float16 -> uint8, channels_last: round(x / scale) + zero_point, bounded
   m.def("quantize(Tensor x, float scale, int zero_point, int quant_max) -> Tensor");
-  // What adderops.distill computes on the CPU, float32 alone; csrc/moments_args.h has the formulas.
+  // What adderops.distill computes on the CPU, float32 alone; csrc/args/moments.h has the formulas.
   // -> (2C + 1, 2C): E[z z^T], and E[z] as the last row
   m.def(
       "_kernel_moments(Tensor student, Tensor teacher, float scale_a, float scale_c, float centre_a, float centre_c, "

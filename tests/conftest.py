@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from distill_runs import write_bars
+from distill.runs import write_bars
 
 from adderops import _ops  # noqa: F401  (loads the operators)
 from adderops.distill import Config, Data, load_data

@@ -91,7 +91,7 @@ class _Moments(torch.autograd.Function):
 
 
 class _NativeMoments(torch.autograd.Function):
-    """The same by the kernels of csrc/cpu/moments.inc: float32 on the CPU, equal C, scales without gradient; no z."""
+    """The same by the kernels of csrc: float32 on the CPU, equal C, scales without gradient; no z."""
 
     @staticmethod
     def forward(ctx, student, teacher, scales, centres, kernel):

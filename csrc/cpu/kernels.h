@@ -5,9 +5,9 @@
 // alone, never on the number of threads: that is what makes results bitwise equal for any thread count.
 // Kernels allocate nothing: the binding hands them `shared` (one block for the call) and `worker` (one per thread).
 #pragma once
-#include "../conv2d_problem.h"
-#include "../int8_args.h"
-#include "../moments_args.h"
+#include "../args/conv2d.h"
+#include "../args/int8.h"
+#include "../args/moments.h"
 
 namespace adderops {
 namespace cpu {
@@ -37,7 +37,7 @@ struct Kernels {
 // Plain loops over the definition: float64, and the yardstick of the others.
 extern const Kernels kDefinitionKernels;
 
-// float32, bfloat16 and float16 by SIMD; one source (simd.inc, forward.inc, ...), compiled once an instruction set.
+// float32, bfloat16 and float16 by SIMD; one source (simd.inc, forward.h, ...), compiled once an instruction set.
 #if defined(__x86_64__)
 extern const Kernels kBaselineKernels, kAvx2Kernels, kAvx512Kernels;
 #elif defined(__aarch64__)

@@ -1,6 +1,6 @@
-// The plain loops of definition.h: float64, and calls whose windows hold little but padding (tiling.inc).  One task is
+// The plain loops of definition.h: float64, and calls whose windows hold little but padding (tiling.h).  One task is
 // one plane of the output.
-#include "../definition.h"
+#include "../definition/conv2d.h"
 #include "kernels.h"
 
 namespace adderops {

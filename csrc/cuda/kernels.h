@@ -6,8 +6,8 @@
 #pragma once
 #include <stddef.h>
 
-#include "../conv2d_problem.h"
-#include "../int8_args.h"
+#include "../args/conv2d.h"
+#include "../args/int8.h"
 #if !defined(ADDEROPS_SIMT)
 #include <cuda_runtime_api.h>
 #else

@@ -8,7 +8,7 @@
 //            +--------------------------------------+
 //   A warp is kWarpLanes x kWarpColumns threads, so that its reads are few distinct 16-byte words of either side.
 #pragma once
-#include "device.cuh"
+#include "dialect.cuh"
 
 namespace adderops {
 namespace cuda {

@@ -156,7 +156,7 @@ class Library:
             frames = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
             # innermost first: pass over the accessors to where they are called
             names = [re.sub(r" \(discriminator \d+\)", "", f) for f in frames]
-            named = [f for f in names if not re.search(r"(device\.cuh|elements\.h|simt\.h):|\?", f)] or names
+            named = [f for f in names if not re.search(r"(dialect\.cuh|elements\.h|simt\.h):|\?", f)] or names
             text = text.replace(f"{{{offset}}}", named[0].removeprefix(f"{ROOT}/"))
         return text
 

@@ -12,6 +12,7 @@ from functools import cache
 from pathlib import Path
 
 import torch
+
 from simt import builder
 
 PASSES = ("forward", "grad_x", "grad_w")
@@ -24,7 +25,7 @@ class KernelError(RuntimeError):
 
 
 class Problem(ctypes.Structure):
-    """Conv2dProblem of csrc/conv2d_problem.h."""
+    """Conv2dProblem of csrc/args/conv2d.h."""
 
     _fields_ = [
         (name, ctypes.c_int64)
@@ -36,13 +37,13 @@ class Problem(ctypes.Structure):
 
 
 class Operand(ctypes.Structure):
-    """Operand of csrc/conv2d_problem.h."""
+    """Operand of csrc/args/conv2d.h."""
 
     _fields_ = [("data", ctypes.c_void_p), ("stride", ctypes.c_int64 * 4)]
 
 
 class Args(ctypes.Structure):
-    """Conv2dArgs of csrc/conv2d_problem.h."""
+    """Conv2dArgs of csrc/args/conv2d.h."""
 
     _fields_ = [
         ("problem", Problem),

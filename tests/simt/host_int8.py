@@ -12,13 +12,14 @@ from functools import cache
 from pathlib import Path
 
 import torch
+
 from simt import builder, host
 
-SOURCES = ("forward_int8.cu", "quantize.cu")
+SOURCES = ("int8.cu", "quantize.cu")
 
 
 class Args(ctypes.Structure):
-    """Int8Args of csrc/int8_args.h."""
+    """Int8Args of csrc/args/int8.h."""
 
     _fields_ = [
         ("problem", host.Problem),
@@ -31,7 +32,7 @@ class Args(ctypes.Structure):
 
 
 class QuantizeArgs(ctypes.Structure):
-    """QuantizeArgs of csrc/int8_args.h."""
+    """QuantizeArgs of csrc/args/int8.h."""
 
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("N", "C", "H", "W")),

@@ -1,4 +1,4 @@
-// CUDA's dialect of csrc/cuda/device.cuh on the host: kernels compiled with -DADDEROPS_SIMT run as plain C++, one fiber
+// CUDA's dialect of csrc/cuda/dialect.cuh on the host: kernels compiled with -DADDEROPS_SIMT run as plain C++, one fiber
 // per CUDA thread, one thread at a time, each up to its next barrier.  executor.cpp runs them, race_checker.cpp
 // watches.
 //
@@ -150,7 +150,7 @@ inline unsigned __ballot_sync(unsigned mask, int predicate, simt::Where where = 
 namespace adderops {
 namespace cuda {
 
-// What each of these does is said in csrc/cuda/device.cuh.  The copy is modelled as the hardware may do it at the
+// What each of these does is said in csrc/cuda/dialect.cuh.  The copy is modelled as the hardware may do it at the
 // latest: from the call on the destination holds poison, and the data arrives in cp_async_wait.
 inline void cp_async_16(void* shared, const void* global, bool valid) { simt::copy_async(shared, global, 16, valid); }
 inline void cp_async_4(void* shared, const void* global, bool valid) { simt::copy_async(shared, global, 4, valid); }

@@ -1,5 +1,5 @@
 // Small kernels that test the executor and the race checker themselves: one right, and each deliberate bug in turn.
-#include "cuda/device.cuh"
+#include "cuda/dialect.cuh"
 #include "executor.h"
 #include "simt_interface.h"
 
@@ -128,7 +128,7 @@ __global__ void readers_kernel(float* out) {
   if (t == 0) s_value[0] = 2;
 }
 
-// A warp for each group of inputs: the fragments as device.cuh numbers them, from row-major matrices.
+// A warp for each group of inputs: the fragments as dialect.cuh numbers them, from row-major matrices.
 template <typename T>
 __global__ void mma_kernel(const uint16_t* a, const uint16_t* b, float* c) {
   const int lane = threadIdx.x, g = lane / 4, t = lane % 4;

@@ -1,0 +1,146 @@
+// The dialect of the kernels: the few things that nvcc, NVRTC and the host executor (tests/simt/simt.h) spell each in
+// its own way.  Kernel files include this and nothing of the host, and use nothing outside it but
+//   __global__, __device__, __forceinline__, __restrict__, __launch_bounds__(threads, blocks),
+//   threadIdx, blockIdx, gridDim (.x .y .z), __syncthreads(), __syncthreads_or(int), __syncwarp(), fmaf, fminf, fabsf.
+#pragma once
+#include "../args/conv2d.h"
+#include "../definition/conv2d.h"
+#include "../definition/elements.h"
+
+#if defined(ADDEROPS_SIMT)
+#include "simt.h"
+#else
+
+// An array in shared memory:  SHARED(float, s_x, [2][8][128]);
+#define SHARED(type, name, extent) __shared__ __align__(16) type name extent
+
+namespace adderops {
+namespace cuda {
+
+// 16 or 4 bytes from global to shared memory; zeros where not `valid` (then nothing is read).  Asynchronous from sm_80
+// on: done for this thread behind cp_async_wait, for the block behind the barrier after it.  Both addresses are
+// aligned.
+__device__ __forceinline__ void cp_async_16(void* shared, const void* global, bool valid) {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"((unsigned)__cvta_generic_to_shared(shared)),
+               "l"(global), "r"(valid ? 16 : 0)
+               : "memory");
+#else
+  const uint4 zeros = {0, 0, 0, 0};
+  *static_cast<uint4*>(shared) = valid ? *static_cast<const uint4*>(global) : zeros;
+#endif
+}
+__device__ __forceinline__ void cp_async_4(void* shared, const void* global, bool valid) {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"((unsigned)__cvta_generic_to_shared(shared)),
+               "l"(global), "r"(valid ? 4 : 0)
+               : "memory");
+#else
+  *static_cast<unsigned*>(shared) = valid ? *static_cast<const unsigned*>(global) : 0u;
+#endif
+}
+__device__ __forceinline__ void cp_async_commit() {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+// Waits until at most `Pending` of this thread's committed groups are under way.
+template <int Pending>
+__device__ __forceinline__ void cp_async_wait() {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.wait_group %0;" ::"n"(Pending) : "memory");
+#endif
+}
+
+// clamp(a - b, 0, 1): one FADD.SAT.  A NaN becomes 0.
+__device__ __forceinline__ float saturated_difference(float a, float b) { return __saturatef(a - b); }
+
+// threadIdx.x, read anew: what a loop computes from it is computed again, where it would be kept in registers.
+__device__ __forceinline__ unsigned thread_index() {
+  unsigned x;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(x));
+  return x;
+}
+
+// c + the sum of |a - b| over four unsigned bytes: one VABSDIFF4; on sm_120, which has none, four instructions of two
+// kinds (VIMNMX.U8x4 twice, VIADD.U8x4; IDP.4A), where the form with .add would be five.
+__device__ __forceinline__ uint32_t add_distances4(uint32_t a, uint32_t b, uint32_t c) {
+  uint32_t sum;
+#if __CUDA_ARCH__ >= 1200
+  asm("vabsdiff4.u32.u32.u32 %0, %1, %2, %3;" : "=r"(sum) : "r"(a), "r"(b), "r"(0));
+  sum = __dp4a(sum, 0x01010101u, c);
+#else
+  asm("vabsdiff4.u32.u32.u32.add %0, %1, %2, %3;" : "=r"(sum) : "r"(a), "r"(b), "r"(c));
+#endif
+  return sum;
+}
+
+// The smaller of each of two packed halves; a NaN on one side gives the other side.
+template <typename T>
+__device__ __forceinline__ uint32_t minimum2(uint32_t a, uint32_t b);
+#if __CUDA_ARCH__ >= 800 || !defined(__CUDA_ARCH__)
+template <>
+__device__ __forceinline__ uint32_t minimum2<Float16>(uint32_t a, uint32_t b) {
+  uint32_t r;
+  asm("min.f16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
+  return r;
+}
+template <>
+__device__ __forceinline__ uint32_t minimum2<BFloat16>(uint32_t a, uint32_t b) {
+  uint32_t r;
+  asm("min.bf16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
+  return r;
+}
+
+// C += A * B on the tensor cores, by all lanes of a warp: A 16 x 16 and B 16 x 8 of T, C 16 x 8 of float32.
+// With g = lane / 4, t = lane % 4 (each word two elements, the lower first):
+//   a[0] = A[g][2t..]  a[1] = A[g+8][2t..]  a[2] = A[g][2t+8..]  a[3] = A[g+8][2t+8..]
+//   b[0] = B[2t..][g]  b[1] = B[2t+8..][g]      c[0], c[1] = C[g][2t..]      c[2], c[3] = C[g+8][2t..]
+template <typename T>
+__device__ __forceinline__ void mma_16x8x16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);
+#define ADDEROPS_MMA(T, name)                                                                                     \
+  template <>                                                                                                     \
+  __device__ __forceinline__ void mma_16x8x16<T>(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) { \
+    asm("mma.sync.aligned.m16n8k16.row.col.f32." name "." name                                                    \
+        ".f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "                                                            \
+        "{%0,%1,%2,%3};"                                                                                          \
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                                                          \
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));                                      \
+  }
+ADDEROPS_MMA(Float16, "f16")
+ADDEROPS_MMA(BFloat16, "bf16")
+#undef ADDEROPS_MMA
+#endif
+
+}  // namespace cuda
+}  // namespace adderops
+#endif  // ADDEROPS_SIMT
+
+namespace adderops {
+namespace cuda {
+
+// Four floats, or any 16 bytes, in one access of an aligned address.
+struct alignas(16) Float4 {
+  float v[4];
+};
+struct alignas(16) Words4 {
+  uint32_t v[4];
+};
+struct alignas(8) Words2 {
+  uint32_t v[2];
+};
+template <typename V>
+__device__ __forceinline__ V load_16(const void* p) {
+  return *static_cast<const V*>(p);
+}
+template <typename V>
+__device__ __forceinline__ V load_8(const void* p) {
+  return *static_cast<const V*>(p);
+}
+template <typename V>
+__device__ __forceinline__ void store_16(void* p, const V& v) {
+  *static_cast<V*>(p) = v;
+}
+
+}  // namespace cuda
+}  // namespace adderops

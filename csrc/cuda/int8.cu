@@ -1,0 +1,94 @@
+// Host side of the int8 convolution: which kernel, which tile, what grid.
+#include "int8.cuh"
+#include "launch.cuh"
+
+namespace adderops {
+namespace cuda {
+namespace {
+
+constexpr TileSize kTiles[] = {{128, 128}, {64, 128}, {32, 128}, {16, 128}, {64, 64}};
+using Tile0 = Tile<128, 128, 8, 8, 2>;
+using Tile1 = Tile<64, 128, 8, 8, 3>;
+using Tile2 = Tile<32, 128, 4, 8, 4>;
+using Tile3 = Tile<16, 128, 4, 4, 5>;
+using Tile4 = Tile<64, 64, 8, 4, 4>;
+
+// Groups too narrow for a tile, and coordinates beyond a tile's?
+bool is_direct_int8(const Conv2dProblem& p) {
+  const int64_t C = p.C_in / p.groups, M = p.C_out / p.groups, most = 0x3fffff00;
+  const bool narrow = p.groups > 1 && (M < 4 || product(C, M) < 64);
+  const int64_t rows = sum(p.H, product(p.KH - 1, p.dilation_h)), columns = sum(p.W, product(p.KW - 1, p.dilation_w));
+  const bool large = product(p.N, p.OH, p.OW) > most || sum(p.H, p.pad_top) > most || sum(p.W, p.pad_left) > most ||
+                     product(p.OH, p.stride_h) > most || product(p.OW, p.stride_w) > most || rows > most ||
+                     columns > most || product(sum(product(rows, p.W), columns), p.C_in) > most || p.groups > 65535 ||
+                     blocks(M, 16) > 65535;
+  return narrow || large;
+}
+
+// The widest piece that no copy of which crosses a tap or an alignment.
+int piece_bytes(const Int8Args& args) {
+  const auto fits = [&](int64_t bytes) {
+    return args.problem.C_in / args.problem.groups % bytes == 0 && reinterpret_cast<uintptr_t>(args.x) % bytes == 0 &&
+           reinterpret_cast<uintptr_t>(args.w) % bytes == 0;
+  };
+  return fits(16) ? 16 : fits(4) ? 4 : 1;
+}
+
+Divisor divisor(int64_t d) { return {(int)d, d == 1 ? 0xffffffffu : (uint32_t)(((int64_t)1 << 32) / d)}; }
+
+Int8Walk walk_of(const Int8Args& args, int bytes) {
+  const Conv2dProblem& p = args.problem;
+  const int slab = bytes == 16 ? 4 : 16;  // pieces
+  Int8Walk w{};
+  w.row = (int)(p.W * p.C_in), w.column = (int)p.C_in;
+  w.H = (int)p.H, w.W = (int)p.W, w.KH = (int)p.KH;
+  w.C = (int)(p.C_in / p.groups), w.M = (int)(p.C_out / p.groups), w.K = (int)(p.KH * p.KW) * w.C;
+  w.step_h = (int)p.dilation_h, w.step_w = (int)p.dilation_w;
+  const int64_t pieces = blocks(w.C, bytes == 1 ? 4 : bytes);
+  w.slabs = (int)blocks(p.KH * p.KW * pieces, slab);
+  w.by_pieces = divisor(pieces), w.by_KW = divisor(p.KW);
+  w.padding = args.padding * 0x01010101u;
+  const auto aligned = [](const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; };
+  w.vectors = w.M % 4 == 0 && aligned(args.y) && aligned(args.residual);
+  return w;
+}
+
+// The largest tile has no registers for the copies of narrower pieces: theirs is the next one.
+template <typename Tile>
+void launch(const Int8Args& args, int bytes, dim3 grid, cudaStream_t stream) {
+  const Int8Walk walk = walk_of(args, bytes);
+  const dim3 block(Tile::kThreads);
+  if (bytes == 16) LAUNCH((forward_int8_kernel<Tile, 16>), grid, block, stream, args, walk);
+  if constexpr (Tile::kThreads <= 128) {
+    if (bytes == 4) LAUNCH((forward_int8_kernel<Tile, 4>), grid, block, stream, args, walk);
+    if (bytes == 1) LAUNCH((forward_int8_kernel<Tile, 1>), grid, block, stream, args, walk);
+  }
+}
+
+}  // namespace
+
+cudaError_t launch_forward_int8(const Int8Args& args, const Device& device, const Choice& choice, cudaStream_t stream) {
+  const Conv2dProblem& p = args.problem;
+  const int64_t M = p.C_out / p.groups, P = product(p.N, p.OH, p.OW);
+  if (is_direct_int8(p)) {
+    LAUNCH((direct_int8_kernel), dim3(direct_grid(product(P, p.C_out))), dim3(kDirectInt8Threads), stream, args);
+    return cudaGetLastError();
+  }
+  const int bytes = piece_bytes(args), picked = pick_tile(kTiles, M, P, p.groups, device, choice);
+  const int tile = bytes < 16 && picked == 0 ? 1 : picked;
+  const TileSize size = kTiles[tile];
+  const dim3 grid((unsigned)blocks(P, size.columns), (unsigned)blocks(M, size.lanes), (unsigned)p.groups);
+  switch (tile) {
+    case 0: launch<Tile0>(args, bytes, grid, stream); break;
+    case 1: launch<Tile1>(args, bytes, grid, stream); break;
+    case 2: launch<Tile2>(args, bytes, grid, stream); break;
+    case 3: launch<Tile3>(args, bytes, grid, stream); break;
+    case 4: launch<Tile4>(args, bytes, grid, stream); break;
+  }
+  return cudaGetLastError();
+}
+
+extern const int kForwardInt8Tiles = sizeof(kTiles) / sizeof(kTiles[0]);
+
+}  // namespace cuda
+}  // namespace adderops

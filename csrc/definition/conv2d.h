@@ -1,0 +1,141 @@
+// The three passes, one output element at a time, straight from the formula: what float64 runs, and what the SIMD
+// and CUDA kernels call for the few elements where their faster arithmetic would cancel or treat infinities or NaNs
+// differently.
+//
+//   forward   Y[n,co,p]  = -sum_k |X[n,k,p] - W[co,k]|
+//   grad_w    dW[co,k]   = sum_p dY[co,p] * (X[k,p] - W[co,k])                 not the derivative, which is sgn(X - W)
+//   grad_x    dX[k,p]    = sum_co dY[co,p] * clamp(W[co,k] - X[k,p], -1, 1)    not the derivative, which is sgn(W - X)
+// Both are the training gradients of AdderNet (arXiv 1912.13200, sections 3.2 and 3.3), on purpose.
+//
+// Sums run in float for float32 and the halves, in double for float64.  A sum that is NaN stays so: loops end there.
+#pragma once
+#include "../args/conv2d.h"
+#include "../args/int8.h"
+#include "elements.h"
+
+namespace adderops {
+namespace definition {
+
+template <typename T>
+struct Sum {
+  typedef float type;
+};
+template <>
+struct Sum<double> {
+  typedef double type;
+};
+
+template <typename T>
+ADDEROPS_SHARED_CODE typename Sum<T>::type element(const Operand& o, int64_t a, int64_t b, int64_t c, int64_t d) {
+  return to_float(static_cast<const T*>(o.data)[a * o.stride[0] + b * o.stride[1] + c * o.stride[2] + d * o.stride[3]]);
+}
+
+template <typename T>
+ADDEROPS_SHARED_CODE typename Sum<T>::type forward(const Conv2dArgs& args, int64_t n, int64_t co, int64_t oh,
+                                                   int64_t ow) {
+  const Conv2dProblem& p = args.problem;
+  const int64_t channels = p.C_in / p.groups, c0 = co / (p.C_out / p.groups) * channels;
+  typename Sum<T>::type sum = 0;
+  for (int64_t ci = 0; ci < channels; ++ci)
+    for (int64_t kh = 0; kh < p.KH; ++kh)
+      for (int64_t kw = 0; kw < p.KW; ++kw) {
+        const int64_t ih = oh * p.stride_h + kh * p.dilation_h - p.pad_top;
+        const int64_t iw = ow * p.stride_w + kw * p.dilation_w - p.pad_left;
+        const bool inside = ih >= 0 && ih < p.H && iw >= 0 && iw < p.W;
+        const typename Sum<T>::type x = inside ? element<T>(args.x, n, c0 + ci, ih, iw) : 0;
+        const typename Sum<T>::type d = x - element<T>(args.w, co, ci, kh, kw);
+        sum -= d < 0 ? -d : d;
+      }
+  if (args.bias) sum += to_float(static_cast<const T*>(args.bias)[co]);
+  return sum;
+}
+
+template <typename T>
+ADDEROPS_SHARED_CODE typename Sum<T>::type grad_x(const Conv2dArgs& args, int64_t n, int64_t ci, int64_t ih,
+                                                  int64_t iw) {
+  const Conv2dProblem& p = args.problem;
+  const int64_t channels = p.C_in / p.groups, filters = p.C_out / p.groups, co0 = ci / channels * filters;
+  const typename Sum<T>::type x = element<T>(args.x, n, ci, ih, iw);
+  typename Sum<T>::type sum = 0;
+  for (int64_t kh = 0; kh < p.KH; ++kh) {
+    const int64_t h = ih + p.pad_top - kh * p.dilation_h, oh = h / p.stride_h;
+    if (h < 0 || h % p.stride_h || oh >= p.OH) continue;
+    for (int64_t kw = 0; kw < p.KW; ++kw) {
+      const int64_t w = iw + p.pad_left - kw * p.dilation_w, ow = w / p.stride_w;
+      if (w < 0 || w % p.stride_w || ow >= p.OW) continue;
+      for (int64_t co = co0; co < co0 + filters; ++co) {
+        typename Sum<T>::type d = element<T>(args.w, co, ci % channels, kh, kw) - x;
+        d = d < -1 ? -1 : d > 1 ? 1 : d;  // a NaN compares false twice and stays
+        sum += element<T>(args.grad_y, n, co, oh, ow) * d;
+      }
+      if (sum != sum) return sum;
+    }
+  }
+  return sum;
+}
+
+template <typename T>
+ADDEROPS_SHARED_CODE typename Sum<T>::type grad_w(const Conv2dArgs& args, int64_t co, int64_t ci, int64_t kh,
+                                                  int64_t kw) {
+  const Conv2dProblem& p = args.problem;
+  const int64_t channels = p.C_in / p.groups, c = co / (p.C_out / p.groups) * channels + ci;
+  const typename Sum<T>::type w = element<T>(args.w, co, ci, kh, kw);
+  typename Sum<T>::type sum = 0;
+  for (int64_t n = 0; n < p.N; ++n)
+    for (int64_t oh = 0; oh < p.OH; ++oh) {
+      const int64_t ih = oh * p.stride_h + kh * p.dilation_h - p.pad_top;
+      for (int64_t ow = 0; ow < p.OW; ++ow) {
+        const int64_t iw = ow * p.stride_w + kw * p.dilation_w - p.pad_left;
+        const bool inside = ih >= 0 && ih < p.H && iw >= 0 && iw < p.W;
+        const typename Sum<T>::type x = inside ? element<T>(args.x, n, c, ih, iw) : 0;
+        sum += element<T>(args.grad_y, n, co, oh, ow) * (x - w);
+      }
+      if (sum != sum) return sum;
+    }
+  return sum;
+}
+
+// The int8 convolution (int8_args.h): the sum of |x - w|, and what becomes of it; `at` counts elements of y.
+ADDEROPS_SHARED_CODE int32_t int8_sum(const Int8Args& args, int64_t n, int64_t co, int64_t oh, int64_t ow) {
+  const Conv2dProblem& p = args.problem;
+  const int64_t channels = p.C_in / p.groups, c0 = co / (p.C_out / p.groups) * channels;
+  const uint8_t* w = args.w + co * p.KH * p.KW * channels;
+  int32_t sum = 0;
+  for (int64_t kh = 0; kh < p.KH; ++kh)
+    for (int64_t kw = 0; kw < p.KW; ++kw, w += channels) {
+      const int64_t ih = oh * p.stride_h + kh * p.dilation_h - p.pad_top;
+      const int64_t iw = ow * p.stride_w + kw * p.dilation_w - p.pad_left;
+      const bool inside = ih >= 0 && ih < p.H && iw >= 0 && iw < p.W;
+      const uint8_t* x = args.x + ((n * p.H + ih) * p.W + iw) * p.C_in + c0;
+      for (int64_t ci = 0; ci < channels; ++ci) {
+        const int32_t d = (inside ? x[ci] : args.padding) - w[ci];
+        sum += d < 0 ? -d : d;
+      }
+    }
+  return sum;
+}
+ADDEROPS_SHARED_CODE float int8_float(const Int8Args& args, int32_t sum, float scale, float offset, float residual) {
+  float z = offset - scale * static_cast<float>(sum);
+  if (args.residual) z = z + args.residual_scale * residual;
+  return z < args.least ? args.least : z;
+}
+ADDEROPS_SHARED_CODE uint8_t int8_byte(const Int8Args& args, float z) {
+  return rounded_byte(z < args.most ? z : args.most);
+}
+ADDEROPS_SHARED_CODE void int8_finish(const Int8Args& args, int32_t sum, int64_t co, int64_t at) {
+  if (args.output == Int8Output::kSums) {
+    static_cast<int32_t*>(args.y)[at] = -sum;
+    return;
+  }
+  const float residual = !args.residual        ? 0.f
+                         : args.float_residual ? static_cast<const float*>(args.residual)[at]
+                                               : static_cast<float>(static_cast<const uint8_t*>(args.residual)[at]);
+  const float z = int8_float(args, sum, args.scale[co], args.offset[co], residual);
+  if (args.output == Int8Output::kFloat32)
+    static_cast<float*>(args.y)[at] = z;
+  else
+    static_cast<uint8_t*>(args.y)[at] = int8_byte(args, z);
+}
+
+}  // namespace definition
+}  // namespace adderops

@@ -1,0 +1,168 @@
+"""From a run folder to a network of bytes by one command, and fine-tuning at few bits by the trainer."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from adderops.distill import Config, load_data, train
+from adderops.distill.__main__ import main
+from adderops.distill.data import calibration_batches
+from adderops.distill.loop import Loop
+from adderops.distill.run_folder import RunFolder
+from adderops.quant import load
+from adderops.quant.calibration import quantized_layers
+from distill.runs import assert_same_state, rows_of
+
+
+@pytest.fixture(autouse=True)
+def _one_thread(set_threads):
+    set_threads(1)
+
+
+@pytest.fixture(scope="module")
+def trained(folder_of_bars, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "pkkd"
+    config = Config(data=str(folder_of_bars), method="pkkd", epochs=4, batch_size=16, lr=0.05, threads=1)
+    train(config, load_data(config.data), folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tuned(trained, folder_of_bars) -> Path:
+    """Two epochs more at 4 bits."""
+    options = dict(method="plain", bits=4, initial=str(trained / "student.pt"))
+    config = Config(data=str(folder_of_bars), epochs=2, batch_size=16, lr=0.01, threads=1, **options)
+    train(config, load_data(config.data), trained.parent / "tuned")
+    return trained.parent / "tuned"
+
+
+def table(capsys) -> dict[str, tuple[float, float]]:
+    """network -> accuracy in %, images/s"""
+    rows = {}
+    for line in capsys.readouterr().out.splitlines():
+        if line.endswith("images/s"):
+            name, rest = line[:16].strip(), line[16:].split()
+            rows[name] = float(rest[0]), float(rest[2])
+    return rows
+
+
+def test_one_command_from_run_to_bytes(trained, folder_of_bars, tmp_path, capsys):
+    file = tmp_path / "bars.safetensors"
+    assert main(["quantize", str(trained), "--batch-size", "8", "--output", str(file)]) == 0
+    rows = table(capsys)
+    assert list(rows) == ["CNN, float32", "adder, float32", "adder, 8 bits"]
+    assert all(speed > 0 for _, speed in rows.values())
+    last = rows_of(trained / "log.csv")[-1]
+    assert rows["CNN, float32"][0] == pytest.approx(100 * float(last["teacher_test_accuracy"]), abs=0.01)
+    assert rows["adder, float32"][0] == pytest.approx(100 * float(last["student_test_accuracy"]), abs=0.01)
+
+    network, facts = load(file)
+    data = load_data(str(folder_of_bars))
+    [(images, labels)] = data.test.batches([torch.arange(len(data.test))])
+    accuracy = (network(images).argmax(1) == labels).float().mean().item()
+    assert rows["adder, 8 bits"][0] == pytest.approx(100 * accuracy, abs=0.01)
+    assert facts["facts"]["mean"] == pytest.approx((data.train.mean / 255).flatten().tolist())
+    assert facts["scheme"]["bits"] == 8 and facts["facts"]["side"] == images.shape[-1]
+
+
+def test_options_reach_the_scheme(trained, tmp_path, capsys):
+    file = tmp_path / "int5.safetensors"
+    options = "--bits 5 --method shared --ends int8 --images 40 --no-reestimate --weights student".split()
+    assert main(["quantize", str(trained), *options, "--batch-size", "8", "--output", str(file)]) == 0
+    assert "adder, 5 bits" in table(capsys)
+    scheme = load(file)[1]["scheme"]
+    assert scheme == {"bits": 5, "method": "shared", "rank": 0.9997, "filter_groups": 1, "ends": "int8"}
+
+
+def test_the_file_lies_in_the_run_by_default(trained, capsys):
+    assert main(["quantize", str(trained), "--batch-size", "4"]) == 0
+    assert (trained / "export" / "int8.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ("--bits 9", "--bits: expected a finite number of at least 2 and at most 8, got 9"),
+        ("--filter-groups 3 --method shared", "filter_groups: expected 1 with method 'shared', got 3"),
+        ("--bits 0", "--bits: expected a finite number of at least 2 and at most 8, got 0"),
+        ("--images 0", "--images: expected a finite number of at least 1, got 0"),
+        ("--batch-size 2147483648", "--batch-size: expected a finite number of at least 1 and at most 65536"),
+        ("--threads -1", "--threads: expected a finite number of at least 1 and at most 1024, got -1"),
+        ("--threads 0", "--threads: expected a finite number of at least 1 and at most 1024, got 0"),
+        ("--output /no/such/x.pt2", "--output: expected a file in an existing folder, got /no/such/x.pt2"),
+    ],
+)
+def test_wrong_options(trained, options, message, capsys):
+    assert main(["quantize", str(trained), *options.split()]) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_calibration_images_are_the_same_at_every_call(folder_of_bars):
+    train_set = load_data(str(folder_of_bars)).train
+    first, again = (list(calibration_batches(train_set, 110)) for _ in range(2))
+    assert [len(batch) for batch in first] == [55, 55]  # BatchNorm could not use a batch of one
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert sum(map(len, calibration_batches(train_set))) == 128
+
+
+# --- fine-tuning ---
+
+
+def test_fine_tuning_starts_at_the_grids_of_the_network(trained, tuned):
+    run = RunFolder.load(tuned)
+    network = run.network("student")
+    layers = quantized_layers(network)
+    assert list(layers) == ["conv2", "conv3", "conv4"]
+    assert all(layer.scheme.bits == 4 and layer.calibrated for layer in layers.values())
+    assert not torch.equal(network.conv2.weight, RunFolder.load(trained).network("student").conv2.weight)
+    # the saved network is the one that was tested
+    data = load_data(run.config.data)
+    [(images, labels)] = data.test.batches([torch.arange(len(data.test))])
+    accuracy = (network(images).argmax(1) == labels).float().mean().item()
+    assert accuracy == pytest.approx(run.rows[-1]["student_test_accuracy"])
+
+
+def test_a_tuned_run_is_converted_as_it_was_trained(tuned, capsys):
+    assert main(["quantize", str(tuned), "--batch-size", "8"]) == 0
+    rows = table(capsys)
+    assert list(rows) == ["adder, 4 bits"]
+    assert rows["adder, 4 bits"][0] == pytest.approx(
+        100 * RunFolder.load(tuned).rows[-1]["student_test_accuracy"], abs=100 * 2 / 40
+    )
+    assert main(["quantize", str(tuned), "--bits", "8"]) == 1
+    assert "--bits: expected 4, which the run was trained with, got 8" in capsys.readouterr().err
+
+
+def test_a_resumed_tuning_ends_with_the_same_bits(tuned, trained, tmp_path):
+    config, half = RunFolder.load(tuned).config, tmp_path / "half"
+    data = load_data(config.data)
+
+    class Stop(Exception):
+        pass
+
+    step = Loop._step
+    calls = []
+
+    def counted(self, *arguments, **options):
+        calls.append(1)
+        if len(calls) > 10:
+            raise Stop
+        return step(self, *arguments, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Loop, "_step", counted)
+        with pytest.raises(Stop):
+            train(config, data, half)
+    train(config, data, half)
+    ours, theirs = (torch.load(folder / "student.pt", weights_only=True) for folder in (half, tuned))
+    assert_same_state(ours, theirs)
+
+
+def test_bits_need_a_network_to_start_from():
+    with pytest.raises(ValueError, match="bits: expected a trained adder network to start from .initial., got none"):
+        Config(method="plain", bits=4)
+    with pytest.raises(ValueError, match="bits: expected a trained adder network"):
+        Config(method="cnn", bits=4, initial="teacher.pt")
+    with pytest.raises(ValueError, match="bits: expected a finite number of at least 2 and at most 8, got 9"):
+        Config(method="plain", bits=9, initial="student.pt")

@@ -1,0 +1,79 @@
+"""Every CUDA kernel compiles for every architecture, by NVRTC: no GPU, no nvcc, nothing of the host in the kernels."""
+
+import re
+from itertools import product
+from pathlib import Path
+
+import pytest
+
+from machine_code import nvrtc
+
+ROOT = Path(__file__).resolve().parents[2]
+ARCHITECTURES = (75, 80, 90, 100, 120)
+MOST = 80  # where every kernel is launched: all tiles and layouts; elsewhere what has a budget, and one of each kernel
+
+
+@pytest.fixture
+def budgets(monkeypatch):
+    """The module cuda_budgets, whose INSTANCES are the kernels that the operators launch."""
+    monkeypatch.syspath_prepend(str(ROOT / "tests/machine_code"))
+    import cuda_budgets
+
+    return cuda_budgets
+
+
+@pytest.fixture
+def has_nvrtc():
+    try:
+        nvrtc.library()
+    except nvrtc.Unavailable as reason:
+        pytest.skip(str(reason))
+
+
+def found_in_sources(pattern: str) -> set[str]:
+    return {found for file in (ROOT / "csrc/cuda").glob("*.cu*") for found in re.findall(pattern, file.read_text())}
+
+
+def test_instances_cover_all_kernels(budgets):
+    defined = found_in_sources(r"__global__\s+void\s+(?:__launch_bounds__\((?:[^()]|\([^()]*\))*\)\s+)?(\w+)\s*\(")
+    assert defined == {re.sub(r"<.*", "", instance.expression).split("::")[-1] for instance in budgets.INSTANCES}
+
+
+@pytest.mark.parametrize("source", ["forward", "grad_x", "grad_w"])
+def test_instances_cover_all_tiles(budgets, source):
+    text = (ROOT / f"csrc/cuda/{source}.cu").read_text()
+    lists = re.findall(r"TileSize \w+\[\] = \{(.*)\};", text)
+    chosen = {f"{lanes}x{columns}" for tiles in lists for lanes, columns in re.findall(r"\{(\d+), (\d+)\}", tiles)}
+    for element in ("float32", "float16", "bfloat16"):
+        label = f"{source} {element} "
+        tiles = {i.tile for i in budgets.INSTANCES if i.label.startswith(label)} - {"-"}
+        assert tiles == chosen
+
+
+def test_instances_cover_all_int8_tiles(budgets):
+    (chosen,) = re.findall(r"TileSize \w+\[\] = \{(.*)\};", (ROOT / "csrc/cuda/int8.cu").read_text())
+    chosen = [f"{lanes}x{columns}" for lanes, columns in re.findall(r"\{(\d+), (\d+)\}", chosen)]
+    for piece, arch in product((16, 4, 1), (90, 120)):
+        instances = [i for i in budgets.INSTANCES if i.label == f"int8 {piece}-byte" and arch in i.architectures]
+        assert [i.tile for i in instances] == (chosen if piece == 16 else chosen[1:])
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_kernels_compile(budgets, has_nvrtc, arch):
+    if arch not in nvrtc.architectures():
+        pytest.skip(f"NVRTC {'.'.join(map(str, nvrtc.version()))} has no sm_{arch}")
+    wanted = budgets.units(arch, "bfloat16" if arch == MOST else "budgets")
+    for unit, compiled in zip(wanted, budgets.compile_all(arch, wanted), strict=True):  # raises with the log
+        assert set(compiled.names) == {instance.expression for instance in unit}
+        assert compiled.cubin.startswith(b"\x7fELF")
+
+
+def test_error_has_the_log(has_nvrtc):
+    with pytest.raises(nvrtc.CompileError, match=r"broken\.cu\(2\): error: identifier \"nothing\" is undefined"):
+        nvrtc.compile("__global__ void kernel(int* p) {\n  *p = nothing; }", "broken.cu", 90)
+
+
+def test_without_a_library(monkeypatch):
+    monkeypatch.setattr(nvrtc, "_candidates", lambda: ["libnvrtc-absent.so"])
+    with pytest.raises(nvrtc.Unavailable, match="nvidia-cuda-nvrtc"):
+        nvrtc.library.__wrapped__()

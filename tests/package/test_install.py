@@ -1,0 +1,131 @@
+"""The package as it was built and installed.  Whole installations into fresh environments are the work of .ci/run."""
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import pytest
+
+import adderops
+from adderops import _C
+
+CHECKOUT = Path(__file__).resolve().parents[2]
+INSTALLED = Path(adderops.__file__).resolve().parent
+
+
+def test_installed_version():
+    try:
+        installed = version("adderops")
+    except PackageNotFoundError:
+        pytest.skip("not installed but built in place: there is no metadata to compare with")
+    assert installed == adderops.__version__
+
+
+def test_every_module_is_installed():
+    if INSTALLED.is_relative_to(CHECKOUT):
+        pytest.skip(f"the tested package is the checkout itself, {INSTALLED}; `pytest` tests the installed one")
+    modules = {p.relative_to(CHECKOUT / "adderops") for p in (CHECKOUT / "adderops").rglob("*.py")}
+    assert {p.relative_to(INSTALLED) for p in INSTALLED.rglob("*.py")} == modules
+    assert (INSTALLED / "py.typed").is_file()
+
+
+def test_one_binary_for_every_python_and_torch():
+    for library in (_C, sys.modules.get("adderops._cuda", _C)):
+        assert Path(library.__file__).name.endswith((".abi3.so", ".pyd"))
+
+
+def test_sources_without_the_library_say_what_to_do(tmp_path):
+    shutil.copytree(INSTALLED, tmp_path / "adderops", ignore=shutil.ignore_patterns("_C*", "_cuda*", "__pycache__"))
+    run = subprocess.run([sys.executable, "-c", "import adderops"], cwd=tmp_path, capture_output=True, text=True)
+    assert "the compiled library adderops/_C.abi3.so does not load" in run.stderr
+    assert "build it with `pip install .` in the checkout" in run.stderr
+
+
+@pytest.mark.parametrize(
+    "value, message",
+    [
+        ("1", "ADDEROPS_CUDA=1: CUDA_HOME=/nowhere holds no bin/nvcc; set CUDA_HOME to a toolkit of CUDA "),
+        ("yes", "ADDEROPS_CUDA: expected auto, 0 or 1, got 'yes'"),
+    ],
+)
+def test_cuda_that_cannot_be_built_is_refused(value, message):
+    """A CPU build in its place would be a silent surprise."""
+    run = subprocess.run(
+        [sys.executable, "setup.py", "--version"],
+        cwd=CHECKOUT,
+        env={**os.environ, "ADDEROPS_CUDA": value, "CUDA_HOME": "/nowhere"},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode != 0
+    assert message in run.stderr
+
+
+def build_requirements(monkeypatch, folder):
+    """What the build backend asks for when `folder` is the interpreter's only site-packages."""
+    monkeypatch.setattr("site.getsitepackages", lambda: [str(folder)])
+    monkeypatch.setattr("site.ENABLE_USER_SITE", False)
+    monkeypatch.setattr("sys.path", list(sys.path))
+    spec = importlib.util.spec_from_file_location("adderops_backend", CHECKOUT / "_build" / "adderops_backend.py")
+    backend = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(backend)
+    hooks = (
+        backend.get_requires_for_build_wheel,
+        backend.get_requires_for_build_editable,
+        backend.get_requires_for_build_sdist,
+    )
+    (answer,) = {tuple(hook()) for hook in hooks}
+    return answer, str(folder) in sys.path
+
+
+@pytest.mark.parametrize("installed", ["2.11.0+cpu", "2.100.1", "3.0.0a0+git1234"])
+def test_the_build_uses_an_installed_torch(installed, monkeypatch, tmp_path):
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "version.py").write_text(f"__version__ = '{installed}'\ndebug = False\n")
+    assert build_requirements(monkeypatch, tmp_path) == ((), True)
+
+
+@pytest.mark.parametrize("installed", [None, "2.10.1+cu130", "1.99.0"])
+def test_the_build_asks_for_torch_where_none_is_new_enough(installed, monkeypatch, tmp_path):
+    if installed:
+        (tmp_path / "torch").mkdir()
+        (tmp_path / "torch" / "version.py").write_text(f"__version__ = '{installed}'\ndebug = False\n")
+    assert build_requirements(monkeypatch, tmp_path) == (("torch>=2.11", "numpy"), False)
+
+
+def copied_sources(folder: Path) -> Path:
+    """The files of the checkout that are not results of a build."""
+    ignored = shutil.ignore_patterns(".git", "*.so", "build", "dist", "*.egg-info", "__pycache__", ".*_cache", "runs")
+    return Path(shutil.copytree(CHECKOUT, folder / "tree", ignore=ignored))
+
+
+def test_no_compiler_is_one_line(tmp_path):
+    run = subprocess.run(
+        [sys.executable, "setup.py", "build_ext", "--inplace"],
+        cwd=copied_sources(tmp_path),
+        env={**os.environ, "ADDEROPS_CUDA": "0", "CXX": "no-such-compiler -O2"},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 1 and "Traceback" not in run.stderr
+    last = run.stderr.splitlines()[-1]
+    assert last.startswith("adderops: no C++ compiler: expected 'no-such-compiler -O2' on the PATH; install g++")
+
+
+def test_the_source_distribution_is_whole(tmp_path):
+    """Whatever a test or a build reads is in it: every tracked file but those of the repository alone."""
+    tree = copied_sources(tmp_path)
+    command = [sys.executable, "setup.py", "-q", "sdist", "--formats=tar", "--dist-dir", str(tmp_path)]
+    run = subprocess.run(command, cwd=tree, env={**os.environ, "ADDEROPS_CUDA": "0"}, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    (archive,) = tmp_path.glob("adderops-*.tar")
+    with tarfile.open(archive) as tar:
+        packed = {Path(*Path(name).parts[1:]) for name in tar.getnames()}
+    wanted = {path.relative_to(tree) for path in tree.rglob("*") if path.is_file()}
+    missing = {path for path in wanted - packed if not any("egg-info" in part for part in path.parts)}
+    assert missing <= {Path(".gitignore")}, sorted(map(str, missing))
