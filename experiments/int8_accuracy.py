@@ -26,7 +26,7 @@ import torch
 from adderops.distill.build import load_data_of
 from adderops.distill.data import calibration_batches
 from adderops.distill.evaluate import evaluate
-from adderops.distill.run_folder import RunFolder
+from adderops.distill.runs.folder import RunFolder
 from adderops.files import write_atomically
 from adderops.quant import Scheme, calibrate, convert, reestimate_batchnorm
 

@@ -31,7 +31,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from adderops.distill.paired import compare_groups, group_rows, paired_difference
+from adderops.distill.runs.paired import compare_groups, group_rows, paired_difference
 from adderops.files import write_atomically
 
 RESULTS = Path(__file__).parent / "results"
