@@ -1,14 +1,16 @@
-"""Small image sets, run folders made by hand, what a command prints, and comparisons of run folders."""
+"""Small image sets, tasks and run folders for tests, what a command prints, and comparisons of run folders."""
 
 import csv
 import io
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
 from PIL import Image
 
-from adderops.distill import METHODS, Options, main
+from adderops.distill import METHODS, Options, Task, main, trainer
+from adderops.distill.build import build_optimizer
 from adderops.distill.checkpoint import write_csv, write_json
 from adderops.distill.data import IDX_FILES
 from adderops.distill.methods.task import COMPARE
@@ -32,6 +34,19 @@ def write_bars(folder: Path, train: int = 128, test: int = 40) -> None:
     """Writes the four idx files."""
     for array, name in zip((*_bars(train, seed=1), *_bars(test, seed=2)), IDX_FILES, strict=True):
         (folder / name).write_bytes(idx_bytes(array))
+
+
+def build_task(options: Options) -> Task:
+    """Builds networks and task for images of bars."""
+    config, bars = options.resolve(), SimpleNamespace(in_channels=1, num_classes=4)
+    return METHODS[config.method].build(config, bars, torch.device("cpu"))
+
+
+def keep_tasks(monkeypatch) -> list[Task]:
+    """Returns a list that gets the task of each training from now on."""
+    tasks: list[Task] = []
+    monkeypatch.setattr(trainer, "build_optimizer", lambda c, task: tasks.append(task) or build_optimizer(c, task))
+    return tasks
 
 
 def rows_of(log: Path) -> list[dict[str, str]]:
