@@ -18,7 +18,7 @@ from torch.export import Dim, ExportedProgram
 from torch.optim.swa_utils import AveragedModel
 
 from adderops import _ops
-from adderops.files import write_atomically
+from adderops.atomic import write_atomically
 
 _LEAST_OPSET = 18
 

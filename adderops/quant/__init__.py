@@ -10,11 +10,11 @@ On a CPU one instruction sums eight |a - b| of bytes; a network of 8 bits has th
 
 from adderops.batchnorm import reestimate_batchnorm
 from adderops.quant.calibration import calibrate, insert, observe
-from adderops.quant.files import load, save
 from adderops.quant.fuse import convert
 from adderops.quant.grid import Grid
 from adderops.quant.network import IntegerNetwork
 from adderops.quant.scheme import Scheme
+from adderops.quant.serialization import load, save
 
 __all__ = [
     "Grid",

@@ -9,7 +9,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from adderops.nn import AdderConv2d
-from adderops.quant.layers import FLOAT_BITS, QuantAdderConv2d, QuantConv2d, Quantized, QuantLinear
+from adderops.quant.fake_quantized import FLOAT_BITS, QuantAdderConv2d, QuantConv2d, Quantized, QuantLinear
 from adderops.quant.scheme import Scheme
 
 

@@ -19,8 +19,8 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from adderops import _ops
 from adderops.quant.calibration import quantized_layers, unwrapped
+from adderops.quant.fake_quantized import Quantized, QuantizedEnd
 from adderops.quant.grid import Grid, excess
-from adderops.quant.layers import Quantized, QuantizedEnd
 from adderops.quant.network import IntegerNetwork, assemble, in_memory_format, tensor_name
 from adderops.quant.tracing import trace
 

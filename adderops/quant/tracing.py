@@ -14,7 +14,7 @@ from torch.utils._pytree import TreeSpec, tree_leaves, tree_unflatten
 
 from adderops.export import export_program
 from adderops.quant.calibration import unwrapped
-from adderops.quant.layers import Quantized
+from adderops.quant.fake_quantized import Quantized
 
 aten = torch.ops.aten
 _SPLITS = (aten.split.Tensor, aten.split_with_sizes.default)

@@ -20,7 +20,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from adderops.files import write_atomically
+from adderops.atomic import write_atomically
 from adderops.quant.calibration import unwrapped
 from adderops.quant.checks import check, check_keys
 from adderops.quant.network import IntegerNetwork, document_of, restore
