@@ -4,6 +4,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from adderops.models.kinds import layer_of_kind
+from adderops.models.registry import register_model
 
 
 class LeNet5BN(nn.Module):
@@ -46,6 +47,7 @@ class LeNet5BN(nn.Module):
         return self.fc(x.flatten(1))
 
 
+@register_model(image_size=32)
 def lenet5(kind: str = "adder", in_channels: int = 1, num_classes: int = 10) -> LeNet5BN:
     """Builds LeNet-5-BN as adder network (kind='adder') or as CNN (kind='cnn').
 

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from adderops.models.kinds import layer_of_kind
+from adderops.models.registry import register_model
 
 # of the pointwise and of the depthwise layer
 _CHANNELS = (64, 128, 128, 256, 256, 512, 512, 512, 512, 512, 512, 1024, 1024)
@@ -63,6 +64,7 @@ class MobileNet(nn.Module):
         return self.fc(F.adaptive_avg_pool2d(x, 1).flatten(1))
 
 
+@register_model(image_size=32)
 def mobilenet(kind: str = "adder", in_channels: int = 3, num_classes: int = 10, width: float = 1.0) -> MobileNet:
     """Builds MobileNet as adder network (kind='adder') or as CNN (kind='cnn').
 

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from adderops.models.kinds import layer_of_kind
+from adderops.models.registry import register_model
 
 _Layer = Callable[..., nn.Module]
 
@@ -158,6 +159,7 @@ class ResNetImageNet(nn.Module):
         return self.bn2(self.fc(F.adaptive_avg_pool2d(x, 1))).flatten(1)
 
 
+@register_model(image_size=32)
 def resnet20(kind: str = "adder", in_channels: int = 3, num_classes: int = 10) -> ResNetCIFAR:
     """Builds ResNet-20 as adder network (kind='adder') or as CNN (kind='cnn').
 
@@ -170,6 +172,7 @@ def resnet20(kind: str = "adder", in_channels: int = 3, num_classes: int = 10) -
     return ResNetCIFAR(kind, (3, 3, 3), in_channels, num_classes)
 
 
+@register_model(image_size=32)
 def resnet32(kind: str = "adder", in_channels: int = 3, num_classes: int = 10) -> ResNetCIFAR:
     """Builds ResNet-32 as adder network (kind='adder') or as CNN (kind='cnn').
 
@@ -181,6 +184,7 @@ def resnet32(kind: str = "adder", in_channels: int = 3, num_classes: int = 10) -
     return ResNetCIFAR(kind, (5, 5, 5), in_channels, num_classes)
 
 
+@register_model(image_size=224)
 def resnet18(kind: str = "adder", in_channels: int = 3, num_classes: int = 1000) -> ResNetImageNet:
     """Builds ResNet-18 as adder network (kind='adder') or as CNN (kind='cnn').
 
@@ -193,6 +197,7 @@ def resnet18(kind: str = "adder", in_channels: int = 3, num_classes: int = 1000)
     return ResNetImageNet(kind, BasicBlock, (2, 2, 2, 2), in_channels, num_classes)
 
 
+@register_model(image_size=224)
 def resnet50(kind: str = "adder", in_channels: int = 3, num_classes: int = 1000) -> ResNetImageNet:
     """Builds ResNet-50 as adder network (kind='adder') or as CNN (kind='cnn').
 

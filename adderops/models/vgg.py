@@ -4,6 +4,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from adderops.models.kinds import layer_of_kind
+from adderops.models.registry import register_model
 
 
 class VGGSmall(nn.Module):
@@ -51,6 +52,7 @@ class VGGSmall(nn.Module):
         return self.fc(x.flatten(1))
 
 
+@register_model(image_size=32)
 def vgg_small(kind: str = "adder", in_channels: int = 3, num_classes: int = 10) -> VGGSmall:
     """Builds VGG-small as adder network (kind='adder') or as CNN (kind='cnn').
 
