@@ -3,6 +3,7 @@
 import importlib
 import signal
 import sys
+from types import ModuleType
 
 __version__ = "0.1.0"
 
@@ -20,7 +21,7 @@ _LAZY = ("distill", "export", "info", "models", "operations", "quant")
 __all__ = ["AdderConv2d", "AdderLinear", "convert", "functional", "nn", "optim", "reestimate_batchnorm", "reference"]
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> ModuleType:
     if name in _LAZY:
         return importlib.import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

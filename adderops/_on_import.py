@@ -1,9 +1,11 @@
 """Registers the operators with modules that take long to import, when somebody else imports them."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
+from types import ModuleType
 
 
 def on_import(name: str, action: Callable[[], object]) -> None:
@@ -20,17 +22,19 @@ class _Finder(MetaPathFinder):
     def __init__(self, name: str, action: Callable[[], object]) -> None:
         self.name, self.action = name, action
 
-    def find_spec(self, name, path=None, target=None):
+    def find_spec(
+        self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
         if name != self.name:
             return None
         sys.meta_path.remove(self)
         spec = find_spec(name)
-        if spec is not None:
+        if spec is not None and spec.loader is not None:
             run = spec.loader.exec_module
 
-            def run_and_act(module) -> None:
+            def run_and_act(module: ModuleType) -> None:
                 run(module)
                 self.action()
 
-            spec.loader.exec_module = run_and_act
+            spec.loader.exec_module = run_and_act  # type: ignore[method-assign]  # of this one loader
         return spec

@@ -1,6 +1,7 @@
 """The operators in ONNX, as functions of onnxscript, which must be installed to import this."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from onnxscript import ir
 from onnxscript import opset18 as op
@@ -50,7 +51,7 @@ def adder_conv2d(
     return y if dtype_of_y == dtype else op.Cast(y, to=dtype_of_y)
 
 
-def _step_k(x, size, stride, axes, dtype) -> ir.Graph:
+def _step_k(x: ir.Value, size: ir.Value, stride: ir.Value, axes: ir.Value, dtype: ir.DataType) -> ir.Graph:
     y, w_k = (ir.Value(name=name, type=ir.TensorType(dtype)) for name in ("y", "w_k"))
     begin_k = ir.Value(name="begin_k", type=ir.TensorType(ir.DataType.INT64))
     tape = ir.tape.Tape()
@@ -61,5 +62,5 @@ def _step_k(x, size, stride, axes, dtype) -> ir.Graph:
     return ir.Graph([y, w_k, begin_k], [y_next], nodes=tape.nodes, name="step_k")
 
 
-def _integers(values) -> ir.Value:
+def _integers(values: Sequence[Any]) -> ir.Value:
     return op.Constant(value=ir.tensor(values, dtype=ir.DataType.INT64))

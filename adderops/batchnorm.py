@@ -2,7 +2,8 @@
 
 import sys
 from collections.abc import Iterable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 @torch.no_grad()
 def reestimate_batchnorm(
-    model: nn.Module, batches: Iterable[Tensor | tuple | list], device: torch.device | str | None = None
+    model: nn.Module, batches: Iterable[Tensor | tuple[Any, ...] | list[Any]], device: torch.device | str | None = None
 ) -> nn.Module:
     """Re-estimates the running statistics of every BatchNorm of a model from batches of images, in place.
 
@@ -67,7 +68,7 @@ def reestimate_batchnorm(
                 model(images if device is None else images.to(device))
             count += 1
             for norm in norms:
-                if not (norm.running_mean.isfinite().all() and norm.running_var.isfinite().all()):
+                if not all(norm.get_buffer(name).isfinite().all() for name in ("running_mean", "running_var")):
                     raise ValueError(f"batches: expected inputs with finite statistics, got others in batch {count}")
         if count == 0:
             raise ValueError("batches: expected at least one, got none")
@@ -84,6 +85,6 @@ def reestimate_batchnorm(
     return model
 
 
-def _eager():
+def _eager() -> AbstractContextManager[Any]:
     """Where something may be compiled, it runs as it is: torch.compile refuses a BatchNorm without momentum."""
     return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()

@@ -2,7 +2,9 @@
 
 import copy
 import inspect
+from collections.abc import Callable
 from itertools import chain
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -73,7 +75,9 @@ class _Tracer(fx.Tracer):
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
         return super().is_leaf_module(module, name) or isinstance(module, (*_NORMS, *_WEIGHTED))
 
-    def call_module(self, module, forward, args, kwargs):
+    def call_module(
+        self, module: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
         if self.is_leaf_module(module, self.path_of_module(module)):
             return super().call_module(module, forward, args, kwargs)
         last = next(reversed(self.graph.nodes), None)
@@ -124,13 +128,14 @@ class _Examination:
         before = _weights_before(graph, modules)
         found: dict[nn.Module, list[str | None]] = {}
         for node in graph.nodes:
-            if node.op == "call_module" and isinstance(modules[node.target], _ConvNd):
+            conv = _module_of(node, modules)
+            if isinstance(conv, _ConvNd):
                 reason = _lack_of_norm(node, modules, isinstance(behind, _NORMS))
                 if whole and node not in before:
                     reason = "first convolution"
                 elif whole and not _weights_behind(node, modules):
                     reason = "classifier"
-                found.setdefault(self.original[modules[node.target]], []).append(reason)
+                found.setdefault(self.original[conv], []).append(reason)
         for conv, each in found.items():  # every use of a convolution must allow it
             self.reasons[conv] = next((reason for reason in each if reason is not None), None)
         if whole:
@@ -156,12 +161,16 @@ def _name_of(node: fx.Node) -> str:
     return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
 
 
+def _module_of(node: fx.Node, modules: dict[str, nn.Module]) -> nn.Module | None:
+    return modules[str(node.target)] if node.op == "call_module" else None
+
+
 def _lack_of_norm(node: fx.Node, modules: dict[str, nn.Module], output_is_normalized: bool) -> str | None:
     """Which reader of a node's output is no normalisation; None where all are."""
     readers, seen, read = [node], set(), False
     while readers:
         for user in readers.pop().users:
-            module = modules[user.target] if user.op == "call_module" else None
+            module = _module_of(user, modules)
             name = _name_of(user)
             if user in seen or (module is None and name in _SIZE_NAMES):
                 continue
@@ -180,12 +189,14 @@ def _lack_of_norm(node: fx.Node, modules: dict[str, nn.Module], output_is_normal
 
 
 def _is_gate(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
-    return isinstance(modules[node.target], _GATES) if node.op == "call_module" else _name_of(node) in _GATE_NAMES
+    module = _module_of(node, modules)
+    return _name_of(node) in _GATE_NAMES if module is None else isinstance(module, _GATES)
 
 
 def _has_weights(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
-    if node.op == "call_module":
-        return any(isinstance(m, _WEIGHTED) for m in modules[node.target].modules())
+    module = _module_of(node, modules)
+    if module is not None:
+        return any(isinstance(m, _WEIGHTED) for m in module.modules())
     return node.op == "call_function" and node.target in _WEIGHTED_FUNCTIONS
 
 

@@ -9,6 +9,7 @@ The adder convolution leaves in one of three forms:
 import copy
 import io
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -24,7 +25,7 @@ _LEAST_OPSET = 18
 
 
 def export_program(
-    model: nn.Module, example: Tensor, path: str | os.PathLike | None = None, *, decompose: bool = False
+    model: nn.Module, example: Tensor, path: str | os.PathLike[str] | None = None, *, decompose: bool = False
 ) -> ExportedProgram:
     """Exports a model in evaluation mode as a `torch.export` program of any batch size.
 
@@ -54,18 +55,18 @@ def export_program(
     >>> torch.allclose(program.module()(images), model(images), atol=1e-4)
     True
     """
-    path = _writable("export_program", path)
+    file = None if path is None else _writable("export_program", path)
     program = _trace("export_program", model, example)
     if decompose:
         program = program.run_decompositions({_ops.adder_conv2d: _adder_conv2d_by_cdist})
-    if path is not None:
+    if file is not None:
         buffer = io.BytesIO()
         torch.export.save(program, buffer)
-        write_atomically(path, buffer.getbuffer())
+        write_atomically(file, buffer.getbuffer())
     return program
 
 
-def export_onnx(model: nn.Module, example: Tensor, path: str | os.PathLike, *, opset: int = 20) -> None:
+def export_onnx(model: nn.Module, example: Tensor, path: str | os.PathLike[str], *, opset: int = 20) -> None:
     """Writes a model in evaluation mode as one ONNX file that needs no custom operators, of any batch size.
 
     The file has the input `input`, of shape (batch, ...); it has passed `onnx.checker`, and is written atomically.
@@ -105,7 +106,7 @@ def export_onnx(model: nn.Module, example: Tensor, path: str | os.PathLike, *, o
     if not _LEAST_OPSET <= opset <= onnx.defs.onnx_opset_version():  # beyond it the converter only warns
         supported = f"{_LEAST_OPSET} to {onnx.defs.onnx_opset_version()}"
         raise ValueError(f"export_onnx: opset: expected {supported}, got {opset}")
-    path = _writable("export_onnx", path)
+    file = _writable("export_onnx", path)
     converted = torch.onnx.export(
         _trace("export_onnx", model, example),
         dynamo=True,
@@ -115,10 +116,11 @@ def export_onnx(model: nn.Module, example: Tensor, path: str | os.PathLike, *, o
         custom_translation_table={_ops.adder_conv2d: adder_conv2d},
         verbose=False,
     )
+    assert converted is not None  # with dynamo=True it is a program
     ClearMetadataAndDocStringPass()(converted.model)  # stack traces, with the paths of this machine
     content = converted.model_proto.SerializeToString()
     onnx.checker.check_model(content, full_check=True)
-    write_atomically(path, content)
+    write_atomically(file, content)
 
 
 def _trace(function: str, model: nn.Module, example: Tensor) -> ExportedProgram:
@@ -136,12 +138,10 @@ def _unwrapped(model: nn.Module) -> nn.Module:
     """The model inside of what torch.compile, data parallelism and weight averaging put round it, in any order."""
     wrappers = nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel
     while True:
-        if isinstance(getattr(model, "_orig_mod", None), nn.Module):
-            model = model._orig_mod
-        elif isinstance(model, wrappers):
-            model = model.module
-        else:
+        inner = model.module if isinstance(model, wrappers) else getattr(model, "_orig_mod", None)
+        if not isinstance(inner, nn.Module):
             return model
+        model = inner
 
 
 def _positions(padded: int, kernel: int, stride: int, dilation: int) -> int:
@@ -149,13 +149,21 @@ def _positions(padded: int, kernel: int, stride: int, dilation: int) -> int:
     return (padded - dilation * (kernel - 1) - 1) // stride + 1
 
 
-def _adder_conv2d_by_cdist(x, w, bias, stride, padding, dilation, groups) -> Tensor:
+def _adder_conv2d_by_cdist(
+    x: Tensor,
+    w: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
     """The operator in plain PyTorch: an L1 `cdist` of patches (groups, N*OH*OW, K) and filters (groups, M, K)."""
     top, bottom, left, right = padding
     dtype = torch.promote_types(x.dtype, torch.float32)  # the halves are summed in float32, as by the operator
     x = F.pad(x.to(dtype), (left, right, top, bottom))
     OH, OW = map(_positions, x.shape[2:], w.shape[2:], stride, dilation)
-    patches = F.unfold(x, w.shape[2:], dilation, stride=stride)  # (N, groups*K, OH*OW)
+    patches = F.unfold(x, w.shape[2:], tuple(dilation), stride=tuple(stride))  # (N, groups*K, OH*OW)
     patches = patches.unflatten(1, (groups, -1)).permute(1, 0, 3, 2).flatten(1, 2)
     filters = w.to(dtype).unflatten(0, (groups, -1)).flatten(2)
     y = -torch.cdist(patches, filters, p=1.0).unflatten(1, (-1, OH, OW)).permute(1, 0, 4, 2, 3).flatten(1, 2)
@@ -164,8 +172,8 @@ def _adder_conv2d_by_cdist(x, w, bias, stride, padding, dilation, groups) -> Ten
     return y.to(w.dtype)
 
 
-def _writable(function: str, path: str | os.PathLike | None) -> Path | None:
+def _writable(function: str, path: str | os.PathLike[str]) -> Path:
     """The path, known to be in a folder before minutes of work are lost for want of it."""
-    if path is not None and not Path(path).parent.is_dir():
+    if not Path(path).parent.is_dir():
         raise FileNotFoundError(f"{function}: path: expected a file in an existing folder, got {os.fspath(path)!r}")
-    return None if path is None else Path(path)
+    return Path(path)

@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from operator import index
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from adderops import _ops
 
 _LARGEST = 2**31 - 1  # stride, padding and dilation, as the operators take them
 # The argument rules read sizes that a trace may take for constants: silent, as in PyTorch's own functions
-warnings.filterwarnings("ignore", category=torch.jit.TracerWarning, module=r"adderops\.functional")
+warnings.filterwarnings("ignore", category=torch.jit._trace.TracerWarning, module=r"adderops\.functional")
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _INT8_DTYPES = {
@@ -184,12 +185,24 @@ def adder_conv2d_int8(
     """
     inputs = (input, weight, scale, offset, residual)
     if has_torch_function(inputs):
-        options = dict(relu=relu, dtype=dtype, zero_point=zero_point, quant_max=quant_max, padding_value=padding_value)
-        geometry = dict(stride=stride, padding=padding, dilation=dilation, groups=groups)
-        return handle_torch_function(adder_conv2d_int8, inputs, *inputs, residual_scale, **options, **geometry)
+        return handle_torch_function(
+            adder_conv2d_int8,
+            inputs,
+            *inputs,
+            residual_scale,
+            relu=relu,
+            dtype=dtype,
+            zero_point=zero_point,
+            quant_max=quant_max,
+            padding_value=padding_value,
+            stride=stride,
+            padding=padding,
+            dilation=dilation,
+            groups=groups,
+        )
     bad = partial(_bad, operator="adder_conv2d_int8")
     floats = {"scale": scale, "offset": offset}
-    tensors = {"input": input, "weight": weight, **floats, "residual": residual}
+    tensors: dict[str, Tensor | None] = {"input": input, "weight": weight, **floats, "residual": residual}
     for name, tensor in tensors.items():
         if tensor is None and name not in ("input", "weight"):
             continue
@@ -198,7 +211,7 @@ def adder_conv2d_int8(
         expected = _INT8_DTYPES[name]
         if tensor.dtype not in expected:
             raise bad(name, f"dtype {' or '.join(map(str, expected))}", tensor.dtype, TypeError)
-    _check_dense("adder_conv2d_int8", **tensors)
+    _check_dense("adder_conv2d_int8", input=input, weight=weight, **floats, residual=residual)
     geometry = _geometry(input, weight, stride, padding, dilation, groups, "adder_conv2d_int8")
     if input.dim() != 4:
         raise bad("input", "shape (N, C_in, H, W)", tuple(input.shape))
@@ -276,14 +289,14 @@ def _bad(
     return error(f"{operator}: {argument}: expected {expected}, got {got}")
 
 
-def _integer(value) -> int:
+def _integer(value: Any) -> int:
     """The value of any integer, NumPy's too; TypeError for everything else, a bool included, as in `F.conv2d`."""
     if isinstance(value, bool):
         raise TypeError
     return index(value)
 
 
-def _byte(name: str, value, bad: Callable[..., Exception], least: int = 0, most: int = 255) -> int:
+def _byte(name: str, value: Any, bad: Callable[..., Exception], least: int = 0, most: int = 255) -> int:
     expected = f"an integer from {least} to {most}"
     try:
         byte = _integer(value)
@@ -294,7 +307,7 @@ def _byte(name: str, value, bad: Callable[..., Exception], least: int = 0, most:
     return byte
 
 
-def _number(name: str, value, bad: Callable[..., Exception]) -> float:
+def _number(name: str, value: Any, bad: Callable[..., Exception]) -> float:
     try:
         if isinstance(value, (str, bytes, bool)):
             raise TypeError
@@ -339,8 +352,14 @@ def _check_dense(operator: str, *, input: Tensor, **others: Tensor | None) -> No
 
 
 def _geometry(
-    input: Tensor, weight: Tensor, stride, padding, dilation, groups: int, operator: str = "adder_conv2d"
-) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int]:
+    input: Tensor,
+    weight: Tensor,
+    stride: int | Sequence[int],
+    padding: int | Sequence[int] | str,
+    dilation: int | Sequence[int],
+    groups: int,
+    operator: str = "adder_conv2d",
+) -> tuple[tuple[int, int], tuple[int, int, int, int], tuple[int, int], int]:
     """stride, padding (top, bottom, left, right), dilation and groups as the operators take them."""
     bad = partial(_bad, operator=operator)
     if input.dim() not in (3, 4):
@@ -381,7 +400,13 @@ def _pair(name: str, value: int | Sequence[int], least: int, bad: Callable[..., 
     return values[0], values[-1]
 
 
-def _four_sides(padding, weight: Tensor, stride, dilation, bad: Callable[..., Exception]) -> tuple[int, ...]:
+def _four_sides(
+    padding: int | Sequence[int] | str,
+    weight: Tensor,
+    stride: tuple[int, int],
+    dilation: tuple[int, int],
+    bad: Callable[..., Exception],
+) -> tuple[int, int, int, int]:
     """(top, bottom, left, right)."""
     if not isinstance(padding, str):
         vertical, horizontal = _pair("padding", padding, 0, bad)

@@ -22,7 +22,7 @@ def _devices() -> str:
     return ", ".join(f"{device.name} ({_code_of(device)})" for device in found)
 
 
-def _code_of(device) -> str:
+def _code_of(device: torch.cuda._CudaDeviceProperties) -> str:
     capability = f"{device.major}.{device.minor}"
     if _ops.CUDA_KERNELS_MISSING:
         return capability

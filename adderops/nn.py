@@ -1,9 +1,10 @@
 """Adder layers, and `convert`, which puts them into any model."""
 
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from numbers import Integral
 from operator import index
+from typing import Any, Literal, NoReturn
 
 import torch
 import torch.fx
@@ -28,7 +29,7 @@ class _AdderLayer(AdaptiveRateLayer):
     AdderNet's published ones, which have a name of their own.
     """
 
-    bias: nn.Parameter | None
+    bias: Tensor | None
 
     def reset_parameters(self) -> None:
         """Weights from N(0, 1), without a fan-in factor as in AdderNet; biases 0."""
@@ -36,7 +37,16 @@ class _AdderLayer(AdaptiveRateLayer):
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
-    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors) -> None:
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        metadata: dict[str, Any],
+        strict: bool,
+        missing: list[str],
+        unexpected: list[str],
+        errors: list[str],
+    ) -> None:
         for old, new in _NAME_OF_CHECKPOINT_KEY.items():
             if prefix + old in state_dict and prefix + new not in state_dict:
                 state_dict[prefix + new] = state_dict.pop(prefix + old)
@@ -65,7 +75,7 @@ class _AdderLayer(AdaptiveRateLayer):
             )
         super().register_parameter(name, param)
 
-    def __prepare_scriptable__(self):
+    def __prepare_scriptable__(self) -> NoReturn:
         raise TypeError(
             f"{type(self).__name__}: expected torch.export or torch.jit.trace, got torch.jit.script, "
             "which cannot compile the argument rules of adder_conv2d"
@@ -123,13 +133,13 @@ class AdderConv2d(_AdderLayer, _ConvNd):
         self,
         in_channels: int,
         out_channels: int,
-        kernel_size: int | tuple[int, int],
-        stride: int | tuple[int, int] = 1,
-        padding: int | tuple[int, int] | str = 0,
-        dilation: int | tuple[int, int] = 1,
+        kernel_size: int | Sequence[int],
+        stride: int | Sequence[int] = 1,
+        padding: int | Sequence[int] | str = 0,
+        dilation: int | Sequence[int] = 1,
         groups: int = 1,
         bias: bool = False,
-        padding_mode: str = "zeros",
+        padding_mode: Literal["zeros", "reflect", "replicate", "circular"] = "zeros",
         eta: float | None = 0.2,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -154,19 +164,19 @@ class AdderConv2d(_AdderLayer, _ConvNd):
     def forward(self, input: Tensor) -> Tensor:
         padding = self.padding
         if self.padding_mode != "zeros":
-            input, padding = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode), 0
+            input, padding = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode), (0, 0)
         return adder_conv2d(input, self.rated_weight(), self.bias, self.stride, padding, self.dilation, self.groups)
 
 
 def _pair(name: str, value: int | Iterable[int]) -> tuple[int, int]:
     """(height, width) of an argument that nn.Conv2d takes as one integer or two, numpy's among them."""
     try:
-        values = tuple(map(index, value)) if isinstance(value, Iterable) else (index(value),) * 2
+        values = list(map(index, value)) if isinstance(value, Iterable) else [index(value)] * 2
     except TypeError:
-        values = ()
+        values = []
     if len(values) != 2:
         raise TypeError(f"AdderConv2d: {name}: expected an integer or a pair of integers, got {value!r}")
-    return values
+    return values[0], values[1]
 
 
 class AdderLinear(_AdderLayer):
@@ -294,7 +304,7 @@ def _cannot_replace(conv: nn.Conv2d) -> str | None:
         return f"{kind.__name__} has a forward of its own"
     if nn.utils.parametrize.is_parametrized(conv):
         return "parametrized"
-    if any(isinstance(p, nn.parameter.UninitializedTensorMixin) for p in conv.parameters()):
+    if any(map(nn.parameter.is_lazy, conv.parameters())):
         return "not yet initialised: run the model once first"
     if conv._forward_hooks or conv._forward_pre_hooks or conv._backward_hooks or conv._backward_pre_hooks:
         return "has hooks"

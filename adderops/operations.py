@@ -113,9 +113,9 @@ def count_operations(model: nn.Module, example: Tensor | Sequence[int]) -> Opera
 def _one_image(model: nn.Module, example: Tensor | Sequence[int]) -> Tensor:
     """An input of batch size 1 on the meta device."""
     if isinstance(example, Tensor):
-        shape, dtype = example.shape, example.dtype
+        shape, dtype = tuple(example.shape), example.dtype
     elif isinstance(example, Sequence) and all(isinstance(size, int) for size in example):
-        shape = example
+        shape = tuple(example)
         dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     else:
         raise TypeError(f"count_operations: example: expected a tensor or the shape of one, got {example!r}")

@@ -11,7 +11,7 @@ import numbers
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -64,16 +64,19 @@ def normalize_gradients(parameters: Iterable[Tensor]) -> None:
     _normalize(parameters)
 
 
+_Layer = TypeVar("_Layer", bound="AdaptiveRateLayer")
+
+
 class AdaptiveRateLayer(nn.Module):
     """A layer with a `weight` and an `eta`: the base of the adder layers.
 
     `forward` of a subclass calls `self.rated_weight()` once in place of `self.weight`.
     """
 
-    weight: nn.Parameter
+    weight: Tensor
     eta: float | None
 
-    def __new__(cls, *args, **kwargs):
+    def __new__(cls: type[_Layer], *args: Any, **kwargs: Any) -> _Layer:
         layer = super().__new__(cls)  # constructed, copied or unpickled
         _watches[layer] = _Watch()
         return layer
@@ -122,11 +125,15 @@ def _normalize_held(optimizer: Any) -> None:
         _normalize(group["params"], scale)
 
 
-def _before_step(optimizer: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+_Args = tuple[Any, ...]
+_Kwargs = dict[str, Any]
+
+
+def _before_step(optimizer: Any, args: _Args, kwargs: _Kwargs) -> tuple[_Args, _Kwargs] | None:
     """Normalizes the gradients that the step finds, or those that each call of its closure leaves."""
 
-    def and_normalize(closure: Callable) -> Callable:
-        def closure_and_normalize():
+    def and_normalize(closure: Callable[[], Any]) -> Callable[[], Any]:
+        def closure_and_normalize() -> Any:
             loss = closure()
             _normalize_held(optimizer)
             return loss
@@ -186,9 +193,10 @@ class AdaptiveRate:
         if inner is None:
             step = optimizer.step
 
-            def rated_step(*args, **kwargs):
-                (_, *args), kwargs = _before_step(optimizer, (optimizer, *args), kwargs) or ((optimizer, *args), kwargs)
-                return step(*args, **kwargs)
+            def rated_step(*args: Any, **kwargs: Any) -> Any:
+                given = (optimizer, *args), kwargs
+                (_, *others), named = _before_step(optimizer, *given) or given
+                return step(*others, **named)
 
             optimizer.step = rated_step
 
@@ -215,11 +223,11 @@ class _NormalizedGradient(torch.autograd.Function):
         return weight.view_as(weight)
 
     @staticmethod
-    def setup_context(ctx, inputs, output) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Tensor, float], output: Tensor) -> None:
         ctx.eta = inputs[1]
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return normalize_gradient(grad, ctx.eta), None
 
 
@@ -263,14 +271,15 @@ _WATCHED_VALUES = 64
 def _watched(layer: AdaptiveRateLayer) -> Tensor:
     """The weight; warns if it has changed behind a backward pass and no optimizer's step has been seen."""
     weight = layer.weight
-    traced = torch.compiler.is_compiling() or torch.jit.is_tracing() or type(weight) is not nn.Parameter
+    traced = torch.compiler.is_compiling() or torch.jit._trace.is_tracing() or type(weight) is not nn.Parameter
     if traced or not (torch.is_grad_enabled() and weight.requires_grad) or weight.is_meta:
         return weight
     watch = _watches[layer]
     if watch.stepped or (weight.is_cuda and torch.cuda.is_current_stream_capturing()):
         return weight
     values = weight.detach().flatten()[:_WATCHED_VALUES].clone()
-    if watch.differentiated and watch.values.shape == values.shape and not torch.equal(watch.values, values):
+    before = watch.values
+    if watch.differentiated and before is not None and before.shape == values.shape and not before.equal(values):
         warnings.warn(
             f"{type(layer).__name__}: weight: expected steps of a torch.optim.Optimizer that holds it, got a change "
             f"after a backward pass without one, so the rate eta={layer.eta} was not applied: call "

@@ -7,15 +7,24 @@ graph.
 """
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+_Index = tuple[Any, ...]
+
 
 def _taps(
-    x: Tensor, w: Tensor, stride, padding, dilation, groups, padding_value: int = 0
-) -> Iterator[tuple[tuple, tuple, Tensor, Tensor]]:
+    x: Tensor,
+    w: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    padding_value: int = 0,
+) -> Iterator[tuple[_Index, _Index, Tensor, Tensor]]:
     """Yields (where in x, where in w, x_k, w_k) for every tap k.
 
     x_k (N, groups, 1, OH, OW) and w_k (groups, C_out/groups, 1, 1) broadcast to the output, which is
@@ -54,7 +63,7 @@ def adder_conv2d(
     >>> adder_conv2d(torch.tensor([[[[1.0, 5.0]]]]), torch.tensor([[[[3.0, 3.0]]]]))
     tensor([[[[-4.]]]])
     """
-    y = 0
+    y = x.new_zeros(())
     for _, _, x_k, w_k in _taps(x, w, stride, padding, dilation, groups):
         y = y - (x_k - w_k).abs()
     y = y.flatten(1, 2)
@@ -144,11 +153,11 @@ def adder_conv2d_int8(
     >>> adder_conv2d_int8(torch.tensor([[[[1, 5]]]], dtype=torch.uint8), torch.tensor([[[[3, 3]]]], dtype=torch.uint8))
     tensor([[[[-4]]]], dtype=torch.int32)
     """
-    y = 0
+    y = x.new_zeros((), dtype=torch.int32)
     for _, _, x_k, w_k in _taps(x.int(), w.int(), stride, padding, dilation, groups, padding_value):
         y = y - (x_k - w_k).abs()
     y = y.flatten(1, 2)
-    if scale is None:
+    if scale is None or offset is None:
         return y
     z = offset[:, None, None] + scale[:, None, None] * y.float()
     if residual is not None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -95,7 +96,7 @@ class IntermediateOutputs:
         self._handles += [layer.register_forward_hook(partial(self._keep, i)) for i, layer in enumerate(self.layers)]
         for module in model.modules():
             if getattr(module, "inplace", False) is True:
-                module.inplace = False
+                setattr(module, "inplace", False)  # noqa: B010  (nn.Module declares no such attribute)
 
     def take(self) -> list[Tensor]:
         """Returns the outputs of the last forward in the order of `names`, with graph, and forgets them.
@@ -103,14 +104,15 @@ class IntermediateOutputs:
         Raises:
             RuntimeError: a layer was not run, or its output was changed in place after it.
         """
-        outputs = list(self._outputs)
+        kept, outputs = list(self._outputs), []
         self._forget()
-        for name, output in zip(self.names, outputs, strict=True):
+        for name, output in zip(self.names, kept, strict=True):
             if output is None:
                 raise RuntimeError(f"IntermediateOutputs: layer {name!r} was not run in the last forward")
             # the layer itself hands over version 0; inside a compiled region versions cannot be asked for
             if not torch.compiler.is_compiling() and not output.is_inference() and output._version:
                 raise RuntimeError(f"IntermediateOutputs: the output of layer {name!r} was changed in place after it")
+            outputs.append(output)
         return outputs
 
     def remove(self) -> None:
@@ -119,11 +121,11 @@ class IntermediateOutputs:
             handle.remove()
         self._forget()
 
-    def _forget(self, *_) -> None:
+    def _forget(self, *_: object) -> None:
         for i in range(len(self._outputs)):
             self._outputs[i] = None
 
-    def _keep(self, i: int, layer: nn.Module, inputs: tuple, output: Tensor) -> None:
+    def _keep(self, i: int, layer: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
         if not self.enabled:
             return
         if self._outputs[i] is not None:
@@ -132,5 +134,5 @@ class IntermediateOutputs:
             )
         self._outputs[i] = output
 
-    def __getstate__(self) -> dict:
+    def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_outputs": [None] * len(self._outputs)}
