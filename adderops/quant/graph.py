@@ -14,15 +14,18 @@ of inputs and attributes are those of PyTorch's operators (`self` is called `inp
 import math
 import re
 from collections.abc import Callable, Mapping
+from functools import partial
 from itertools import count
+from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 from torch.fx import Graph, GraphModule, Node
 
 from adderops import _ops
-from adderops.quant.checks import ARGUMENTS, INDICES, LEAST, MOST, check, check_keys
+from adderops.quant.checks import ARGUMENTS, INDICES, LEAST, MOST, check, check_keys, invalid
 
 aten = torch.ops.aten
 
@@ -30,7 +33,7 @@ _SIMPLE = "abs amax avg_pool2d batch_norm cat clamp clamp_min clone contiguous c
 _SIMPLE += " hardsigmoid hardswish hardtanh index_select layer_norm leaky_relu linear matmul max_pool2d maximum minimum"
 _SIMPLE += " mish neg pad permute pixel_shuffle prelu relu relu6 reshape round sigmoid silu softplus sqrt squeeze stack"
 _SIMPLE += " take tanh unsqueeze adaptive_avg_pool2d channel_shuffle"
-OPERATIONS: dict[str, torch._ops.OpOverload] = {
+OPERATIONS: dict[str, OpOverload] = {
     "adder_conv2d_int8": _ops.adder_conv2d_int8,
     "quantize": _ops.quantize,
     "adder_conv2d": _ops.adder_conv2d,
@@ -79,11 +82,7 @@ _NODE_NAME = re.compile(r"[A-Za-z_]\w*", re.ASCII)
 def tensors_of(network: GraphModule) -> dict[str, Tensor]:
     """The tensors that a network's graph reads, by name."""
     names = sorted({str(node.target) for node in network.graph.nodes if node.op == "get_attr"})
-    values = {name: network for name in names}
-    for name in names:
-        for part in name.split("."):
-            values[name] = getattr(values[name], part)
-    return {name: value.detach() for name, value in values.items()}
+    return {name: attrgetter(name)(network).detach() for name in names}
 
 
 def describe(network: GraphModule, shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, Any]:
@@ -122,12 +121,13 @@ def describe(network: GraphModule, shape: tuple[int, ...], dtype: torch.dtype) -
 def _entry(node: Node, names: Mapping[Node, str]) -> dict[str, Any]:
     layer = node.meta.get("layer")
     where = f"node {node.name!r}" + (f" of layer {layer!r}" if layer else "")
-    op = _NAMES.get(node.target)
-    check(op is not None, where, "an operation of the closed list (docs/int8.md)", str(node.target))
-    positional = [a for a in node.target._schema.arguments if not a.kwarg_only]
+    if not isinstance(node.target, OpOverload) or node.target not in _NAMES:
+        raise invalid(where, "an operation of the closed list (docs/int8.md)", str(node.target))
+    schema = node.target._schema.arguments
+    positional = [a for a in schema if not a.kwarg_only]
     given = {a.name: value for a, value in zip(positional, node.args, strict=False)} | node.kwargs
     inputs, attributes = {}, {}
-    for argument in node.target._schema.arguments:
+    for argument in schema:
         value = given.get(argument.name, argument.default_value)
         name = "input" if argument.name == "self" else argument.name
         if "Tensor" in str(argument.real_type) and not isinstance(value, (int, float)):
@@ -136,7 +136,7 @@ def _entry(node: Node, names: Mapping[Node, str]) -> dict[str, Any]:
             attributes[name] = _attribute(value, f"{where}: {name}")
     if attributes.get("stride") == [] and "kernel_size" in attributes:
         attributes["stride"] = attributes["kernel_size"]
-    return {"op": op, "layer": layer, "inputs": inputs, "attributes": attributes}
+    return {"op": _NAMES[node.target], "layer": layer, "inputs": inputs, "attributes": attributes}
 
 
 def _attribute(value: object, where: str) -> Any:
@@ -198,14 +198,14 @@ def build(document: dict[str, Any], tensors: Mapping[str, Tensor], *, declare: b
         check(TENSOR_NAME.fullmatch(name) is not None, "tensor", "names joined by dots", name)
         probes[name] = [tensor.to("meta")] * len(_BATCHES)
 
-    def named(name: object, where: str) -> str:
+    def named(name: Any, where: str) -> str:
         check(isinstance(name, str) and _NODE_NAME.fullmatch(name) is not None, where, "an identifier", name)
         check(name not in probes, where, "a name that nothing else has", name)
         return name
 
-    def probe_of(name: str) -> list[Tensor]:
+    def probe_of(k: int, name: str) -> Tensor:
         check(name in probes, "input", "the name of an earlier value", name)
-        return probes[name]
+        return probes[name][k]
 
     def node_of(name: str) -> Node:
         check(name in probes, "output", "the name of a value", name)
@@ -231,12 +231,12 @@ def build(document: dict[str, Any], tensors: Mapping[str, Tensor], *, declare: b
         arguments = _arguments(entry, where)
         made = []
         for k in range(len(_BATCHES)):
-            values = [_replaced(kind, value, lambda ref, k=k: probe_of(ref)[k]) for kind, value in arguments]
+            values = [_replaced(kind, value, partial(probe_of, k)) for kind, value in arguments]
             if k == 0 and op in ARGUMENTS:
                 ARGUMENTS[op](where, *values)
             made.append(_tried(op, values, where))
         if op in INDICES:
-            INDICES[op](where, entry, tensors, document["nodes"][:i], made[0])
+            INDICES[op](where, entry, tensors, document["nodes"][:i])
         found = _shape(made, where), _word(made[0].dtype, _DTYPES_OF_NODES)
         if declare:
             entry["shape"], entry["dtype"] = found
