@@ -1,4 +1,4 @@
-"""Registers the operators with modules that take long to import, when somebody else imports them."""
+"""Registers the operators with modules that are slow to import, once something else imports them."""
 
 import sys
 from collections.abc import Callable, Sequence
@@ -9,7 +9,7 @@ from types import ModuleType
 
 
 def on_import(name: str, action: Callable[[], object]) -> None:
-    """Calls `action` once the module `name` has run: now if it has, else right after its first import."""
+    """Calls `action` after the module `name` has been imported: now if it has been, else right after its import."""
     if name in sys.modules:
         action()
     else:
@@ -17,7 +17,7 @@ def on_import(name: str, action: Callable[[], object]) -> None:
 
 
 class _Finder(MetaPathFinder):
-    """Finds the module as it would be found without this, with the action behind its code."""
+    """Finds the module by the other finders, and appends the action to its execution."""
 
     def __init__(self, name: str, action: Callable[[], object]) -> None:
         self.name, self.action = name, action

@@ -1,4 +1,4 @@
-"""`python -m adderops.info` prints what an answer to "it is slow" or "it does not work" needs to know."""
+"""`python -m adderops.info` prints what a bug report needs: versions, instruction sets, CUDA kernels and devices."""
 
 import platform
 from collections.abc import Callable
@@ -43,7 +43,7 @@ _LINES: dict[str, Callable[[], str]] = {
 
 
 def describe() -> dict[str, str]:
-    """Returns the lines of `python -m adderops.info`; a line that cannot be found out holds its error.
+    """Returns the lines of `python -m adderops.info`, by name; a line that fails holds its error.
 
     >>> describe()["CUDA kernels"].startswith(("for ", "none: "))
     True
@@ -52,7 +52,7 @@ def describe() -> dict[str, str]:
     for name, ask in _LINES.items():
         try:
             answers[name] = ask()
-        except Exception as error:  # a broken driver, a mistyped ADDEROPS_CPU_ISA: the other lines matter all the more
+        except Exception as error:  # a broken driver, a mistyped ADDEROPS_CPU_ISA: the report needs the other lines
             answers[name] = f"error: {error}"
     return answers
 

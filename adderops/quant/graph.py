@@ -1,14 +1,14 @@
-"""The graph of an integer network as data: JSON of a closed list of operations, checked before it is a graph again.
+"""The graph of an integer network as data: JSON with a closed list of operations, checked before it becomes a graph.
 
     {"input": {"name": "input", "shape": [-1, 3, 32, 32], "dtype": "float32"},
      "nodes": [{"name": "relu", "op": "relu", "layer": "stem", "inputs": {"input": "conv2d"}, "attributes": {},
                 "shape": [-1, 16, 32, 32], "dtype": "float32"}, ...],
      "output": "linear"}
 
-Nodes stand in the order of their computation.  An input is the name of an earlier node, of the network's input or of a
-tensor; a list of names for `cat` and `stack`; null for one that is left out.  An attribute is a number, a boolean, a
-list of numbers or one of a few words.  -1 in a shape is the batch, which is the first dimension throughout.  The names
-of inputs and attributes are those of PyTorch's operators (`self` is called `input`).
+Nodes are in the order of computation. An input is the name of an earlier node, of the network's input or of a tensor; a
+list of names for `cat` and `stack`; null if omitted. An attribute is a number, a boolean, a list of numbers or one of a
+few words. -1 in a shape is the batch, which is always the first dimension. The names of inputs and attributes are those
+of PyTorch's operators (`self` is called `input`).
 """
 
 import math
@@ -70,8 +70,8 @@ _FORMATS = {
 }
 _WORDS = ("same", "valid", "none", "tanh", "constant", "reflect", "replicate", "circular")
 
-MOST_VALUES = 2**28  # of a node per image
-_BATCHES = (5, 7)  # a dimension that follows them is the batch
+MOST_VALUES = 2**28  # per node and image
+_BATCHES = (5, 7)  # batch sizes to try: a dimension that changes with them is the batch
 TENSOR_NAME = re.compile(r"\w+(\.\w+)*", re.ASCII)
 _NODE_NAME = re.compile(r"[A-Za-z_]\w*", re.ASCII)
 
@@ -80,7 +80,7 @@ _NODE_NAME = re.compile(r"[A-Za-z_]\w*", re.ASCII)
 
 
 def tensors_of(network: GraphModule) -> dict[str, Tensor]:
-    """The tensors that a network's graph reads, by name."""
+    """Returns the tensors that the graph of a network reads, by name."""
     names = sorted({str(node.target) for node in network.graph.nodes if node.op == "get_attr"})
     return {name: attrgetter(name)(network).detach() for name in names}
 
@@ -89,7 +89,7 @@ def describe(network: GraphModule, shape: tuple[int, ...], dtype: torch.dtype) -
     """Returns input, nodes and output of a network whose input has this shape per image.
 
     Raises:
-        ValueError: a node that is not of the closed list, by name and layer.
+        ValueError: an operation that is not in the closed list, with name and layer of the node.
     """
     tensors = tensors_of(network)
     names: dict[Node, str] = {}
@@ -158,7 +158,7 @@ def _word(value: object, words: Mapping[str, object]) -> str:
 
 
 def _output(value: Any, of: Callable[[Any], Any]) -> Any:
-    """A structure of names from one of nodes, or the other way round."""
+    """Maps a structure of nodes to one of names, or vice versa."""
     if isinstance(value, (list, tuple)):
         return [_output(item, of) for item in value]
     if isinstance(value, dict):
@@ -172,15 +172,15 @@ def _output(value: Any, of: Callable[[Any], Any]) -> Any:
 
 @torch.no_grad()
 def build(document: dict[str, Any], tensors: Mapping[str, Tensor], *, declare: bool = False) -> Graph:
-    """Returns the graph of a document, every node of which has been tried on the meta device.
+    """Returns the graph of a document, after a trial of each node on the meta device.
 
     Args:
-        document: with input, nodes and output; of others' making.
-        tensors: what the nodes read, by name.
-        declare: writes shape and dtype into each node, instead of comparing them.
+        document: input, nodes and output; not trusted.
+        tensors: the tensors that the nodes read, by name.
+        declare: write shape and dtype into each node instead of comparing them.
 
     Raises:
-        ValueError: not the document of a graph, or of one that cannot run with every batch size.
+        ValueError: not the document of a graph, or a graph that cannot run with every batch size.
     """
     graph, source = Graph(), document["input"]
     check_keys("input", source, {"name", "shape", "dtype"})
@@ -193,7 +193,7 @@ def build(document: dict[str, Any], tensors: Mapping[str, Tensor], *, declare: b
 
     unread = set(tensors)
     nodes: dict[str, Node] = {}
-    probes: dict[str, list[Tensor]] = {}  # by name: a value on the meta device for each of _BATCHES
+    probes: dict[str, list[Tensor]] = {}  # by name: one value on the meta device per batch size
     for name, tensor in tensors.items():
         check(TENSOR_NAME.fullmatch(name) is not None, "tensor", "names joined by dots", name)
         probes[name] = [tensor.to("meta")] * len(_BATCHES)
@@ -272,7 +272,7 @@ _KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
 
 
 def _arguments(entry: dict[str, Any], where: str) -> list[tuple[str, Any]]:
-    """The arguments of a node in the order of its operator: (kind, value), tensors by name."""
+    """Returns the arguments of a node in the order of its operator: (kind, value), tensors by name."""
     inputs, attributes = entry["inputs"], entry["attributes"]
     check(isinstance(inputs, dict), f"{where}: inputs", "an object", inputs)
     check(isinstance(attributes, dict), f"{where}: attributes", "an object", attributes)
@@ -314,7 +314,7 @@ def _arguments(entry: dict[str, Any], where: str) -> list[tuple[str, Any]]:
 
 
 def _meaning(kind: str, value: Any, where: str) -> Any:
-    """The value of an attribute of a type of PyTorch's schemas."""
+    """Returns the value of an attribute, given its type in PyTorch's schema."""
     if kind.startswith("List["):
         kind = kind.removeprefix("List[").removesuffix("]")
         check(isinstance(value, list) and len(value) <= 16, where, "a list", value)
@@ -331,7 +331,7 @@ def _replaced(kind: str, value: Any, of: Callable[[str], Any]) -> Any:
 
 
 def _split(op: str, values: list[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Positional and keyword arguments."""
+    """Returns positional and keyword arguments."""
     arguments = OPERATIONS[op]._schema.arguments
     positional = [value for argument, value in zip(arguments, values, strict=True) if not argument.kwarg_only]
     named = {argument.name: value for argument, value in zip(arguments, values, strict=True) if argument.kwarg_only}
@@ -361,7 +361,7 @@ def _shape(made: list[Tensor], where: str) -> list[int]:
 
 
 def _tuples(value: Any) -> Any:
-    """A graph's output: lists come as tuples."""
+    """Returns the output of a graph, with tuples for lists."""
     if isinstance(value, list):
         return tuple(_tuples(item) for item in value)
     return {key: _tuples(item) for key, item in value.items()} if isinstance(value, dict) else value
