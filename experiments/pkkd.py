@@ -31,8 +31,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from adderops.atomic import write_atomically
 from adderops.distill.runs.paired import compare_groups, group_rows, paired_difference
-from adderops.files import write_atomically
 
 RESULTS = Path(__file__).parent / "results"
 RUNS = Path("runs/pkkd")
@@ -53,6 +53,7 @@ class Experiment:
         seeds: one run each.
         teacher_of: the method whose teacher is the CNN of the table; None where there is none.
         contrasts: name -> methods whose mean is compared with the mean of others, seed by seed.
+        earlier: methods with options that are gone; commit c46da2a is the last that can run them.
     """
 
     question: str
@@ -61,6 +62,7 @@ class Experiment:
     seeds: tuple[int, ...]
     teacher_of: str | None = None
     contrasts: dict[str, tuple[list[str], list[str]]] = field(default_factory=dict)
+    earlier: tuple[str, ...] = ()
 
     def options(self, method: str, seed: int, runs: Path) -> list[str]:
         """The options of one run; a frozen teacher is that of `teacher_of` with the same seed."""
@@ -118,6 +120,15 @@ EXPERIMENTS = {
         },
         seeds=(0, 1, 2),
         teacher_of="logits",
+        earlier=(
+            "identity, temperature 4",
+            "identity, beta 1, temperature 4",
+            "teacher's 1x1 identity",
+            "teacher's 1x1 random",
+            "width learned",
+            "width shared",
+            "width fixed",
+        ),
     ),
     "ablation": Experiment(
         "the eight cells of the paper's ablation, where the networks fit the training images",
@@ -194,6 +205,9 @@ def run(name: str, runs: Path, methods: list[str], seeds: list[int], path: Path)
     for seed in seeds:
         for method in methods:
             if any((r["experiment"], r["method"], r["seed"]) == (name, method, str(seed)) for r in read_rows(path)):
+                continue
+            if method in experiment.earlier:
+                print(f"{name}: {method}: not run: only commit c46da2a has its options", flush=True)
                 continue
             folder = run_folder(runs, method, seed)
             runs.mkdir(parents=True, exist_ok=True)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from adderops.atomic import write_atomically
 from adderops.distill import distributed
 from adderops.distill.checkpoint import write_csv, write_json
 from adderops.distill.config import Config
@@ -19,7 +20,6 @@ from adderops.distill.runs.folder import RunFolder, compared_runs
 from adderops.distill.runs.quantize import images_per_second
 from adderops.distill.runs.results import CNN, INT8, PKKD, PLAIN, rows_of, table
 from adderops.distill.trainer import train
-from adderops.files import write_atomically
 from adderops.operations import count_operations, energy
 from adderops.quant import Scheme, calibrate, convert, reestimate_batchnorm
 

@@ -254,7 +254,7 @@ def test_validation_images_are_tested_in_place_of_the_test_images(options, tmp_p
 
 
 def fails(capsys, arguments: list[str], *expected: str) -> None:
-    assert main(arguments) == 1
+    assert main(arguments) == 2
     message = capsys.readouterr().err
     assert message.startswith("adderops.distill: error: ") and "Traceback" not in message
     for text in expected:

@@ -70,7 +70,7 @@ class _Moments(torch.autograd.Function):
         z = _features(student, teacher, scales, ctx.centres, ctx.kernel)
         n, channels, p = z.shape
         c = student.size(1)
-        factor, centre = scales[0] / (n * p), ctx.centres[0]
+        factor, centre = scales[:1] / (n * p), ctx.centres[0]
         if ctx.kernel:
             factor = factor * centre
         matrix, vector = (grad_second + grad_second.T)[:c] * factor, grad_mean[:c, None] * factor

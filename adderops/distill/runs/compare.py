@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from adderops.atomic import write_atomically
 from adderops.distill.checkpoint import write_csv
 from adderops.distill.config import Config
 from adderops.distill.methods.task import COMPARE
@@ -13,7 +14,6 @@ from adderops.distill.runs.command import CommandOptions, run_folder
 from adderops.distill.runs.folder import COMPARED, RunFolder, compared_runs, differing_options
 from adderops.distill.runs.paired import compare_groups, group_rows
 from adderops.distill.runs.tables import outcome, percent, shown, text_table
-from adderops.files import write_atomically
 
 MEANS = """\
 finished runs, last epoch: mean and standard deviation over the seeds; mean difference from the first line,

@@ -12,12 +12,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from adderops.atomic import write_atomically
 from adderops.distill.checkpoint import write_json
 from adderops.distill.options import option
 from adderops.distill.runs.command import CommandOptions, output_file, run_folder, weights_option
 from adderops.distill.runs.folder import RunFolder
 from adderops.export import export_onnx, export_program
-from adderops.files import write_atomically
 
 LONGEST_SHOWN = 200  # characters
 

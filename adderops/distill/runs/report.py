@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from adderops.atomic import write_atomically
 from adderops.distill.options import option
 from adderops.distill.runs.command import CommandOptions, run_folder
 from adderops.distill.runs.figures import (
@@ -23,7 +24,6 @@ from adderops.distill.runs.figures import (
 )
 from adderops.distill.runs.folder import RunFolder
 from adderops.distill.runs.tables import KINDS, html_table, outcome, shown
-from adderops.files import write_atomically
 from adderops.models import create_model
 from adderops.operations import count_operations, energy
 
