@@ -1,6 +1,6 @@
 """Options as fields of a dataclass: one declaration gives default, help, type and range to the command line and Python.
 
-`Config` holds those of training; each command of `adderops.distill.commands` has its own.
+`Config` holds those of training; each command in `adderops.distill.runs` has its own.
 """
 
 import argparse
