@@ -1,5 +1,6 @@
 """`RunFolder`: networks, shapes and normalization of a run, with data.json and without."""
 
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,7 @@ from adderops.distill import main
 from adderops.distill.data import IDX_FILES, read_idx
 from adderops.distill.runs.folder import RunFolder
 from adderops.models import resnet20
-from distill.runs import assert_same_state, saved, written_run
+from distill.runs import assert_same_state, error_of, saved, written_run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -56,6 +57,29 @@ def test_a_run_of_an_older_version_has_no_data_json(trained_on_pictures, tmp_pat
     content = torch.load(old / "checkpoint.pt", weights_only=True)
     torch.save({name: value for name, value in content.items() if name != "data"}, old / "checkpoint.pt")
     assert RunFolder.load(old).data == RunFolder.load(trained).data
+    assert main(["export", str(old), "--format", "state_dict"]) == 0
+    assert "classes" not in json.loads((old / "export" / "student.json").read_text())  # they may have changed since
     for command in (["eval", str(old)], ["export", str(old), "--format", "state_dict"], ["--resume", str(old)]):
         assert main(command) == 0
     assert (old / "data.json").read_bytes() == (trained / "data.json").read_bytes()
+
+
+def test_an_older_run_refuses_images_of_other_classes(trained_on_pictures, tmp_path, capsys):
+    folder = Path(shutil.copytree(trained_on_pictures.parent, tmp_path / "moved"))
+    (folder / "run" / "data.json").unlink()
+    config = json.loads((folder / "run" / "config.json").read_text())
+    (folder / "run" / "config.json").write_text(json.dumps({**config, "data": str(folder / "set")}))
+    for part in ("train", "val"):
+        shutil.copytree(folder / "set" / part / "dark", folder / "set" / part / "grey")
+    expected = "expected the images of the run, of 3 channels and 2 classes, got 3 and 3"
+    assert expected in error_of(capsys, "export", folder / "run", "--format", "state_dict")
+
+
+@pytest.mark.parametrize("command", ["eval", "export --format torch", "report"])
+def test_commands_read_no_training_image(trained_on_pictures, tmp_path, command):
+    folder = Path(shutil.copytree(trained_on_pictures.parent, tmp_path / "moved"))
+    config = json.loads((folder / "run" / "config.json").read_text())
+    (folder / "run" / "config.json").write_text(json.dumps({**config, "data": str(folder / "set")}))
+    shutil.rmtree(folder / "set" / "train")
+    name, *options = command.split()
+    assert main([name, str(folder / "run"), *options]) == 0

@@ -70,7 +70,7 @@ def run(options: Options) -> None:
         "output": f"logits (N, {run.num_classes()})",
         "network": f"{name} of {run.title}",
     }
-    if data["classes"] is not None:
+    if run.records_data and data["classes"] is not None:  # of an older run they may have changed since the training
         facts["classes"] = json.dumps(data["classes"])
     suffix, content_of = FORMATS[options.format]
     output = output_file(options.output, run.path / "export" / f"{name}{suffix}")

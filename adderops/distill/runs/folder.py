@@ -157,7 +157,7 @@ class RunFolder:
         self.require_finished()
         state, role = load_state_dict(path), role_of(name)
         arch = arch_of(self.config, role)
-        facts = self._facts if self._records_data else None
+        facts = self._facts if self.records_data else None
         with reading(path, f"a state_dict of {arch}", "another"):
             sizes = (facts["channels"], facts["num_classes"]) if facts else sizes_of_network(arch, state)
             network = create_model(arch, self.kind(name), *sizes)
@@ -167,12 +167,13 @@ class RunFolder:
         return network.eval()
 
     @property
-    def _records_data(self) -> bool:
+    def records_data(self) -> bool:
+        """Whether the run recorded its images (data.json); older versions did not."""
         return (self.path / "data.json").is_file()
 
     @cached_property
     def _facts(self) -> dict[str, Any]:
-        if self._records_data:
+        if self.records_data:
             return read_facts(self.path / "data.json")
         return facts_of_images(self.config, self.path / f"{self.networks[0]}.pt")
 
@@ -207,7 +208,7 @@ class RunFolder:
             FileNotFoundError, ValueError: as `load_data`, or they are not those that the run was trained on.
         """
         data = load_data_of(self.config)
-        if self._records_data and (found := differences(self.data, data.facts())):
+        if self.records_data and (found := differences(self.data, data.facts())):
             raise ValueError(f"{self.path}: expected the images of the run, got others: {'; '.join(found)}")
         return data
 

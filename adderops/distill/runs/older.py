@@ -22,20 +22,26 @@ def facts_of_images(config: Config, weights: Path) -> dict[str, Any]:
 
     Args:
         config: of the run.
-        weights: file of one of its networks, which tells channels and classes if the images are missing.
+        weights: file of one of its networks.
 
     Raises:
         FileNotFoundError: the images are missing and their size is unknown, or there are no weights.
-        ValueError: damaged files.
+        ValueError: damaged files, or the images do not have the channels and classes of the network.
     """
+    arch, state = arch_of(config, weights.stem.partition("_")[0]), load_state_dict(weights)
+    with reading(weights, f"a state_dict of {arch}", "another"):
+        channels, classes = sizes_of_network(arch, state)
     try:
-        return load_data_of(config).facts()
+        facts = load_data_of(config).facts()
     except FileNotFoundError:
         facts = known_facts(config.data, Path(config.root), config.side or input_size(config.arch))
-        arch, state = arch_of(config, weights.stem.partition("_")[0]), load_state_dict(weights)
-        with reading(weights, f"a state_dict of {arch}", "another"):
-            channels, classes = sizes_of_network(arch, state)
         return {**facts, "channels": channels, "num_classes": classes}
+    if (facts["channels"], facts["num_classes"]) != (channels, classes):
+        raise ValueError(
+            f"{weights.parent}: expected the images of the run, of {channels} channels and {classes} classes, "
+            f"got {facts['channels']} and {facts['num_classes']}"
+        )
+    return facts
 
 
 def sizes_of_network(arch: str, state: dict[str, Tensor]) -> tuple[int, int]:
