@@ -27,25 +27,24 @@ TIMED_BATCH = 64
 
 
 def compare(config: Config, data: Data, folder: Path, device: torch.device) -> str:
-    """Trains the runs of a comparison in folders of their own; those that are finished already return at once.
+    """Trains the runs of a comparison, each in its own folder, and tests them; finished runs are not trained again.
 
     The folder gets config.json, summary.json (the summaries of all runs), comparison.csv (the table) and
     comparison.png (accuracy over energy).
 
     Args:
-        config: resolved, with the method 'compare'.
-        data: that of the configuration.
+        config: with method 'compare'.
+        data: the image set of the configuration.
         folder: made if missing.
-        device: where to train; int8 and the timing run on the CPU.
+        device: for training; int8 and the timing run on the CPU.
 
     Returns:
-        The table, and what the differences in it mean; under torchrun on process 0 only, '' on the others.
+        The table with its notes; under torchrun on process 0 only, '' on the others.
 
     Raises:
-        ValueError: there is no teacher, so that there is nothing to compare; or as `train`.
-        Also what `train` raises.
+        ValueError: there is no teacher, so there is nothing to compare; or as `train`, like all other errors.
     """
-    from adderops.distill.runs.figures import (  # needs matplotlib: before the training, not behind it
+    from adderops.distill.runs.figures import (  # needs matplotlib: fail before the training
         draw_trade_off,
         png,
     )
@@ -64,7 +63,7 @@ def compare(config: Config, data: Data, folder: Path, device: torch.device) -> s
     notes = []
     try:
         networks[INT8] = _test_in_int8(summaries, folders, data)
-    except (ValueError, RuntimeError) as error:  # of a network that is not of ours, or hardly trained
+    except (ValueError, RuntimeError) as error:  # another library's network, or one hardly trained
         notes = [f"no int8: {error}"]
     costs = _costs(networks, data)
     write_json(folder / "summary.json", summaries)
@@ -75,8 +74,8 @@ def compare(config: Config, data: Data, folder: Path, device: torch.device) -> s
 
 
 def _test_in_int8(summaries: list[dict[str, Any]], runs: list[RunFolder], data: Data) -> nn.Module:
-    """Adds the accuracy in int8 to the summaries of pkkd; returns the network of the first seed in int8."""
-    distilled = [(summary, run) for summary, run in zip(summaries, runs, strict=True) if summary["method"] == "pkkd"]
+    """Adds the int8 accuracy to the summaries of the distilled runs; returns the int8 network of the first seed."""
+    distilled = [(summary, run) for summary, run in zip(summaries, runs, strict=True) if run.task.distills]
     networks = [_in_int8(run, data) for _, run in distilled]
     for network, (summary, run) in zip(networks, distilled, strict=True):
         summary |= evaluate({"int8": network}, data.test, torch.device("cpu"), workers=run.config.workers)
@@ -84,16 +83,16 @@ def _test_in_int8(summaries: list[dict[str, Any]], runs: list[RunFolder], data: 
 
 
 def _in_int8(run: RunFolder, data: Data) -> nn.Module:
-    """Returns the student of a run with all its layers in 8 bits."""
+    """Returns the student of a run with all layers in int8."""
     if run.config.bits is not None:
-        raise ValueError(f"the student has {run.config.bits} bits already: see the command quantize")
+        raise ValueError(f"the student already has {run.config.bits} bits: see the command quantize")
     batches = list(calibration_batches(data.train))
     student = calibrate(run.network("student"), batches, Scheme(ends="int8"))
     return convert(reestimate_batchnorm(student, batches).eval(), batches[0])
 
 
 def _costs(networks: dict[str, nn.Module], data: Data) -> dict[str, dict[str, float]]:
-    """Returns what each network costs, and under the label of the plain student what the distilled one does."""
+    """Returns the costs of each network by label; the plain student costs what the distilled one does."""
     [(images, _)] = data.test.batches([torch.arange(TIMED_BATCH) % len(data.test)])
     speeds, costs = images_per_second(networks, images), {}
     for label, network in networks.items():

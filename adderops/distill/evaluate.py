@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from adderops.distill.data import ImageSet
 from adderops.distill.distributed import global_sum, rank, world_size
 
-TEST_BATCH = 500
+TEST_BATCH = 500  # images
 
 
 def autocast(device: torch.device, amp: str | None) -> torch.autocast:
@@ -19,7 +19,7 @@ def autocast(device: torch.device, amp: str | None) -> torch.autocast:
 
 
 def correct(logits: Tensor, labels: Tensor) -> Tensor:
-    """Returns the number of images whose largest logit is that of their label; of mixed labels the shares count.
+    """Returns the number of images whose largest logit is that of their label; for mixed labels, the sum of the shares.
 
     >>> correct(torch.tensor([[0.0, 9.0], [9.0, 0.0]]), torch.tensor([[0.3, 0.7], [1.0, 0.0]]))
     tensor(1.7000)
@@ -38,16 +38,16 @@ def evaluate(
     channels_last: bool = False,
     workers: int = 0,
 ) -> dict[str, float]:
-    """Returns `<name>_test_loss` and `<name>_test_accuracy` of each network; the processes share the work.
+    """Returns `<name>_test_loss` and `<name>_test_accuracy` of each network; processes share the work.
 
     Args:
         networks: by name; they are put into evaluation mode.
-        images: an image set, or a loader of (images, labels), of which each process has a part or all.
+        images: an image set, or a loader of (images, labels) that gives each process a part or all of them.
         device: of the networks.
-        amp, channels_last, workers: the options of the same names, see `Config`.
+        amp, channels_last, workers: see the options of the same names.
 
     Raises:
-        ValueError: there is no image.
+        ValueError: there are no images.
     """
     if isinstance(images, ImageSet):
         batches = torch.arange(len(images)).split(TEST_BATCH)[rank() :: world_size()]
@@ -73,5 +73,6 @@ def evaluate(
 
 
 def to_device(images: Tensor, device: torch.device, channels_last: bool) -> Tensor:
+    """Returns the images on a device, in the memory format of the networks there."""
     memory_format = torch.channels_last if channels_last else torch.preserve_format
     return images.to(device, non_blocking=True, memory_format=memory_format)

@@ -13,11 +13,9 @@ from adderops.distill.runs.figures import (
     draw_layers,
     draw_losses,
     draw_weights,
-    fit_gaussian,
-    fit_laplace,
-    layer_weights,
 )
 from adderops.distill.runs.folder import RunFolder
+from adderops.distill.runs.weights import fit_gaussian, fit_laplace, layer_weights
 from adderops.models import resnet20
 
 

@@ -1,4 +1,4 @@
-"""The report: every figure and number of a run, in one file; parts without data are left out."""
+"""`report`: every figure and number of a run in one file; parts without data are left out."""
 
 import base64
 import re
@@ -10,12 +10,10 @@ from pathlib import Path
 import pytest
 
 from adderops.distill import main
-from adderops.distill.runs.figures import (
-    draw_losses,
-    fit_gaussian,
-)
+from adderops.distill.runs.figures import draw_losses
 from adderops.distill.runs.folder import RunFolder
 from adderops.distill.runs.report import write_report
+from adderops.distill.runs.weights import fit_gaussian
 
 
 def embedded(page: str) -> dict[str, bytes]:

@@ -1,7 +1,7 @@
-"""Statistics of runs that are repeated with several seeds: means of groups, differences of groups in pairs of a seed.
+"""Statistics of runs repeated with several seeds: means of groups, and differences of groups paired by seed.
 
-Runs of one seed share initial weights and order of images, so the difference in pairs varies less than the means do.
-Rows are plain dicts, as `RunFolder.results` gives them or csv.DictReader.
+Runs with the same seed share initial weights and the order of images, so paired differences vary less than the means.
+Rows are plain dicts, as `RunFolder.results` or csv.DictReader give them.
 """
 
 import statistics
@@ -12,10 +12,10 @@ Row = Mapping[str, Any]
 
 
 def mean_and_deviation(values: Sequence[float]) -> tuple[float, float | None]:
-    """Returns mean and standard deviation (with n - 1); the latter is None for one value.
+    """Returns the mean and the standard deviation (with n - 1), which is None for a single value.
 
     Raises:
-        ValueError: no value.
+        ValueError: there is no value.
 
     >>> mean_and_deviation([1.0, 2.0, 3.0])
     (2.0, 1.0)
@@ -26,7 +26,7 @@ def mean_and_deviation(values: Sequence[float]) -> tuple[float, float | None]:
 
 
 def group_rows(rows: Sequence[Row], by: Sequence[str]) -> dict[tuple[Any, ...], list[Row]]:
-    """Returns the rows of each combination of values in the columns `by`, in order of first appearance.
+    """Returns the rows with each combination of values in the columns `by`, in order of first appearance.
 
     >>> group_rows([{"method": "pkkd", "seed": 0}, {"method": "pkkd", "seed": 1}], by=["method"]).keys()
     dict_keys([('pkkd',)])
@@ -44,17 +44,17 @@ def paired_difference(
 
     .. math:: \bar d \pm t_{(1 + level) / 2,\,n - 1}\; s_d / \sqrt n
 
-    with Student's t: it holds for differences that are normally distributed about their mean.
+    with Student's t, exact if the differences are normally distributed.
 
     Args:
-        rows, reference: at most one row a seed each.
+        rows, reference: at most one row per seed each.
         value: column to compare.
         pair: column whose equal values make a pair.
-        level: of confidence, between 0 and 1.
+        level: confidence level, between 0 and 1.
 
     Returns:
-        pairs (n), difference (mean), difference_deviation (s_d), low, high; difference is None without a pair, the
-        rest is None with fewer than two.
+        pairs (n), difference (mean), difference_deviation (s_d), low, high.  The difference is None without a pair, the
+        other three with fewer than two pairs.
 
     Raises:
         ValueError: a seed occurs twice, a column is missing, or level is out of range.
@@ -83,13 +83,13 @@ def paired_difference(
 def compare_groups(
     rows: Sequence[Row], by: Sequence[str], value: str, pair: str = "seed", level: float = 0.95
 ) -> list[dict[str, Any]]:
-    """Returns a row for each group: its values of `by`, n, mean, deviation, and its difference to the first group.
+    """Returns one row per group: its values of `by`, n, mean, deviation, and its difference from the first group.
 
     Args:
         rows: at least one.
         by: columns whose equal values make a group.
-        value, pair, level: as in `paired_difference`, whose keys are in each row, too; for the first group, which has
-            nothing to be compared with, they are None and `pairs` is 0.
+        value, pair, level: as in `paired_difference`, whose results are in each row; for the first group they are None,
+            and `pairs` is 0.
 
     Raises:
         ValueError, ModuleNotFoundError: as `paired_difference`.
@@ -130,7 +130,7 @@ def _value(row: Row, column: str) -> Any:
 
 def _student_t(probability: float, degrees: int) -> float:
     try:
-        from scipy.stats import t  # takes a second to import
+        from scipy.stats import t  # slow to import
     except ModuleNotFoundError as missing:
         raise ModuleNotFoundError("confidence intervals need scipy: install the extra `adderops[distill]`") from missing
     return float(t.ppf(probability, degrees))

@@ -12,18 +12,9 @@ from torch import nn
 from adderops.atomic import write_atomically
 from adderops.distill.options import option
 from adderops.distill.runs.command import CommandOptions, run_folder
-from adderops.distill.runs.figures import (
-    draw_accuracy,
-    draw_layers,
-    draw_losses,
-    draw_weights,
-    fit_gaussian,
-    fit_laplace,
-    layer_weights,
-    png,
-)
 from adderops.distill.runs.folder import RunFolder
 from adderops.distill.runs.tables import KINDS, html_table, outcome, shown
+from adderops.distill.runs.weights import fit_gaussian, fit_laplace, layer_weights
 from adderops.models import create_model
 from adderops.operations import count_operations, energy
 
@@ -72,6 +63,8 @@ def write_report(run: RunFolder, folder: Path) -> Path:
     Raises:
         ValueError, FileNotFoundError: the weights of a finished run are damaged or missing.
     """
+    from adderops.distill.runs.figures import draw_accuracy, draw_layers, draw_losses, draw_weights, png
+
     networks = {role: run.network(role) for role in run.task.roles if run.finished and role in run.networks}
     figures = {"accuracy": png(draw_accuracy(run)), "losses": png(draw_losses(run))}
     if run.layers:

@@ -17,9 +17,9 @@ images/s: batches of 64 on the CPU; kB: of the state_dict"""
 
 
 def rows_of(summaries: Sequence[dict[str, Any]], costs: Mapping[str, dict[str, float]]) -> list[dict[str, Any]]:
-    """Returns the rows of the table: network, seeds, mean accuracy and its uncertainty, and the costs where known.
+    """Returns the rows of the table: network, number of seeds, mean accuracy and its uncertainty, and costs if known.
 
-    The uncertainty is the standard deviation over the seeds; of one seed the standard error of the test images.
+    The uncertainty is the standard deviation over the seeds or, for a single seed, the standard error of the test.
     """
     rows = []
     for label, results in _results(summaries).items():
@@ -63,7 +63,7 @@ def _results(summaries: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, An
 
 
 def _standard_error(result: dict[str, Any]) -> float:
-    """That of an accuracy by the number of images; two hits and two misses are added, so that it is not 0 at 100 %."""
+    """Returns the standard error of an accuracy; two hits and two misses are added, so that it is not 0 at 100 %."""
     images = result["images"] + 4
     share = (result["accuracy"] * result["images"] + 2) / images
     return (share * (1 - share) / images) ** 0.5
@@ -72,8 +72,8 @@ def _standard_error(result: dict[str, Any]) -> float:
 def _differences(summaries: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Returns title, difference and 95 % interval of each of DIFFERENCES that the summaries allow.
 
-    Over several seeds in pairs of a seed; of one seed as of two independent samples of test images, which is wider
-    than the truth: the networks are tested on the same images.
+    Several seeds are paired.  For a single seed the two tests count as independent samples, which makes the interval too
+    wide: the networks are tested on the same images.
     """
     results, found = _results(summaries), []
     for title, label, other in DIFFERENCES:
@@ -89,11 +89,11 @@ def _differences(summaries: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def table(summaries: Sequence[dict[str, Any]], costs: Mapping[str, dict[str, float]] | None = None) -> str:
-    """Returns what was trained and tested, a line for each kind of network, and the differences with a verdict on each.
+    """Returns what was trained and tested, one line per network, and the differences with a verdict on each.
 
     Args:
-        summaries: of runs, as `train` returns them, on the same data; one run or those of a comparison.
-        costs: by label, as the rows of comparison.csv have them.
+        summaries: what `train` returned for one run, or for the runs of a comparison on the same data.
+        costs: by label, as in comparison.csv.
 
     >>> run = {"dataset": "digits", "network": "lenet5", "epochs": 20, "seed": 0, "train_images": 1297}
     >>> run |= {"test_images": 500, "test_is_validation": False}
@@ -145,7 +145,7 @@ def _verdict(found: dict[str, Any]) -> str:
 
 
 def _shown_costs(row: dict[str, Any]) -> dict[str, str]:
-    if "bytes" not in row:  # an average of weights: as the network it is of
+    if "bytes" not in row:  # averaged weights cost what their network does
         return dict.fromkeys(("mult.", "add.", "uJ", "images/s", "kB"), "-")
     return {
         "mult.": f"{row['multiplications'] / 1e6:.3g}",
