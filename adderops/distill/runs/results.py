@@ -39,9 +39,8 @@ def _labels(methods: Sequence[str]) -> dict[tuple[str, str], str]:
     for method in dict.fromkeys(methods):
         task = METHODS[method]
         for role, kind in task.roles.items():
-            labels[method, role] = (
-                task.label if role == task.main else CNN if kind == "cnn" else f"{task.label}: {role}"
-            )
+            other = CNN if kind == "cnn" else f"{task.label}: {role}"
+            labels[method, role] = task.label if role == task.main else other
     networks = sorted(labels, key=lambda network: (labels[network] != CNN, METHODS[network[0]].distills))
     rows: dict[tuple[str, str], str] = {}
     for method, role in networks:
@@ -72,8 +71,8 @@ def _standard_error(result: dict[str, Any]) -> float:
 def _differences(summaries: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Returns title, difference and 95 % interval of each of DIFFERENCES that the summaries allow.
 
-    Several seeds are paired.  For a single seed the two tests count as independent samples, which makes the interval too
-    wide: the networks are tested on the same images.
+    Several seeds are paired.  For a single seed the two tests count as independent samples, which makes the interval
+    too wide: the networks are tested on the same images.
     """
     results, found = _results(summaries), []
     for title, label, other in DIFFERENCES:
@@ -109,7 +108,7 @@ def table(summaries: Sequence[dict[str, Any]], costs: Mapping[str, dict[str, flo
     <BLANKLINE>
     PKKD - the labels alone: -0.40 points (-1.94 to +1.14): within the noise
     PKKD - CNN:              -0.60 points (-2.09 to +0.89): within the noise
-    +-: standard error by the number of images; ( ): 95 % interval, likewise, of one seed
+    +-: standard error, from the number of images; ( ): 95 % interval, from the standard errors of one seed
     """
     rows = []
     for row in rows_of(summaries, costs or {}):
@@ -119,9 +118,9 @@ def table(summaries: Sequence[dict[str, Any]], costs: Mapping[str, dict[str, flo
     width = max((len(found["title"]) for found in differences), default=0) + 1
     notes = [f"{found['title'] + ':':<{width}} {_verdict(found)}" for found in differences]
     if len(seeds) > 1:
-        spread, interval = f"standard deviation over {len(seeds)} seeds", "in pairs of a seed"
+        spread, interval = f"standard deviation over {len(seeds)} seeds", "paired by seed"
     else:
-        spread, interval = "standard error by the number of images", "likewise, of one seed"
+        spread, interval = "standard error, from the number of images", "from the standard errors of one seed"
     notes.append(f"+-: {spread}" + (f"; ( ): 95 % interval, {interval}" if differences else ""))
     if costs:
         notes.append(COSTS.format(costs[CNN]["picojoules_in_int8"] / 1e6))
