@@ -52,6 +52,18 @@ def test_the_layers_are_those_of_the_log(runs):
     assert [axes.get_legend() is not None for axes in panels] == [False, False, True]
 
 
+def test_what_another_method_logs_is_drawn_by_its_name(runs):
+    run = runs["pkkd"]
+    rows = [{**row, "distance": 0.5, "distance_max": 0.75, "sibling_ce": 0.25} for row in run.rows]
+    layers = [{"epoch": 1.0, "layer": "conv2", "angle": 0.5}]
+    other = RunFolder(run.path, run.config, rows, layers, finished=True)
+    right = drawn(draw_losses(other).axes[1])
+    assert list(right) == ["weighted sum", "labels", "imitation (KL)", "L_mid", "distance", "sibling_ce"]
+    assert right["distance"] == [0.5, 0.5]
+    [axes] = draw_layers(other).axes
+    assert axes.get_title() == "angle" and drawn(axes) == {"conv2": [0.5]}
+
+
 def test_many_layers_have_a_colour_bar(runs):
     run = runs["pkkd"]
     layers = [{**run.layers[0], "layer": f"layer{i}"} for i in range(20)]
