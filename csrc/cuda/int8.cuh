@@ -25,6 +25,7 @@
 // which has 64 KB, and on sm_120), 0.32 to 0.34 instructions a term (docs/cuda.md).  grid (tiles of pixels, tiles of
 // filters, groups).  Filters and pixels beyond the last are computed, of padding, and not stored.
 #pragma once
+#include "../definition/int8.h"
 #include "tile.cuh"
 
 namespace adderops {
