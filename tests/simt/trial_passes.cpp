@@ -2,7 +2,7 @@
 // Two of the `tiles` have a deliberate bug: 1 asks for a byte of workspace too few, 2 writes a pixel too far to the
 // right.
 #include "cuda/kernels.h"
-#include "definition.h"
+#include "definition/conv2d.h"
 
 namespace adderops {
 namespace cuda {
