@@ -39,7 +39,7 @@ def headers() -> list[str]:
 def cpu_extension() -> Extension:
     return cpp_extension.CppExtension(
         "adderops._C",
-        sources=sorted(["csrc/ops.cpp", "csrc/checks.cpp", *glob("csrc/cpu/*.cpp")]),
+        sources=sorted([*glob("csrc/*.cpp"), *glob("csrc/cpu/*.cpp")]),
         depends=headers(),
         include_dirs=["csrc"],
         extra_compile_args={"cxx": CXX_FLAGS},
@@ -55,7 +55,7 @@ def cuda_extension(toolkit: Toolkit, archs: str) -> Extension:
     """
     return cpp_extension.CppExtension(
         "adderops._cuda",
-        sources=sorted(["csrc/checks.cpp", *glob("csrc/cuda/*.cpp"), *glob("csrc/cuda/*.cu")]),
+        sources=sorted([*glob("csrc/*.cpp"), *glob("csrc/cuda/*.cpp"), *glob("csrc/cuda/*.cu")]),
         depends=headers(),
         include_dirs=["csrc", str(toolkit.include)],
         library_dirs=[str(toolkit.libraries)],
@@ -102,7 +102,7 @@ class BuildExtension(cpp_extension.BuildExtension):
             self.copy_extensions_to_source()
 
     def build_extension(self, ext: Extension) -> None:
-        # objects of their own for each library: both have csrc/checks.cpp, compiled with different flags
+        # objects of their own for each library: both compile csrc/*.cpp, with different flags
         folder = self.build_temp
         self.build_temp = str(Path(folder, ext.name))
         super().build_extension(ext)

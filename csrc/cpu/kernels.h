@@ -8,6 +8,7 @@
 #include "../args/conv2d.h"
 #include "../args/int8.h"
 #include "../args/moments.h"
+#include "../args/quantize.h"
 
 namespace adderops {
 namespace cpu {

@@ -1,6 +1,7 @@
 // The plain loops of definition.h: float64, and calls whose windows hold little but padding (tiling.h).  One task is
 // one plane of the output.
 #include "../definition/conv2d.h"
+#include "../definition/int8.h"
 #include "kernels.h"
 
 namespace adderops {

@@ -150,7 +150,7 @@ cudaError_t run(const Conv2dArgs& args, const Device& device, const Choice& choi
 
 }  // namespace
 
-extern const Pass kForward = {workspace, run, sizeof(kTiles) / sizeof(kTiles[0])};
+extern const Pass<Conv2dArgs> kForward = {workspace, run, sizeof(kTiles) / sizeof(kTiles[0])};
 
 }  // namespace cuda
 }  // namespace adderops

@@ -137,7 +137,7 @@ cudaError_t run(const Conv2dArgs& args, const Device& device, const Choice& choi
 
 }  // namespace
 
-extern const Pass kGradW = {workspace, run, sizeof(kTiles) / sizeof(kTiles[0])};
+extern const Pass<Conv2dArgs> kGradW = {workspace, run, sizeof(kTiles) / sizeof(kTiles[0])};
 
 }  // namespace cuda
 }  // namespace adderops

@@ -116,7 +116,7 @@ cudaError_t run(const Conv2dArgs& args, const Device& device, const Choice& choi
 
 }  // namespace
 
-extern const Pass kGradX = {workspace, run, sizeof(kTiles) / sizeof(kTiles[0])};
+extern const Pass<Conv2dArgs> kGradX = {workspace, run, sizeof(kTiles) / sizeof(kTiles[0])};
 
 }  // namespace cuda
 }  // namespace adderops

@@ -65,9 +65,7 @@ void launch(const Int8Args& args, int bytes, dim3 grid, cudaStream_t stream) {
   }
 }
 
-}  // namespace
-
-cudaError_t launch_forward_int8(const Int8Args& args, const Device& device, const Choice& choice, cudaStream_t stream) {
+cudaError_t run(const Int8Args& args, const Device& device, const Choice& choice, void*, cudaStream_t stream) {
   const Conv2dProblem& p = args.problem;
   const int64_t M = p.C_out / p.groups, P = product(p.N, p.OH, p.OW);
   if (is_direct_int8(p)) {
@@ -88,7 +86,9 @@ cudaError_t launch_forward_int8(const Int8Args& args, const Device& device, cons
   return cudaGetLastError();
 }
 
-extern const int kForwardInt8Tiles = sizeof(kTiles) / sizeof(kTiles[0]);
+}  // namespace
+
+extern const Pass<Int8Args> kInt8 = {nullptr, run, sizeof(kTiles) / sizeof(kTiles[0])};
 
 }  // namespace cuda
 }  // namespace adderops

@@ -26,6 +26,7 @@
 // to 0.34 instructions per term (docs/cuda.md).
 // Tails: filters and pixels beyond the last are computed, of padding, and not stored.
 #pragma once
+#include "../definition/int8.h"
 #include "tile.cuh"
 
 namespace adderops {

@@ -27,14 +27,14 @@ const char* message_of(const Run& run) {
 
 extern "C" {
 
-EXPORTED int simt_int8_tiles() { return adderops::cuda::kForwardInt8Tiles; }
+EXPORTED int simt_int8_tiles() { return adderops::cuda::kInt8.tiles; }
 
 EXPORTED const char* simt_forward_int8(const adderops::Int8Args* args, const adderops::cuda::Device* device,
                                        const adderops::cuda::Choice* choice) {
-  return message_of([&] { return adderops::cuda::launch_forward_int8(*args, *device, *choice, nullptr); });
+  return message_of([&] { return adderops::cuda::kInt8.run(*args, *device, *choice, nullptr, nullptr); });
 }
 
 EXPORTED const char* simt_quantize(const adderops::QuantizeArgs* args) {
-  return message_of([&] { return adderops::cuda::launch_quantize(*args, nullptr); });
+  return message_of([&] { return adderops::cuda::kQuantize.run(*args, {}, adderops::cuda::kAutomatic, nullptr, nullptr); });
 }
 }

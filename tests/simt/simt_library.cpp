@@ -14,7 +14,7 @@ namespace {
 using adderops::Conv2dArgs;
 using adderops::cuda::Choice;
 using adderops::cuda::Device;
-using adderops::cuda::Pass;
+using Pass = adderops::cuda::Pass<Conv2dArgs>;
 
 const Pass* pass_named(int pass) {
   const Pass* const passes[] = {&adderops::cuda::kForward, &adderops::cuda::kGradX, &adderops::cuda::kGradW};

@@ -63,9 +63,9 @@ cudaError_t run(const Conv2dArgs& args, const Device&, const Choice& choice, voi
 
 }  // namespace
 
-extern const Pass kForward = {workspace<kY>, run<kY>, 3};
-extern const Pass kGradX = {workspace<kDX>, run<kDX>, 3};
-extern const Pass kGradW = {workspace<kDW>, run<kDW>, 3};
+extern const Pass<Conv2dArgs> kForward = {workspace<kY>, run<kY>, 3};
+extern const Pass<Conv2dArgs> kGradX = {workspace<kDX>, run<kDX>, 3};
+extern const Pass<Conv2dArgs> kGradW = {workspace<kDW>, run<kDW>, 3};
 
 }  // namespace cuda
 }  // namespace adderops
