@@ -42,7 +42,7 @@ ForwardPlan plan(const Conv2dArgs& args, const Device& device, const Choice& cho
   if (f.direct) return f;
   f.mma = bytes == 2 && device.capability >= 80;
   // min and add run on different pipes: no gain where there are twice as many float lanes (8.6, 9.0, ...)
-  const bool minimum = choice.form >= 0 ? choice.form == (int)Formula::kMinimum : device.capability <= 80;
+  const bool minimum = choice.formula >= 0 ? choice.formula == (int)Formula::kMinimum : device.capability <= 80;
   f.formula = minimum && device.capability <= 80 ? Formula::kMinimum : Formula::kDistance;
   f.layout = pick_layout(supports_channels(args.x, C, bytes), choice);
   Arena arena{static_cast<char*>(workspace), 0};
