@@ -25,9 +25,9 @@ struct Device {
 
 // Test overrides; -1 keeps the automatic choice.  What a pass does not have, it ignores.
 struct Choice {
-  int tile;    // below Pass::tiles; clamped to the last tile of the element type
-  int layout;  // tile.cuh: 0 kPlanes, which serves any strides
-  int form;    // forward.cuh: 0 kDirect, 1 kMinimum
+  int tile;     // below Pass::tiles; clamped to the last tile of the element type
+  int layout;   // tile.cuh: 0 kStrided, 1 kChannelsLast where the tensor is
+  int formula;  // forward.cuh: 0 kDistance, 1 kMinimum
 };
 constexpr Choice kAutomatic = {-1, -1, -1};
 
