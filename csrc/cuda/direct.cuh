@@ -1,5 +1,6 @@
-// Direct convolution, straight from the definition: float64, depthwise and other narrow groups, where there is no matrix
-// product to tile, and sizes beyond a tile's 32-bit coordinates.  Any strides.  A depthwise layer is bound by memory.
+// Direct convolution, straight from the definition: float64, depthwise and other narrow groups, where there is no
+// matrix product to tile, and sizes beyond a tile's 32-bit coordinates.  Any strides.  A depthwise layer is bound by
+// memory.
 //
 //   direct_forward_kernel, direct_grad_x_kernel      one output per thread, no shared memory:
 //
@@ -7,7 +8,7 @@
 //                                 +--block 0----+--1--       the grid covers all outputs, or strides over them beyond
 //                                                            2^31 - 1 blocks
 //
-//   direct_grad_w_kernel      one weight per block:          grid (weights of a filter, filters, 65535 of them at a time)
+//   direct_grad_w_kernel      one weight per block:          grid (weights of a filter, up to 65535 filters)
 //
 //       pixels  t0 t1 .. t127 t0 t1 ..      thread: every 128th pixel, in float32 (float64: in float64)
 //                  \  |  /                  block:  the 128 partial sums in shared memory, added up pairwise, always in

@@ -6,11 +6,11 @@
 //              kCancellation * |Y|), overflows or meets an infinity or NaN, the tile is flagged; the distance formula,
 //              launched next on the flagged tiles alone, computes it again.
 //
-//   X  (N, C_in, H, W), any strides     packed W  [group][tap][ci][co] (pack.cuh)     Y  (N, C_out, OH, OW), any strides
+//   X  (N, C_in, H, W), any strides    packed W  [group][tap][ci][co] (pack.cuh)    Y  (N, C_out, OH, OW), any strides
 //
 //             K: taps x channels, a slab at a time (implicit_gemm.cuh)
 //           s_weights [16][kM] ---+     grid (tiles of pixels, tiles of filters, groups)
-//           s_pixels  [16][kN+4]  |     block  128 filters x 128 pixels, 8 warps           (tile.cuh; four smaller tiles)
+//           s_pixels  [16][kN+4]  |     block  128 filters x 128 pixels, 8 warps (tile.cuh); four smaller tiles
 //                      |          |     warp   64 x 32: 8 x 4 threads, in four groups of 32 x 16
 //                      v          v     thread 8 x 8 accumulators, 2 x 16 operands, two steps in flight
 //                   acc[8][8] in registers

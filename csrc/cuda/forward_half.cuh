@@ -1,7 +1,7 @@
 // Forward of float16 and bfloat16 with float32 sums, from sm_80 on:   Y = 2*sum min(X, W) - (sum X + sum W)
 //
-// The minimum of two packed halves is exact, and the tensor cores add the minima up in float32: a matrix of minima times
-// a matrix of ones and zeros.  No half is ever added to a half.
+// The minimum of two packed halves is exact, and the tensor cores add the minima up in float32: a matrix of minima
+// times a matrix of ones and zeros.  No half is ever added to a half.
 //
 //   X  (N, C_in, H, W), any strides     packed W  [group][tap][slab of ci][co][32] (pack.cuh)     Y  any strides
 //
@@ -20,13 +20,13 @@
 //                rows g and g + 8; the order          is ones, the rest         to column co % 8: the sum of filter co
 //                of the channels is free              zeros
 //
-// The sums of X over each window come from the same instruction with B all ones.  A term costs 1/2 packed minimum and 1/8
-// mma; 16 bytes of shared memory serve 4 x 8 of them.  The four 16-byte words of a pixel or filter are swizzled (word t of
-// row r at t ^ r/2 % 4), so that neither copies nor reads have bank conflicts.
+// The sums of X over each window come from the same instruction with B all ones.  A term costs 1/2 packed minimum and
+// 1/8 mma; 16 bytes of shared memory serve 4 x 8 of them.  The four 16-byte words of a pixel or filter are swizzled
+// (word t of row r at t ^ r/2 % 4), so that neither copies nor reads have bank conflicts.
 //
-// Tails: channels beyond the last are zeros on both sides; filters and pixels beyond the last are not stored.  A tile with
-// an output that is not reliable (forward.cuh) is flagged, and forward_repair_kernel, launched next, computes it by the
-// definition.
+// Tails: channels beyond the last are zeros on both sides; filters and pixels beyond the last are not stored.  A tile
+// with an output that is not reliable (forward.cuh) is flagged, and forward_repair_kernel, launched next, computes it
+// by the definition.
 #pragma once
 #include "forward.cuh"
 

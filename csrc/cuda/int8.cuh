@@ -4,15 +4,15 @@
 //   x  (N, H, W, C_in) uint8, `padding` outside the image       w  (C_out, KH, KW, C_in/groups) uint8, not packed
 //   y, residual  (N, OH, OW, C_out)
 //
-//   s_w [2][kM filters][16 words]      A slab is 64 bytes of K of each filter and pixel: four 16-byte words, word g of row
-//   s_x [2][kN pixels][16 words]       r at g ^ r/2 % 4, so that eight rows are copied and read without a bank conflict.
-//         |                |           One slab is computed, one arrives (cp.async).
+//   s_w [2][kM filters][16 words]      A slab is 64 bytes of K of each filter and pixel: four 16-byte words, word g of
+//   s_x [2][kN pixels][16 words]       row r at g ^ r/2 % 4, so that eight rows are copied and read without a bank
+//         |                |           conflict.  One slab is computed, one arrives (cp.async).
 //         v                v
 //   8 bytes of each   8 bytes of       block   128 filters x 128 pixels, 8 warps; four smaller tiles
 //   of 8 filters      a pixel          warp    8 x 4 threads
 //         |                |           thread  8 x 8 accumulators: filters 4t + i%4 + i/4 * 4*kThreadsM, every
-//         +-> add_distances4 <-+               kThreadsN-th pixel.  Filter i of a thread lies in row t + i*kThreadsM, so
-//                  |                           that eight threads read eight neighbouring rows
+//         +-> add_distances4 <-+               kThreadsN-th pixel.  Filter i of a thread lies in row t + i*kThreadsM,
+//                  |                           so that eight threads read eight neighbouring rows
 //              acc[8][8] int32         grid    (tiles of pixels, tiles of filters, groups)
 //                  |
 //   s_slabs as [pixel][kM] -> epilogue4: four filters of a pixel per thread, 16 bytes of sums, 4 or 16 bytes of y
@@ -22,9 +22,9 @@
 // channels, so that a slab may hold several taps.  A copy outside the image is `padding`, and so are the copies of both
 // sides behind the last tap: equal bytes are no distance.
 //
-// 128 registers, 34 KB of shared memory, two blocks per multiprocessor (one on sm_75, which has 64 KB, and on sm_120), 0.32
-// to 0.34 instructions per term (docs/cuda.md).
-// Tails: filters and pixels beyond the last are computed, of padding, and not stored.
+// 128 registers (159 on sm_120), 34 KB of shared memory, two blocks per multiprocessor (one on sm_75 and sm_120), 0.32
+// to 0.34 instructions per term (docs/cuda.md). Tails: filters and pixels beyond the last are computed, of padding,
+// and not stored.
 #pragma once
 #include "../definition/int8.h"
 #include "tile.cuh"

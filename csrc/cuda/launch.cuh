@@ -33,7 +33,7 @@ struct Arena {
   }
 };
 
-// Is this for a direct kernel (direct.cuh)?  Float64, groups too narrow for a tile, sizes beyond its 32-bit coordinates.
+// Is this for a direct kernel (direct.cuh)?  Float64, groups too narrow for a tile, sizes beyond 32-bit coordinates.
 inline bool is_direct(const Conv2dArgs& args) {
   const Conv2dProblem& p = args.problem;
   const int64_t C = p.C_in / p.groups, M = p.C_out / p.groups, taps = product(p.KH, p.KW), most = 0x3fffff00;
@@ -64,8 +64,8 @@ inline Layout pick_layout(bool channels_last, const Choice& choice) {
 struct TileSize {
   int m, n;
 };
-// The tile that lets the busiest multiprocessor finish first, for `m` x `n` outputs `batch` times; a tile costs its area
-// and, for its loads, four times its border.
+// The tile that lets the busiest multiprocessor finish first, for `m` x `n` outputs `batch` times; a tile costs its
+// area and, for its loads, four times its border.
 template <int Count>
 int pick_tile(const TileSize (&tiles)[Count], int64_t m, int64_t n, int64_t batch, const Device& device,
               const Choice& choice) {

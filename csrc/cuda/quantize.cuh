@@ -1,11 +1,18 @@
-// Floats of any strides to bytes, channels last:
+// Quantization of floats, any strides, to uint8, channels_last:
 //
 //   y = round(min(max(x * inverse_scale, -zero_point), quant_max - zero_point)) + zero_point
 //
 //   x  (N, C, H, W), any strides, float32, bfloat16 or float16       y  (N, H, W, C) bytes
 //
-// Block: 64 pixels x at most 64 channels through shared memory: neighbouring threads read along the dense channels of
-// x, or else along its pixels, and write along the channels of y.  grid (tiles of pixels, tiles of channels).
+//        64 channels                    block   64 pixels x at most 64 channels through shared memory, 256 threads;
+//      +-------------+                          a block goes on with other channels beyond 65535 tiles of them
+//   64 | c0 c1 c2 .. | write y: along   grid    (tiles of pixels, tiles of channels)
+//      | .           | channels
+//      | .           |                  read x: along its channels where they are contiguous, else along its pixels
+//      +-------------+
+//      rows of 64 + 4 bytes: neighbouring pixels in different banks; 4.8 KB with the offsets of the pixels
+//
+// Tails: pixels and channels beyond the last are neither read nor written.
 #pragma once
 #include "../args/quantize.h"
 #include "dialect.cuh"
