@@ -76,9 +76,9 @@ __global__ void __launch_bounds__(kDirectThreads) direct_grad_w_kernel(Conv2dArg
       if (oh >= p.OH) oh -= p.OH, ++n;
     }
     s_partials[threadIdx.x] = partial;
-    for (int half = kDirectThreads / 2; half; half /= 2) {
+    for (int step = kDirectThreads / 2; step; step /= 2) {
       __syncthreads();
-      if (threadIdx.x < half) s_partials[threadIdx.x] += s_partials[threadIdx.x + half];
+      if (threadIdx.x < step) s_partials[threadIdx.x] += s_partials[threadIdx.x + step];
     }
     if (threadIdx.x == 0) {
       const Operand& o = args.out;

@@ -8,7 +8,7 @@ namespace cuda {
 namespace {
 
 constexpr TileSize kTiles[] = {{128, 128}, {64, 128}, {32, 128}, {16, 128}, {64, 64}};
-// The halves, tiled so on sm_75 alone, pass through registers on their way to shared memory.
+// The halves use these on sm_75 only, where they pass through registers on their way to shared memory: fewer blocks.
 template <typename T>
 using Tile0 = Tile<128, 128, 8, 8, sizeof(T) == 4 ? 2 : 1>;
 using Tile1 = Tile<64, 128, 8, 8, 3>;
@@ -29,7 +29,7 @@ struct ForwardPlan {
   int tile;
   dim3 grid;
   PackedWeights weights;
-  int* flags;  // one a tile
+  int* flags;  // one per tile
   int64_t bytes;
 };
 
@@ -41,7 +41,7 @@ ForwardPlan plan(const Conv2dArgs& args, const Device& device, const Choice& cho
   f.direct = is_direct(args);
   if (f.direct) return f;
   f.mma = bytes == 2 && device.capability >= 80;
-  // min and add run on different pipes: no gain where there are twice as many float lanes (8.6, 9.0, ...)
+  // min and add run on different pipes: no gain where there are twice as many FP32 units (8.6, 9.0, ...)
   const bool minimum = choice.formula >= 0 ? choice.formula == (int)Formula::kMinimum : device.capability <= 80;
   f.formula = minimum && device.capability <= 80 ? Formula::kMinimum : Formula::kDistance;
   f.layout = pick_layout(supports_channels(args.x, C, bytes), choice);

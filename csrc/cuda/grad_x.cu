@@ -38,7 +38,7 @@ GradXPlan plan(const Conv2dArgs& args, const Device& device, const Choice& choic
   return f;
 }
 
-// One axis of a phase: the taps k with k*dilation = remainder (mod stride), and the pixels with i + pad = remainder.
+// One axis of a phase: the taps k with k*dilation = remainder (mod stride), and the pixels i with i + pad = remainder.
 struct Axis {
   int taps, first_tap, tap_step;      // taps first_tap, first_tap + tap_step, ...
   int step;                           // from tap to tap in dY

@@ -13,7 +13,7 @@ using Tile2 = Tile<32, 128, 4, 8, 4>;
 using Tile3 = Tile<16, 128, 4, 4, 5>;
 using Tile4 = Tile<64, 64, 8, 4, 4>;
 
-// Groups too narrow for a tile, and coordinates beyond a tile's?
+// Is this for the direct kernel?  Groups too narrow for a tile, sizes beyond its 32-bit coordinates.
 bool is_direct_int8(const Conv2dProblem& p) {
   const int64_t C = p.C_in / p.groups, M = p.C_out / p.groups, most = 0x3fffff00;
   const bool narrow = p.groups > 1 && (M < 4 || product(C, M) < 64);

@@ -23,8 +23,8 @@
 // sides behind the last tap: equal bytes are no distance.
 //
 // 128 registers (159 on sm_120), 34 KB of shared memory, two blocks per multiprocessor (one on sm_75 and sm_120), 0.32
-// to 0.34 instructions per term (docs/cuda.md). Tails: filters and pixels beyond the last are computed, of padding,
-// and not stored.
+// to 0.34 instructions per term (docs/cuda.md).
+// Tails: filters and pixels beyond the last are computed from padding, and not stored.
 #pragma once
 #include "../definition/int8.h"
 #include "tile.cuh"
