@@ -1,4 +1,4 @@
-"""The executor that runs CUDA kernels on the host, on kernels of its own: a right one, and each bug by its detector."""
+"""The host executor on small kernels: a correct one, and each deliberate bug with what must detect it."""
 
 import ctypes
 import re
@@ -164,7 +164,7 @@ def test_orders_and_fresh_shared_memory():
     for seed in (1, 2):
         run = runs["random", seed]
         assert sorted(run) == everyone and run not in (everyone, everyone[::-1])
-        assert len({n // 32 for n in run[:32]}) == 1, "a block at a time"
+        assert len({n // 32 for n in run[:32]}) == 1, "one block at a time"
 
 
 @pytest.mark.parametrize("order", ORDERS)

@@ -1,4 +1,4 @@
-// Small kernels that test the executor and the race checker themselves: one right, and each deliberate bug in turn.
+// Small kernels that test the executor and the race checker: one correct, and one per deliberate bug.
 #include "cuda/dialect.cuh"
 #include "executor.h"
 #include "simt_interface.h"
