@@ -419,7 +419,7 @@ def test_nothing_is_kept():
 @pytest.mark.parametrize("form", FORMATS)
 @pytest.mark.parametrize("name", PASSES)
 def test_more_elements_than_32_bits_count(name, form):
-    """x, grad_y and y of 2.2e9 elements each.  Small integers; a filter of w is all -1, 0 or 1: three sums per pixel."""
+    """x, grad_y and y of 2.2e9 elements each.  Small integers; a filter of w is all -1, 0 or 1: few sums per pixel."""
     n, channels, size = 3, 64, 3400
     free, _ = torch.cuda.mem_get_info()
     if free < 30 * 2**30:
