@@ -1,4 +1,4 @@
-"""Loads the compiled operators and registers the rest with PyTorch: fake kernels, autograd, vmap, autocast, FLOP counts.
+"""Loads the compiled operators and registers with PyTorch: fake kernels, autograd, vmap, autocast, FLOP counts, ONNX.
 
 The only file that says `torch.ops.adderops`.  csrc/ops.h has the schemas.
 """
