@@ -1,7 +1,8 @@
 // The CUDA that the kernels are written in: what nvcc, NVRTC and the host executor (tests/simt/simt.h) each spell
 // differently.  Kernel files include this and no host header, and use nothing outside it except
 //   __global__, __device__, __forceinline__, __restrict__, __launch_bounds__(threads, blocks),
-//   threadIdx, blockIdx, gridDim (.x .y .z), __syncthreads(), __syncthreads_or(int), __syncwarp(), fmaf, fminf, fabsf.
+//   threadIdx, blockIdx, blockDim, gridDim (.x .y .z), __syncthreads(), __syncthreads_or(int), __syncwarp(),
+//   fmaf, fminf, fmaxf, fabsf.
 #pragma once
 #include "../args/conv2d.h"
 #include "../definition/conv2d.h"

@@ -24,7 +24,7 @@
 //
 //   s_info [2][kSlab]   where the pixels of a slab lie: kSlab threads advance them without division, one slab ahead
 //
-// Tails: pixels behind the last are zeros on both sides; filters and weights beyond the last are not stored.
+// Tails: pixels beyond the last are zeros on both sides; filters and weights beyond the last are not stored.
 #pragma once
 #include "tile.cuh"
 
@@ -118,7 +118,7 @@ struct SlabLoader {
 
 constexpr int kChannelsTile = 32, kChannelsThreads = 256;
 
-// A transpose of 32 x 32 elements through shared memory: in (any strides) -> out[n][h][w][group][padded], zeros behind
+// A transpose of 32 x 32 elements through shared memory: in (any strides) -> out[n][h][w][group][padded], zeros after
 // a group's channels.  grid (tiles of 32 pixels, tiles of 32 padded channels, groups)
 template <typename T>
 __global__ void __launch_bounds__(kChannelsThreads)

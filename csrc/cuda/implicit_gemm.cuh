@@ -7,7 +7,7 @@
 //         [tap][channel][m]            [n][c][h][w]                  operand are in shared memory: slab s is computed
 //               | 16 bytes, cp.async      | 4 or 16 bytes            while slab s + 1 arrives.
 //               v                         v
-//   s_weights [kSlab][kM]      s_pixels [kSlab][kN + 4]              One barrier per slab: behind it slab s is
+//   s_weights [kSlab][kM]      s_pixels [kSlab][kN + 4]              One barrier per slab: after it slab s is
 //               |                         |                          complete, and no thread still reads slab s - 1,
 //               +---> multiply_slab <-----+                          whose place slab s + 1 takes.
 //                          |
@@ -172,7 +172,7 @@ __device__ __forceinline__ void load_weights(const char* weights, int pitch, flo
   }
 }
 
-// Shared memory, in floats: a slab of weights, behind it one of pixels; kSlabFloats for both, twice that in all.
+// Shared memory, in floats: a slab of weights followed by one of pixels; kSlabFloats for both, twice that in all.
 template <typename Tile>
 constexpr int kPixelsAt = kSlab * Tile::kM;
 template <typename Tile>

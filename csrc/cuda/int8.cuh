@@ -20,7 +20,7 @@
 // A copy moves 16 bytes where the channels of a group are a multiple of 16, 4 bytes where of 4, else a word composed of
 // single bytes, zeros on both sides beyond the last channel.  The copies of a filter are counted through taps and
 // channels, so that a slab may hold several taps.  A copy outside the image is `padding`, and so are the copies of both
-// sides behind the last tap: equal bytes are no distance.
+// sides after the last tap: equal bytes add nothing.
 //
 // 128 registers (159 on sm_120), 34 KB of shared memory, two blocks per multiprocessor (one on sm_75 and sm_120), 0.32
 // to 0.34 instructions per term (docs/cuda.md).
@@ -84,7 +84,7 @@ struct Int8Loader {
     }
   }
 
-  // The filter in row threadIdx.x / kCopies + r * kRows lies m(r) behind the one of r = 0.
+  // The filter in row threadIdx.x / kCopies + r * kRows is m(r) filters after that of r = 0.
   static_assert(kRows % Tile::kThreadsM == 0, "a thread copies rows of one computing thread");
   static __device__ __forceinline__ constexpr int m(int r) {
     return r * kRows / Tile::kThreadsM % 4 + r * kRows / Tile::kThreadsM / 4 * (4 * Tile::kThreadsM);
@@ -110,7 +110,7 @@ struct Int8Loader {
       if (Tile::kM % kRows && row + r * kRows >= Tile::kM) break;
       copy(s_w + at + r * kRows * kInt8Slab, from + m(r) * params.K, m(r) < filters_left, left, params.padding);
     }
-    // behind the last tap every pixel is outside
+    // after the last tap every pixel is outside
     const int height = i < params.KH ? params.H : 0;
     from = x + (down * params.stride_h + right * params.stride_w + c * kStep);
 #pragma unroll

@@ -59,7 +59,7 @@ struct ThreadTile {
 // The upper left input pixel of an output pixel's window: where tap (0, 0) reads.
 struct alignas(16) Window {
   int64_t offset;  // bytes from the first element of the image's group, of that pixel even where it is padding
-  int h, w;        // h is kOutside behind the last pixel of a tile, so that every tap lies outside
+  int h, w;        // h is kOutside beyond the last pixel, so that every tap lies outside
 };
 constexpr int kOutside = -0x40000000;
 

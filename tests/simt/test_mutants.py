@@ -160,9 +160,9 @@ def mutants():
         ("one pixel too many is stored", f"{PIXEL} ||", "if (pixel > pixels ||", EITHER),
         ("the left border is not checked", right, right.replace("(unsigned)", ""), EITHER),
         ("one row too many", down, down.replace("<", "<="), EITHER),
-        ("copies behind the last tap are read", "i < params.KH ? params.H : 0", "params.H", EITHER),
+        ("copies after the last tap are read", "i < params.KH ? params.H : 0", "params.H", EITHER),
         ("one channel too many", "if (b < left)", "if (b <= left)", EITHER),
-        ("pixels behind the last are read", "pixel0 + i < pixels ? h : kOutside", "h", EITHER),
+        ("pixels beyond the last are read", "pixel0 + i < pixels ? h : kOutside", "h", EITHER),
         ("stride_w for stride_h", "OH * p.stride_h", "OH * p.stride_w", VALUES),
         ("words in another order", "(word / 4 ^ row / 2 % 4) * 4", "word / 4 * 4", VALUES),
         ("filters in another order", "n % 4 + n / 4", "n % 2 + n / 4", EITHER),
@@ -253,7 +253,7 @@ def check_quantize(kernels: host.Kernels) -> None:
 
 
 def detector(kernels: host.Kernels, name: str, dtype=torch.float32, capability=90, tile=None) -> str | None:
-    """Who objects: "values", "race", "executor"; None if nobody does."""
+    """Who objects: "values", "race", "executor"; None if none does."""
     try:
         if name == "int8":
             check_int8(kernels)
