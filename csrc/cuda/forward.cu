@@ -54,7 +54,7 @@ ForwardPlan plan(const Conv2dArgs& args, const Device& device, const Choice& cho
     f.tile = pick_tile(kTiles, M, P, p.groups, device, choice);
     size = kTiles[f.tile];
   }
-  f.grid = dim3((unsigned)blocks(P, size.n), (unsigned)blocks(M, size.m), (unsigned)p.groups);
+  f.grid = dim3((unsigned)ceil_div(P, size.n), (unsigned)ceil_div(M, size.m), (unsigned)p.groups);
   f.weights =
       f.mma ? plan_packed(p, M, C, size.m, kMmaSlab, 2, &arena) : plan_packed(p, M, C, size.m, kSlab, 4, &arena);
   f.flags = arena.take<int>(product(f.grid.x, f.grid.y, f.grid.z));
@@ -67,7 +67,7 @@ GemmParams params_of(const Conv2dArgs& args, int slab, int64_t slab_bytes) {
   GemmParams params = gemm_params(args.x, element_bytes(args.type), p.H, p.W, p.C_in / p.groups);
   params.taps_h = (int)p.KH, params.taps_w = (int)p.KW;
   params.dilation_h = (int)p.dilation_h, params.dilation_w = (int)p.dilation_w;
-  const int64_t slabs = blocks(params.channels, slab);
+  const int64_t slabs = ceil_div(params.channels, slab);
   set_slabs(&params, slab, slab_bytes, p.KW * slabs, slabs);
   return params;
 }

@@ -49,18 +49,18 @@ GradWPlan plan(const Conv2dArgs& args, const Device& device, const Choice& choic
   GradWPlan f{};
   f.direct = is_direct(args);
   if (f.direct) return f;
-  f.tile = pick_tile(kTiles, M, K, product(p.groups, blocks(P, kLongestChunk)), device, choice);
+  f.tile = pick_tile(kTiles, M, K, product(p.groups, ceil_div(P, kLongestChunk)), device, choice);
   f.size = kTiles[f.tile];
   // enough blocks for two waves of the device; fewer where the partial sums would take much memory
-  const int64_t tiles = product(blocks(M, f.size.m), blocks(K, f.size.n), p.groups);
-  int64_t chunks = blocks(4 * device.multiprocessors, tiles);
+  const int64_t tiles = product(ceil_div(M, f.size.m), ceil_div(K, f.size.n), p.groups);
+  int64_t chunks = ceil_div(4 * device.multiprocessors, tiles);
   const int64_t affordable = kPartialBytes / product(p.C_out, K + 1, 4) + 1;
   if (chunks > affordable) chunks = affordable;
-  if (chunks > blocks(P, kShortestChunk)) chunks = blocks(P, kShortestChunk);
-  if (chunks < blocks(P, kLongestChunk)) chunks = blocks(P, kLongestChunk);
+  if (chunks > ceil_div(P, kShortestChunk)) chunks = ceil_div(P, kShortestChunk);
+  if (chunks < ceil_div(P, kLongestChunk)) chunks = ceil_div(P, kLongestChunk);
   if (chunks > 65535 / p.groups) chunks = 65535 / p.groups;
-  const int64_t slabs = blocks(blocks(P, chunks), kSlab);
-  chunks = blocks(P, slabs * kSlab);
+  const int64_t slabs = ceil_div(ceil_div(P, chunks), kSlab);
+  chunks = ceil_div(P, slabs * kSlab);
   Arena arena{static_cast<char*>(workspace), 0};
   const bool strided = choice.layout == (int)Layout::kStrided;
   const bool grad_y_in_place = !strided && supports_channels(args.grad_y, M, bytes);
@@ -80,7 +80,7 @@ GradWPlan plan(const Conv2dArgs& args, const Device& device, const Choice& choic
   g.advance_x = dn * g.x.stride_n + dh * p.stride_h * g.x.stride_h + dw * p.stride_w * g.x.stride_w;
   g.next_row_x = p.stride_h * g.x.stride_h - p.OW * p.stride_w * g.x.stride_w;
   g.next_image_x = g.x.stride_n - p.OH * p.stride_h * g.x.stride_h;
-  f.grid = dim3((unsigned)blocks(K, f.size.n), (unsigned)blocks(M, f.size.m), (unsigned)(p.groups * chunks));
+  f.grid = dim3((unsigned)ceil_div(K, f.size.n), (unsigned)ceil_div(M, f.size.m), (unsigned)(p.groups * chunks));
   f.partial = arena.take<float>(product(chunks, p.C_out, K));
   f.partial_sum = arena.take<float>(product(chunks, p.C_out));
   f.bytes = arena.used;
@@ -96,7 +96,7 @@ template <typename T>
 void copy_channels(const Operand& in, void* out, int64_t N, int64_t H, int64_t W, int64_t channels, int64_t groups,
                    cudaStream_t stream) {
   const int64_t padded = round_up(channels, 16 / (int64_t)sizeof(T));
-  const dim3 grid((unsigned)blocks(N * H * W, kChannelsTile), (unsigned)blocks(padded, kChannelsTile),
+  const dim3 grid((unsigned)ceil_div(N * H * W, kChannelsTile), (unsigned)ceil_div(padded, kChannelsTile),
                   (unsigned)groups);
   LAUNCH((channels_kernel<T>), grid, dim3(kChannelsThreads), stream, in, static_cast<T*>(out), N * H * W, H, W,
          (int)channels, (int)padded);
@@ -112,7 +112,7 @@ void launch(const Conv2dArgs& args, const GradWPlan& f, cudaStream_t stream) {
   if (f.tile == 2) launch_tile<T, Tile2<T>>(args, f, stream);
   if (f.tile == 3) launch_tile<T, Tile3<T>>(args, f, stream);
   const int64_t filters = args.problem.C_out < 65535 ? args.problem.C_out : 65535;
-  LAUNCH((grad_w_finish_kernel<T>), dim3((unsigned)blocks(f.params.K, kFinishThreads), (unsigned)filters),
+  LAUNCH((grad_w_finish_kernel<T>), dim3((unsigned)ceil_div(f.params.K, kFinishThreads), (unsigned)filters),
          dim3(kFinishThreads), stream, args, f.params, f.partial, f.partial_sum);
 }
 
