@@ -71,7 +71,7 @@ for _module in (
     test_conv2d_threads,
     test_elements,
 ):
-    _of = _module.__name__.removeprefix("test_")
+    _of = _module.__name__.removeprefix("ops.test_")
     for _name, _body in list(vars(_module).items()):
         if _name.startswith("test_"):
             globals()[f"test_{_of}_{_name.removeprefix('test_')}"] = _body
