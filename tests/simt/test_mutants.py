@@ -18,8 +18,9 @@ from tolerances import assert_within, tolerance
 
 from adderops import reference
 from simt import builder, host
+from simt.builder import ORDERS
 from simt.test_int8 import images
-from simt.test_passes import ORDERS, arranged, compute
+from simt.test_passes import arranged, compute
 
 pytestmark = pytest.mark.skipif(not builder.compiler(), reason="no C++ compiler: set CXX, or install g++")
 
@@ -124,11 +125,11 @@ def mutants():
         *("grad_w", "grad_w.cuh", *loop),
         ("a pixel of dY too far", "x.h = y.left > 0 ?", "x.h = y.left > -1 ?", EITHER),
         ("stride_w for stride_h", "oh * p.stride_h", "oh * p.stride_w", VALUES),
-        ("the last split is left out", "split < params.splits; ++split", "split + 1 < params.splits; ++split", VALUES),
+        ("the last chunk is left out", "chunk < params.chunks; ++chunk", "chunk + 1 < params.chunks; ++chunk", VALUES),
     )
     yield from on(
         *("grad_x", "grad_x.cuh"),
-        ("strides swapped", "(int)i * f.stride_h", "(int)i * f.stride_w", EITHER),
+        ("strides swapped", "(int)at.i * stride_h", "(int)at.i * stride_w", EITHER),
         ("NaN of x is not looked for", "|| x[i][j] != x[i][j];", ";", VALUES),
         ("dY is not subtracted", "2 * acc[i][j] - sum;", "2 * acc[i][j];", VALUES),
     )
@@ -189,7 +190,7 @@ def mutants():
 
 MUTANTS = list(mutants())
 
-# Ragged in every direction; groups; both strides; several splits of grad_w.
+# Ragged in every direction; groups; both strides; several chunks of grad_w.
 CONV2D_CASES = [
     case("ragged", (3, 38, 9, 11), 34, (3, 2), stride=(1, 2), padding=(1, 0), groups=2),
     case("even", (1, 16, 16, 16), 16, 1, stride=(2, 1)),
