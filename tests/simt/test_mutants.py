@@ -270,6 +270,12 @@ def detector(kernels: host.Kernels, name: str, dtype=torch.float32, capability=9
     return None
 
 
+def test_every_mutant_is_in_the_sources():
+    """Quick, where the others compile for minutes: a renamed line shows here first."""
+    for mutant in MUTANTS:
+        assert (builder.CSRC / "cuda" / mutant.file).read_text().count(mutant.old) == 1, f"{mutant}: {mutant.old!r}"
+
+
 @pytest.mark.parametrize("name", host.PASSES)
 @pytest.mark.parametrize("variant", ("plain", "race"))
 def test_the_kernels_themselves_pass(variant, name):
