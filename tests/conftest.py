@@ -9,7 +9,7 @@ import torch
 from distill.runs import write_bars
 
 from adderops import _ops  # noqa: F401  (loads the operators)
-from adderops.distill import Config, Data, load_data
+from adderops.distill import Data, Options, load_data
 
 
 @dataclass(frozen=True)
@@ -70,9 +70,9 @@ def data(folder_of_bars) -> Data:
 
 
 @pytest.fixture
-def config(folder_of_bars, set_threads) -> Config:
+def config(folder_of_bars, set_threads) -> Options:
     set_threads(1)
-    return Config(data=str(folder_of_bars), method="pkkd", epochs=2, batch_size=16, threads=1)
+    return Options(data=str(folder_of_bars), method="pkkd", epochs=2, batch_size=16, threads=1)
 
 
 _mutants: list[tuple[str, str | None]] = []
