@@ -1,0 +1,42 @@
+"""Builds the site: `sphinx-build -W docs site`.  Guide pages are docs/*.md; docs/api has a page per public module."""
+
+import re
+
+import adderops
+
+project = "adderops"
+copyright = "adderops developers"
+release = adderops.__version__
+
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
+default_role = "py:obj"  # `name` in a docstring links to its entry, where there is one
+myst_heading_anchors = 3  # the anchors that GitHub makes
+autodoc_member_order = "bysource"
+autodoc_default_options = {"members": True}
+napoleon_use_ivar = True
+python_maximum_signature_line_length = 100
+
+html_theme = "furo"
+html_title = f"adderops {release}"
+
+
+def docstring_to_rst(app, what, name, obj, options, lines: list[str]) -> None:
+    """Translates what docstrings write for `help()` into what Sphinx reads.
+
+    In text, | and * are escaped: |x - w|, 2*padding.  A block that is indented below an unindented line is verbatim.
+    """
+    paragraphs: list[str] = []
+    for paragraph in "\n".join(lines).split("\n\n"):
+        before = paragraphs[-1] if paragraphs else ""
+        if re.match(r"\s*(>>>|\.\. )", paragraph) or (paragraph.startswith(" ") and before.startswith(".. ")):
+            paragraphs.append(paragraph)
+        elif paragraph.startswith("  ") and not before.rpartition("\n")[2].startswith(" "):
+            paragraphs += [".. code-block:: text", paragraph]
+        else:
+            code_and_text = re.split(r"(`+[^`]*`+)", paragraph)
+            paragraphs.append("".join(p if p[:1] == "`" else re.sub(r"([|*])", r"\\\1", p) for p in code_and_text))
+    lines[:] = "\n\n".join(paragraphs).split("\n")
+
+
+def setup(app) -> None:
+    app.connect("autodoc-process-docstring", docstring_to_rst, priority=100)  # before napoleon, which has 500
