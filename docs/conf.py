@@ -13,6 +13,7 @@ default_role = "py:obj"  # `name` in a docstring links to its entry, where there
 myst_heading_anchors = 3  # the anchors that GitHub makes
 autodoc_member_order = "bysource"
 autodoc_default_options = {"members": True}
+napoleon_custom_sections = [("Class attributes", "params_style")]
 napoleon_use_ivar = True
 python_maximum_signature_line_length = 100
 
