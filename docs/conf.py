@@ -9,6 +9,7 @@ copyright = "adderops developers"
 release = adderops.__version__
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
+smartquotes = False  # -- in a text is an option
 default_role = "py:obj"  # `name` in a docstring links to its entry, where there is one
 myst_heading_anchors = 3  # the anchors that GitHub makes
 autodoc_member_order = "bysource"
@@ -21,10 +22,16 @@ html_theme = "furo"
 html_title = f"adderops {release}"
 
 
-def docstring_to_rst(app, what, name, obj, options, lines: list[str]) -> None:
-    """Translates what docstrings write for `help()` into what Sphinx reads.
+def escaped(text: str) -> str:
+    """Escapes | and * outside of `code`: |x - w| and 2*padding mean what they say."""
+    parts = re.split(r"(`+[^`]*`+)", text)
+    return "".join(part if part[:1] == "`" else re.sub(r"([|*])", r"\\\1", part) for part in parts)
 
-    In text, | and * are escaped: |x - w|, 2*padding.  A block that is indented below an unindented line is verbatim.
+
+def docstring_to_rst(app, what, name, obj, options, lines: list[str]) -> None:
+    """Translates docstrings, which are written for `help()`, and adds the help of the fields of an options class.
+
+    A block that is indented below an unindented line is verbatim.
     """
     paragraphs: list[str] = []
     for paragraph in "\n".join(lines).split("\n\n"):
@@ -34,8 +41,10 @@ def docstring_to_rst(app, what, name, obj, options, lines: list[str]) -> None:
         elif paragraph.startswith("  ") and not before.rpartition("\n")[2].startswith(" "):
             paragraphs += [".. code-block:: text", paragraph]
         else:
-            code_and_text = re.split(r"(`+[^`]*`+)", paragraph)
-            paragraphs.append("".join(p if p[:1] == "`" else re.sub(r"([|*])", r"\\\1", p) for p in code_and_text))
+            paragraphs.append(escaped(paragraph))
+    for field in getattr(obj, "__dataclass_fields__", {}).values() if what == "class" else ():
+        if text := field.metadata.get("help"):
+            paragraphs.append(f":ivar {field.name}: {escaped(text() if callable(text) else text)}")
     lines[:] = "\n\n".join(paragraphs).split("\n")
 
 
