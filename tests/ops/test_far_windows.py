@@ -1,13 +1,12 @@
 """Padding, dilation and stride up to 2^30 on tiny tensors: right, quick and small, as those of `F.conv2d` are."""
 
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
 from cases import FAR_CASES, FORMATS, PASSES, assert_same, compute, exact_inputs, exact_result, near
+from child import run_python
 
 from adderops.functional import adder_conv2d, adder_conv2d_int8
 from ops.test_int8 import OP, OUTPUTS, expected, inputs
@@ -63,6 +62,6 @@ print(resident() - before)
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="no /proc/self/status to read the peak from")
 def test_time_and_memory_follow_the_taps():
     """Copies of these windows would take from hundreds of MiB to more than any machine has."""
-    done = subprocess.run([sys.executable, "-c", FRUGAL], capture_output=True, text=True, timeout=60)
+    done = run_python("-c", FRUGAL, timeout=60)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) < 100, f"{done.stdout.strip()} MiB"

@@ -1,10 +1,7 @@
 """The operators as citizens of PyTorch: schemas, fake kernels, autograd, autocast, compilation, formats."""
 
-import os
 import platform
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -22,6 +19,7 @@ from cases import (
     exact_inputs,
     exact_result,
 )
+from child import run_python
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from adderops.functional import adder_conv2d
@@ -176,9 +174,7 @@ def test_autocast_computes_in_float32(dtype):
 
 
 EMPTY = """
-import sys
 import torch
-sys.path.insert(0, {tests!r})
 from cases import PASSES, Inputs, assert_same, case, compute, define
 
 no_rows, no_columns = case("rows", (2, 3, 0, 5), 4, 2, padding=(1, 0)), case("columns", (2, 3, 5, 0), 4, 2, padding=2)
@@ -200,8 +196,8 @@ for c in ({case}, no_rows, no_columns):
 
 def test_empty_batch_and_empty_images(backend):
     """In a process of its own: a division by a size of zero would end this one."""
-    code = EMPTY.format(tests=os.path.dirname(__file__), case=f"case('batch', {SHAPE.x_shape}, 9, 3, 2, 1, 1, 3)")
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    code = EMPTY.format(case=f"case('batch', {SHAPE.x_shape}, 9, 3, 2, 1, 1, 3)")
+    done = run_python("-c", code)
     last = (done.stdout.splitlines() or ["nothing"])[-1]
     assert done.returncode == 0, f"exit {done.returncode} in {last}\n{done.stderr[-2000:]}"
 

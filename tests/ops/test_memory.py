@@ -3,11 +3,10 @@
 import mmap
 import os
 import signal
-import subprocess
 import sys
-import textwrap
 
 import pytest
+from child import run_python
 
 ROOM = 64 << 20
 
@@ -50,12 +49,6 @@ print(resident("VmHWM") - before, 4 * (x.numel() + w.numel() + y.numel()))
 """
 
 
-def run(code: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=120, env=dict(os.environ)
-    )
-
-
 @pytest.mark.skipif(
     not os.access("/proc/self/clear_refs", os.W_OK), reason="no /proc/self/clear_refs to reset the peak with"
 )
@@ -64,7 +57,7 @@ def run(code: str) -> subprocess.CompletedProcess:
 def test_extra_memory_of_a_step(name, x, filters, stride, padding, channels_last):
     """Forward and backward together stay below input + output + weights + 64 MiB, y and both gradients included."""
     w = (filters[0], x[1], filters[1], filters[1])
-    done = run(STEP.format(x=x, w=w, stride=stride, padding=padding, channels_last=channels_last))
+    done = run_python("-c", STEP.format(x=x, w=w, stride=stride, padding=padding, channels_last=channels_last))
     assert done.returncode == 0, done.stderr
     extra, tensors = map(int, done.stdout.split())
     print(f"{name}: {extra / 2**20:.1f} MiB, of which results {tensors / 2**20:.1f}")
@@ -72,9 +65,8 @@ def test_extra_memory_of_a_step(name, x, filters, stride, padding, channels_last
 
 
 GUARDED = """
-import ctypes, mmap, sys
+import ctypes, mmap
 import torch
-sys.path.insert(0, {tests!r})
 torch.set_num_threads(1)
 from cases import FORMATS, PASSES, Inputs, compute, exact_inputs, random_case, SELECTED, CASES
 
@@ -121,7 +113,7 @@ print("done")
 )
 def test_no_read_outside_the_operands(cases, backend):
     """Every operand lies flush against an inaccessible page: a read one byte outside ends the process."""
-    done = run(GUARDED.format(tests=os.path.dirname(__file__), cases=cases, touch=""))
+    done = run_python("-c", GUARDED.format(cases=cases, touch=""))
     last = (done.stdout.splitlines() or ["nothing"])[-1]
     assert done.returncode == 0 and last == "done", f"exit {done.returncode} after {last}\n{done.stderr[-2000:]}"
 
@@ -129,7 +121,7 @@ def test_no_read_outside_the_operands(cases, backend):
 def test_the_guard_pages_guard():
     """The test above can fail: reading one byte behind a guarded tensor does end the process."""
     touch = "x = guarded(torch.ones(1, 1, 3, 5), True); ctypes.string_at(x.data_ptr() + 60, 1)"
-    assert run(GUARDED.format(tests=os.path.dirname(__file__), cases="[]", touch=touch)).returncode == -signal.SIGSEGV
+    assert run_python("-c", GUARDED.format(cases="[]", touch=touch)).returncode == -signal.SIGSEGV
 
 
 THREADS = """
@@ -163,7 +155,7 @@ done.wait()
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="no /proc/self/status to read the memory from")
 def test_calling_threads_keep_no_memory_each():
     """What calls leave for later ones is the process's: at most a block for each of torch's threads, of 32 MiB."""
-    done = run(THREADS)
+    done = run_python("-c", THREADS)
     assert done.returncode == 0, done.stderr
     kept, wrong = done.stdout.split()
     print(f"{float(kept):.1f} MiB for 40 threads")
