@@ -30,8 +30,8 @@ from torch import Tensor, nn
 
 import adderops.info
 from adderops import AdderConv2d
-from adderops.distill import FeatureMatch, PKKDTask, SingleTask
-from adderops.distill.matching import STUDENT_FACTOR, TEACHER_FACTOR
+from adderops.distill import Distillation, FeatureMatch, PKKDTask, SingleTask
+from adderops.distill.methods.matching import STUDENT_FACTOR, TEACHER_FACTOR
 from adderops.models import create_model, matched_layers
 
 # network: batch size of all contestants, and of the eager one (keeps its temporaries below 1 GiB)
@@ -111,15 +111,16 @@ def task_of(arch: str, contestant: str, memory_format: torch.memory_format) -> n
         return SingleTask(teacher, "teacher")
     if contestant == "plain":
         return SingleTask(student, "student")
-    channels = [layer.out_channels for layer in matched_layers(student).values()]
     if contestant == "logits":
-        return PKKDTask(teacher, student, None)
+        return PKKDTask(teacher, student, Distillation(features="none"))
+    task = PKKDTask(teacher, student)
     if contestant == "pkkd":
-        return PKKDTask(teacher, student, FeatureMatch(channels))
+        return task
     for layer in matched_layers(student).values():
         if isinstance(layer, AdderConv2d):
             layer.__class__ = EagerAdderConv2d
-    return PKKDTask(teacher, student, EagerMatch(channels))
+    task.match = EagerMatch([layer.out_channels for layer in matched_layers(student).values()])
+    return task
 
 
 def step_of(

@@ -9,25 +9,27 @@ training images.  A method may set options: pkkd:beta=1.
 import argparse
 import math
 from dataclasses import fields
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from adderops import reestimate_batchnorm
-from adderops.distill.build import build_optimizer, build_task
-from adderops.distill.config import Config
+from adderops.distill import METHODS, Config, Options
+from adderops.distill.build import build_optimizer
 from adderops.distill.data import epoch_batches
 from adderops.distill.paired import mean_and_deviation, paired_difference
 from adderops.optim import AdaptiveRate
 
-METHODS = {
+CONTESTANTS = {
     "cnn": {"method": "cnn"},
     "plain": {"method": "plain"},
     "logits": {"method": "pkkd", "features": "none"},
     "pkkd": {"method": "pkkd"},
 }
 CLASSES, BORDER = 10, 4
+DIGITS = SimpleNamespace(in_channels=1, num_classes=CLASSES)  # of the data, all that the networks depend on
 
 
 def all_digits() -> tuple[Tensor, Tensor]:
@@ -59,7 +61,7 @@ def crops(images: Tensor, generator: torch.Generator) -> Tensor:
 def train(config: Config, images: Tensor, labels: Tensor, training: Tensor, test: Tensor) -> dict[str, float]:
     """Returns the test accuracy of each network, by role."""
     x = (images - images[training].mean()) / images[training].std()
-    task = build_task(config, 1, CLASSES, torch.device("cpu")).train()
+    task = METHODS[config.method].build(config, DIGITS, torch.device("cpu")).train()
     optimizer = build_optimizer(config, task)
     if config.method != "cnn":
         AdaptiveRate(task, optimizer)
@@ -83,16 +85,18 @@ def train(config: Config, images: Tensor, labels: Tensor, training: Tensor, test
 
 def configuration(method: str, options: argparse.Namespace, seed: int) -> Config:
     name, *changes = method.split(":")
-    values = {**METHODS[name], "data": "digits", "seed": seed, "threads": 1}
+    values = {**CONTESTANTS[name], "data": "digits", "seed": seed, "threads": 1}
     values |= {key: getattr(options, key) for key in ("epochs", "batch_size", "lr", "augment")}
-    types = {f.name: type(f.default) for f in fields(Config)}
+    types = {f.name: type(f.default) for f in fields(Options)}
     values |= {key: types[key](value) for key, value in (change.split("=") for change in changes)}
-    return Config(**values).resolve()
+    return Options(**values).resolve()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("methods", nargs="+", help=f"{', '.join(METHODS)}, with options; the first is the reference")
+    parser.add_argument(
+        "methods", nargs="+", help=f"{', '.join(CONTESTANTS)}, with options; the first is the reference"
+    )
     parser.add_argument("--train-images", type=int, default=100)
     parser.add_argument("--epochs", type=int, default=100)
     parser.add_argument("--batch-size", type=int, default=50)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from adderops.distill import Config, Data, load_data
+from adderops.distill import Data, Options, load_data
 from distill.runs import write_bars
 
 
@@ -29,6 +29,6 @@ def data(folder_of_bars) -> Data:
 
 
 @pytest.fixture
-def config(folder_of_bars, set_threads) -> Config:
+def config(folder_of_bars, set_threads) -> Options:
     set_threads(1)
-    return Config(data=str(folder_of_bars), method="pkkd", epochs=2, batch_size=16, threads=1)
+    return Options(data=str(folder_of_bars), method="pkkd", epochs=2, batch_size=16, threads=1)

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from adderops.distill import FeatureMatch
-from adderops.distill.matching import BATCHNORM_EPS, STUDENT_FACTOR, TEACHER_FACTOR, KernelWidths
-from adderops.distill.moments import LEAST_PIXELS, moments
+from adderops.distill.methods.matching import BATCHNORM_EPS, STUDENT_FACTOR, TEACHER_FACTOR, KernelWidths
+from adderops.distill.methods.moments import LEAST_PIXELS, moments
 
 CHANNELS = 5
 # per image and as one matrix; one pixel; one image; channels_last

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from adderops import _ops
-from adderops.distill.moments import _Moments, mean_abs, moments
+from adderops.distill.methods.moments import _Moments, mean_abs, moments
 
 CENTRES = (0.36787944, 1.0)
 # N, C, H, W: channels about vectors and tiles of 4, 8, 16 lanes; pixels about bands; bands of rows and of images

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from adderops.distill import FeatureMatch, PKKDTask, SingleTask
-from adderops.distill.task import imitation_loss
+from adderops.distill.methods.pkkd import imitation_loss
 from adderops.models import IntermediateOutputs, lenet5
 
 

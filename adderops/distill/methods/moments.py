@@ -5,7 +5,8 @@ kernels z all of that is linear or made of mean and covariance, and so is the me
 
 .. math:: y = W z, \quad mean(y) = W\,mean(z), \quad cov(y) = W\,cov(z)\,W^T
 
-Therefore no tensor of the outputs' size is kept.  `adderops.distill.matching` makes the loss of mean and covariance.
+Therefore no tensor of the outputs' size is kept.  `adderops.distill.methods.matching` computes the loss from mean and
+covariance.
 """
 
 import torch
@@ -69,25 +70,14 @@ class _Moments(torch.autograd.Function):
         z = _features(student, teacher, scales, ctx.centres, ctx.kernel)
         n, channels, p = z.shape
         c = student.size(1)
-        rows = channels if ctx.needs_input_grad[2] else c  # of the teacher only the scale ever wants a gradient
-        factors = scales / (n * p)
+        factor, centre = scales[0] / (n * p), ctx.centres[0]
         if ctx.kernel:
-            factors = factors * factors.new_tensor(ctx.centres)
-        factors = torch.cat([factors[:1].expand(c), factors[1:].expand(channels - c)])[:rows, None]
-        matrix = (grad_second + grad_second.T)[:rows] * factors
-        vector = grad_mean[:rows, None] * factors
-        grad = torch.baddbmm(vector.expand(n, rows, 1), matrix.expand(n, rows, channels), z)
-        halves = grad.split([c, rows - c], dim=1) if rows > c else [grad]
+            factor = factor * centre
+        matrix, vector = (grad_second + grad_second.T)[:c] * factor, grad_mean[:c, None] * factor
+        grad = torch.baddbmm(vector.expand(n, c, 1), matrix.expand(n, c, channels), z)
         if ctx.kernel:
-            for half, feature, centre in zip(halves, z.split([c, channels - c], dim=1), ctx.centres, strict=False):
-                half.addcmul_(half, feature, value=1 / centre)  # exp' = exp = z + centre; times centre: in factors
-        grad_scales = None
-        if ctx.needs_input_grad[2]:
-            outputs = (_as_matrices(output, per_image) for output in (student, teacher))
-            sums = [(half * output).sum() for half, output in zip(halves, outputs, strict=True)]
-            grad_scales = torch.stack(sums) / scales
-        grad_student = _as_images(halves[0], per_image, student.shape) if ctx.needs_input_grad[0] else None
-        return grad_student, None, grad_scales, None, None
+            grad.addcmul_(grad, z[:, :c], value=1 / centre)  # exp' = exp = z + centre; times centre: in the factor
+        return _as_images(grad, per_image, student.shape), None, None, None, None
 
 
 class _NativeMoments(torch.autograd.Function):
@@ -122,7 +112,7 @@ def moments(
     Args:
         student, teacher: outputs (N, C_a, H, W) and (N, C_c, H, W) of a layer, C = C_a + C_c; the teacher's gets no
             gradient.
-        scales: (2), of student and teacher, not zero; with gradient if it wants one.
+        scales: (2), of student and teacher, not zero; they get no gradient.
         centres: of student and teacher; near the means of what they are taken from, so that squares keep their digits,
             and not zero with the exponential.
         kernel: with the exponential, or without.
@@ -144,8 +134,8 @@ def moments(
         and student.dtype == teacher.dtype == torch.float32
         and student.size(1) == teacher.size(1)
     )
-    function = _NativeMoments if native and not scales.requires_grad else _Moments
-    return function.apply(student, teacher.detach(), scales, centres, kernel)
+    function = _NativeMoments if native else _Moments
+    return function.apply(student, teacher.detach(), scales.detach(), centres, kernel)
 
 
 def mean_abs(x: Tensor) -> Tensor:

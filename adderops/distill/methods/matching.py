@@ -3,8 +3,9 @@ r"""L_mid of PKKD (arXiv 2009.13044, section 3.1): the inner layers of student a
 .. math:: g = \exp(Y / 2\sigma_a^2), \quad h = \exp(-(x*f) / 2\sigma_c^2), \quad
           L_{mid} = \sum_{layers} \lVert \rho(g; W_a) - \rho(h; W_c) \rVert^2
 
-What the paper leaves open is settled here, see docs/reproduce.md: the widths follow the mean |output| of each
-batch, and a BatchNorm follows each 1x1 convolution rho; the literal form diverges or collapses.
+The paper leaves three things open; docs/pkkd.md has the reasons for what is chosen here.  The widths 2 sigma^2 follow
+the mean \|output\| of each batch, without gradient.  A BatchNorm follows each 1x1 convolution rho; without it, the loss
+diverges or collapses.  L_mid is a mean over layers, channels and pixels.
 """
 
 import math
@@ -15,96 +16,59 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from adderops.distill.distributed import global_mean
-from adderops.distill.moments import mean_abs, moments
+from adderops.distill.methods.moments import mean_abs, moments
 from adderops.models import matched_layers
 
 FEATURES = ("none", "1x1", "kernel", "kernel+1x1")
-WIDTHS = ("batch", "learned", "fixed")
-TEACHER_LINEARS = ("trained", "identity", "random")
-MID_NORMS = ("batchnorm", "none")
-MID_REDUCTIONS = ("mean", "sum")
 
 # 2 sigma^2 in units of mean |output|.  A convolution's output has both signs, so h may exceed 1: the wider kernel keeps
 # it below about e.
 STUDENT_FACTOR, TEACHER_FACTOR = 1.0, 3.0
+LEAST_WIDTH = 1e-12  # for a layer whose outputs are all zero
 BATCHNORM_EPS = 1e-5
 
 
-class KernelWidths(nn.Module):
-    r"""The widths :math:`2\sigma^2` of one network's kernels, for all layers.
-
-    Args:
-        layers: number of layers.
-        factor: of the mean |output|.
-        source: 'batch': factor * mean |output| of each batch, without gradient; 'fixed': that of the first batch;
-            'learned': starts as fixed and is trained by L_mid, in the logarithm.
-        shared: one width for all layers, from the mean of their mean |output|.
-
-    Shape:
-        (layers) mean |output| -> (layers) widths.
-    """
-
-    def __init__(self, layers: int, factor: float, source: str = "batch", shared: bool = False) -> None:
-        super().__init__()
-        self.factor, self.source, self.shared = factor, source, shared
-        if source != "batch":
-            log_width = nn.Parameter(torch.full((1 if shared else layers,), torch.nan))
-            self.log_width = log_width.requires_grad_(source == "learned")
-
-    def forward(self, magnitudes: Tensor) -> Tensor:
-        # the floor serves a layer whose outputs are all zero
-        widths = (self.factor * (magnitudes.mean(0, keepdim=True) if self.shared else magnitudes)).clamp(min=1e-12)
-        if self.source != "batch":
-            with torch.no_grad():  # NaN until the first batch
-                self.log_width.copy_(torch.where(self.log_width.isnan(), widths.log(), self.log_width))
-            widths = self.log_width.exp()
-        return widths.expand(len(magnitudes))
-
-
 class LinearMatch(nn.Module):
-    r"""What L_mid does behind the kernels, for pairs of layers of the same numbers of channels.
+    r"""The part of L_mid behind the kernels, for pairs of layers with the same numbers of channels.
 
     .. math:: y_a = BN(W_a g), \quad y_c = BN(W_c h), \quad (y_a - y_c)^2
 
-    Computed from means and covariances (`adderops.distill.moments`).  The BatchNorms have no parameters and use the
-    statistics of the batch: with a free W and nothing behind it, W = 0 would be the trivial optimum.
+    Computed from means and covariances (`adderops.distill.methods.moments`).  The BatchNorms have no parameters and use
+    the statistics of the batch: with a free W and nothing behind it, W = 0 would be the trivial optimum.
 
-    Where the two layers differ in channels, W_a and W_c are rectangular and lead to a common width: that of the
-    narrower layer, or the teacher's under teacher_linear='identity'.  A map that changes the width starts orthogonal.
+    W_a and W_c start at the identity.  Where the two layers differ in channels, they are rectangular, lead to the width
+    of the narrower layer, and the one that changes the width starts orthogonal.
 
     Args:
         layers: number of pairs.
         channels: of the student's and of the teacher's layer.
-        linear: whether there are 1x1 convolutions; the student's starts at the identity and is trained by L_mid.
-        teacher_linear: the teacher's: 'trained' likewise, 'identity', or 'random' (orthogonal), fixed.
-        norm: 'batchnorm', or 'none' for the literal form.
+        linear: whether there are 1x1 convolutions W, trained by L_mid.
 
     Raises:
         ValueError: different numbers of channels without 1x1 convolutions.
     """
 
-    def __init__(self, layers: int, channels: tuple[int, int], linear: bool, teacher_linear: str, norm: str) -> None:
+    def __init__(self, layers: int, channels: tuple[int, int], linear: bool) -> None:
         super().__init__()
-        self.norm = norm
         of_student, of_teacher = channels
         if of_student != of_teacher and not linear:
             raise ValueError(
                 f"features: expected 1x1 convolutions for layers of {of_student} and {of_teacher} channels, got none"
             )
-        width = of_teacher if teacher_linear == "identity" else min(channels)
+        width = min(channels)
         w_a, w_c = (torch.eye(width, c).repeat(layers, 1, 1) for c in channels)
-        for matrices, adapts in ((w_a, width != of_student), (w_c, width != of_teacher)):
-            if linear and (adapts or (matrices is w_c and teacher_linear == "random")):
+        for matrices in (w_a, w_c):
+            if matrices.size(2) != width:
                 for matrix in matrices:
                     nn.init.orthogonal_(matrix)
         self.w_a = nn.Parameter(w_a, requires_grad=linear)
-        self.w_c = nn.Parameter(w_c, requires_grad=linear and teacher_linear == "trained")
+        self.w_c = nn.Parameter(w_c, requires_grad=linear)
 
-    def forward(self, mean: Tensor, second: Tensor, centres: tuple[float, float]) -> tuple[Tensor, Tensor]:
-        """Returns for each layer the mean of the squares, and that of the variances of W_c h, over channels and pixels.
+    def forward(self, mean: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns for each pair the mean square, over channels and pixels, and the mean variance of W_c h.
 
         Args:
-            mean, second: (layers, C) and (layers, C, C), of `moments` with these centres.
+            mean, second: (layers, C) and (layers, C, C), from `moments`.
         """
         c = self.w_a.size(2)
         cov = second - mean.unsqueeze(2) * mean.unsqueeze(1)
@@ -112,12 +76,8 @@ class LinearMatch(nn.Module):
         var_a = (mixed_a[..., :c] * self.w_a).sum(2).clamp(min=0)
         cov_ac = (mixed_a[..., c:] * self.w_c).sum(2)
         var_c = ((self.w_c @ cov[:, c:, c:]) * self.w_c).sum(2).clamp(min=0)
-        if self.norm == "batchnorm":
-            inv_a, inv_c = (var_a + BATCHNORM_EPS).rsqrt(), (var_c + BATCHNORM_EPS).rsqrt()
-            squares = var_a * inv_a.square() + var_c * inv_c.square() - 2 * cov_ac * inv_a * inv_c
-        else:
-            of_a, of_c = (mean.unsqueeze(2).tensor_split([c], dim=1)[i] + centres[i] for i in range(2))
-            squares = var_a + var_c - 2 * cov_ac + (self.w_a @ of_a - self.w_c @ of_c).squeeze(2).square()
+        inv_a, inv_c = (var_a + BATCHNORM_EPS).rsqrt(), (var_c + BATCHNORM_EPS).rsqrt()
+        squares = var_a * inv_a.square() + var_c * inv_c.square() - 2 * cov_ac * inv_a * inv_c
         return squares.mean(1), var_c.detach().mean(1)
 
 
@@ -130,10 +90,9 @@ class FeatureMatch(nn.Module):
     Args:
         channels: of each pair's outputs: a number, or those of student and teacher where they differ.
         features: '1x1', 'kernel' or 'kernel+1x1': what stands between outputs and comparison.
-        width: see `KernelWidths`.
-        shared_width: one width for all layers of a network.
-        teacher_linear, norm: see `LinearMatch`.
-        reduction: 'mean' over layers, channels and pixels; 'sum' over them, and the mean over the images.
+
+    Raises:
+        ValueError: a pair of different channels without 1x1.
 
     Source: PKKD, arXiv 2009.13044, section 3.1.
 
@@ -143,28 +102,16 @@ class FeatureMatch(nn.Module):
     (torch.Size([]), ['l_mid', 'var_yc', 'width_a', 'width_c'])
     """
 
-    def __init__(
-        self,
-        channels: Sequence[int | tuple[int, int]],
-        features: str = "kernel+1x1",
-        width: str = "batch",
-        shared_width: bool = False,
-        teacher_linear: str = "trained",
-        norm: str = "batchnorm",
-        reduction: str = "mean",
-    ) -> None:
+    def __init__(self, channels: Sequence[int | tuple[int, int]], features: str = "kernel+1x1") -> None:
         super().__init__()
-        channels = [(c, c) if isinstance(c, int) else tuple(c) for c in channels]
-        self.channels, self.reduction = channels, reduction
+        self.channels = [(c, c) if isinstance(c, int) else c for c in channels]
         self.kernel = "kernel" in features
         # layers of the same size together: 20 layers of small matrices would take their time one by one
-        self.indices = [[i for i, c in enumerate(channels) if c == size] for size in dict.fromkeys(channels)]
+        sizes = dict.fromkeys(self.channels)
+        self.indices = [[i for i, c in enumerate(self.channels) if c == size] for size in sizes]
         self.linears = nn.ModuleList(
-            LinearMatch(len(indices), channels[indices[0]], "1x1" in features, teacher_linear, norm)
-            for indices in self.indices
-        )
-        self.widths = nn.ModuleList(
-            KernelWidths(len(channels), factor, width, shared_width) for factor in (STUDENT_FACTOR, TEACHER_FACTOR)
+            LinearMatch(len(indices), size, "1x1" in features)
+            for indices, size in zip(self.indices, sizes, strict=True)
         )
 
     def forward(self, student: list[Tensor], teacher: list[Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -186,7 +133,8 @@ class FeatureMatch(nn.Module):
         with torch.no_grad():
             magnitudes = torch.stack([mean_abs(output) for output in (*student, *teacher)]).view(2, -1)
             magnitudes = global_mean(magnitudes, images)
-        widths = torch.stack([w(m) for w, m in zip(self.widths, magnitudes, strict=True)])
+            factors = magnitudes.new_tensor([[STUDENT_FACTOR], [TEACHER_FACTOR]])
+            widths = (factors * magnitudes).clamp(min=LEAST_WIDTH)
         scales = 1 / widths
         centres = (-1 / STUDENT_FACTOR, 0.0)
         if self.kernel:
@@ -195,22 +143,17 @@ class FeatureMatch(nn.Module):
         found = [
             moments(y, c, scale, centres, self.kernel) for y, c, scale in zip(student, teacher, scales.T, strict=True)
         ]
-        terms, variances = [], []
+        of_groups: list[Tensor] = []
+        variances_of_groups: list[Tensor] = []
         for indices, linear in zip(self.indices, self.linears, strict=True):
             mean, second = (global_mean(torch.stack([found[i][k] for i in indices]), images) for k in range(2))
-            of_group, var_c = linear(mean, second, centres)
-            terms.append(of_group)
-            variances.append(var_c)
+            squares, var_c = linear(mean, second)
+            of_groups.append(squares)
+            variances_of_groups.append(var_c)
         order = torch.tensor([i for indices in self.indices for i in indices], device=scales.device).argsort()
-        terms, variances = torch.cat(terms)[order], torch.cat(variances)[order]
+        terms, variances = torch.cat(of_groups)[order], torch.cat(variances_of_groups)[order]
         watched = {"l_mid": terms, "var_yc": variances, "width_a": widths[0], "width_c": widths[1]}
-        if self.reduction == "sum":
-            widths_of = [linear.w_a.size(1) for linear in self.linears for _ in range(linear.w_a.size(0))]
-            elements = [widths_of[i] * student[j][0, 0].numel() for i, j in enumerate(sum(self.indices, []))]
-            terms = terms * terms.new_tensor(elements)[order]
-            watched["l_mid"] = terms
-        l_mid = terms.sum() if self.reduction == "sum" else terms.mean()
-        return l_mid, {name: value.detach() for name, value in watched.items()}
+        return terms.mean(), {name: value.detach() for name, value in watched.items()}
 
 
 def layer_pairs(
@@ -258,8 +201,8 @@ def pair_channels(student: nn.Module, teacher: nn.Module, pairs: Mapping[str, st
 def _same_size(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
     """Averages areas of the larger of two outputs, so that both have the smaller height and width."""
     size = [min(a, c) for a, c in zip(student.shape[2:], teacher.shape[2:], strict=True)]
-    pooled = (y if list(y.shape[2:]) == size else F.adaptive_avg_pool2d(y, size) for y in (student, teacher))
-    return tuple(pooled)
+    student, teacher = (y if list(y.shape[2:]) == size else F.adaptive_avg_pool2d(y, size) for y in (student, teacher))
+    return student, teacher
 
 
 def _not_half(x: Tensor) -> Tensor:
