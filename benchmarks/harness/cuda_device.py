@@ -1,23 +1,23 @@
-"""What a benchmark needs of a CUDA device: its description, a bound of the arithmetic, a timer, a measure of memory.
+"""A CUDA device in a benchmark: its description, an upper bound of the arithmetic, a timer, peak memory.
 
-The bound is a model, not a measurement: terms a clock and multiprocessor (TERMS, counted from the instructions of the
-inner loops and the width of the units that execute them) x multiprocessors x the highest clock.  A device that runs
-hot or is capped in power stays below that clock, and so below the bound.
+The bound is a model, not a measurement: terms per clock and multiprocessor (TERMS, derived from the instructions of the
+inner loops and the throughput of the units that execute them) x multiprocessors x the highest clock.  A device that is
+hot or power-limited runs below that clock, and so below the bound.
 """
 
 from collections.abc import Callable, Sequence
 from functools import cache
 
 import torch
-from layers import Layer
 
 from adderops.functional import adder_conv2d
 from adderops.info import describe
+from harness.layers import Layer
 
-# Terms a clock and multiprocessor by compute capability; a device that is not listed has none.
-#   forward of float32: a minimum and an addition, on separate units, where there are 64 float lanes (7.5, 8.0), else
-#       two additions; of halves: packed minima, summed by the tensor cores (from 8.0 on)
-#   grad_x: FADD.SAT and FFMA, grad_w: FFMA; halves are computed in float32
+# Terms per clock and multiprocessor by compute capability; a device that is not listed has no bound.
+#   forward, float32: a minimum and an addition on separate units with 64 float lanes (7.5, 8.0), else two additions
+#   forward, 16-bit: packed minima, summed by the tensor cores (from 8.0 on)
+#   grad_x: FADD.SAT and FFMA; grad_w: FFMA; both compute 16-bit floats in float32
 _FLOAT32 = {
     "forward": {(7, 5): 64, (8, 0): 64, (8, 6): 64, (8, 9): 64, (9, 0): 64, (10, 0): 64, (12, 0): 64},
     "grad_x": {(7, 5): 32, (8, 0): 32, (8, 6): 64, (8, 9): 64, (9, 0): 64, (10, 0): 64, (12, 0): 64},
@@ -30,7 +30,7 @@ TERMS = {torch.float32: _FLOAT32, torch.float16: _HALVES, torch.bfloat16: _HALVE
 
 
 def require() -> None:
-    """Ends the program where there is nothing to time."""
+    """Ends the program if there are no CUDA kernels or no GPU."""
     kernels = describe()["CUDA kernels"]
     if kernels.startswith("none"):
         raise SystemExit(f"--device cuda: adderops has no CUDA kernels ({kernels.removeprefix('none: ')})")
@@ -52,7 +52,7 @@ def description() -> dict[str, str | int]:
 
 
 def bounds(dtype: torch.dtype) -> dict[str, float]:
-    """{pass: terms per second at most}, a whole step included; empty for a device that the model does not know."""
+    """{pass: maximum terms per second}, including a whole step; empty for a device that is not in the model."""
     device = torch.cuda.get_device_properties()
     capability = device.major, device.minor
     rates = {
@@ -61,19 +61,19 @@ def bounds(dtype: torch.dtype) -> dict[str, float]:
         if capability in terms
     }
     if rates:
-        rates["step"] = len(rates) / sum(1 / rate for rate in rates.values())  # one pass after the other
+        rates["step"] = len(rates) / sum(1 / rate for rate in rates.values())  # the three passes in sequence
     return rates
 
 
 @cache
 def _flush_buffer() -> torch.Tensor:
-    """Twice the L2 cache at least, and long enough to write that the host is back before the device has finished."""
+    """At least twice the L2 cache, and large enough that the host queues the next call before it is written."""
     size = max(2 * torch.cuda.get_device_properties().L2_cache_size, 256 * 2**20)
     return torch.empty(size, dtype=torch.uint8, device="cuda")
 
 
 def device_clock(call: Callable[[], object]) -> Callable[[int], float]:
-    """Measures a call that queues work: events of the device before and after it, the L2 cache flushed each time."""
+    """Measures a call that queues device work: events before and after it, the L2 cache flushed each time."""
 
     def measure(repeats: int) -> float:
         buffer = _flush_buffer()
@@ -90,7 +90,7 @@ def device_clock(call: Callable[[], object]) -> Callable[[int], float]:
 
 
 def extra_memory(layers: Sequence[Layer], dtype: torch.dtype) -> dict[str, tuple[int, int]]:
-    """{layer name: (extra bytes, allowed bytes)} of a step, as memory.py has them, from the allocator's own account."""
+    """{layer name: (extra bytes, allowed bytes)} of a step, as in memory.py, from the allocator's statistics."""
     result = {}
     for layer in layers:
         worst = 0

@@ -1,23 +1,24 @@
-"""Before anything is timed: every contestant that claims to be the adder convolution is compared with float64.
+"""Checks every contestant that claims to be the adder convolution against float64, before anything is timed.
 
 A slice of each result is checked: the last image and four output channels of the forward, the last image and four input
-channels of grad_x, two filters of two input channels of grad_w.  The tolerance is derived: a sum of n terms in float32
-is off by at most 9*sqrt(n)*u*sum|terms|, u = eps/2, but for a vanishing probability (Higham and Mary, SIAM J. Sci.
-Comput. 41, 2019).  The terms are those of the least favourable form: |x|, |w| and 2*min(x, w) forward, |dY*x| and
-|dY*w| in grad_w.  Halves are what they are when they come in; the operators sum them in float32 and round the sum once,
-by at most u of the half times its size.  The eager formula rounds each of its steps to the half.
+channels of grad_x, two filters and two input channels of grad_w.  The tolerance is derived: the error of a float32 sum
+of n terms is at most 9*sqrt(n)*u*sum|terms|, u = eps/2, except with vanishing probability (Higham and Mary, SIAM J.
+Sci. Comput. 41, 2019).  The terms are those of the least favourable form: |x|, |w| and 2*min(x, w) in the forward,
+|dY*x| and |dY*w| in grad_w.  The operators sum 16-bit floats in float32 and round the sum once, by at most u of the
+16-bit type times its size.  The eager formula rounds every step to the 16-bit type.
 """
 
 import math
 
 import torch
-from layers import Layer
-from peers import columns, eager_forward, eager_gradients
 from torch import Tensor
+
+from harness.layers import Layer
+from harness.peers import columns, eager_forward, eager_gradients
 
 
 def _excess(name: str, got: Tensor, want: Tensor, sums: Tensor, n: int, steps_in: torch.dtype) -> float:
-    """max |got - want| / tolerance; above 1 is wrong."""
+    """max |got - want| / tolerance; ends the program if it is above 1."""
     tolerance = 9 * math.sqrt(n) * (torch.finfo(steps_in).eps / 2) * sums
     if got.dtype != torch.float32:
         half = torch.finfo(got.dtype)
@@ -32,10 +33,10 @@ def _excess(name: str, got: Tensor, want: Tensor, sums: Tensor, n: int, steps_in
 def check_forward(
     what: str, layer: Layer, x: Tensor, w: Tensor, y: Tensor, steps_in: torch.dtype = torch.float32
 ) -> float:
-    """Returns the worst error over its tolerance, or ends the program when y is wrong.
+    """Returns the largest error divided by its tolerance; ends the program if that is above 1.
 
     Args:
-        steps_in: the type that holds the terms and their sums.
+        steps_in: the dtype of the terms and their sums.
     """
     x, w = x[-1:].double(), w[:4].double()
     windows, filters = columns(layer, x).unsqueeze(1), w.flatten(1)[:, :, None]
@@ -55,17 +56,17 @@ def check_gradients(
     grad_w: Tensor | None,
     steps_in: torch.dtype = torch.float32,
 ) -> float:
-    """The same of the training gradients; None is not looked at."""
+    """The same for the training gradients; a gradient that is None is not checked."""
     worst = 0.0
     x, w, grad_y = x.double(), w.double(), grad_y.double()
     if grad_x is not None:
         want, _ = eager_gradients(layer, x[-1:, :4], w[:, :4], grad_y[-1:])
-        # as many terms as there are (filter, tap) pairs, each at most |dY|: count every dY under every tap
+        # one term per (filter, tap) pair, each at most |dY|: sum every |dY| under every tap
         taps = torch.ones_like(w[:, :1])
         sums = torch.nn.grad.conv2d_input(
             want[:, :1].shape, taps, grad_y[-1:].abs(), stride=layer.stride, padding=layer.padding
         )
-        sums = sums + torch.finfo(torch.float32).tiny  # pixels that no window covers: exactly zero
+        sums = sums + torch.finfo(torch.float32).tiny  # pixels under no window are exactly zero
         n = layer.c_out * layer.kernel**2
         worst = max(worst, _excess(f"{layer.name} {what} grad_x", grad_x[-1:, :4], want, sums, n, steps_in))
     if grad_w is not None:

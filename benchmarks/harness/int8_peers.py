@@ -1,4 +1,4 @@
-"""What the int8 adder layer is compared with: int8 convolutions of onnxruntime and of torch, and whole networks."""
+"""The peers of the int8 adder layer: int8 convolutions of onnxruntime and torch, and whole networks."""
 
 import io
 import tempfile
@@ -8,10 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from layers import Layer
 from torch import Tensor, nn
 
-SCALES = (0.02, 0.01, 0.5)  # of x, w and y of a layer: any will do
+from harness.layers import Layer
+
+SCALES = (0.02, 0.01, 0.5)  # of x, w and y; any values will do
 
 
 class Unavailable(Exception):
@@ -32,13 +33,13 @@ def _session(model: bytes, threads: int):
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
-    # between calls its threads would go on spinning and halve the speed of whoever comes next
+    # otherwise its threads keep spinning between calls and halve the speed of the next contestant
     options.add_session_config_entry("session.force_spinning_stop", "1")
     return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 
 def onnxruntime_layer(layer: Layer, x: Tensor, w: Tensor, threads: int) -> Callable[[], np.ndarray]:
-    """QLinearConv of uint8 x and int8 w, in onnxruntime's own format (NCHW), with one scale a tensor."""
+    """QLinearConv of uint8 x and int8 w, in onnxruntime's native format (NCHW), with one scale per tensor."""
     onnx, _ = _onnxruntime()
     from onnx import TensorProto, helper, numpy_helper
 
@@ -73,11 +74,11 @@ def onnxruntime_layer(layer: Layer, x: Tensor, w: Tensor, threads: int) -> Calla
 
 
 def torch_layer(layer: Layer, x: Tensor, w: Tensor) -> Callable[[], Tensor]:
-    """torch's own int8 convolution, channels last, weights packed beforehand."""
+    """torch's own int8 convolution, channels_last, with weights packed in advance."""
     engines = torch.backends.quantized.supported_engines
     engine = next((name for name in ("x86", "onednn", "fbgemm", "qnnpack") if name in engines), None)
     if engine is None:
-        raise Unavailable("this torch has no engine for int8")
+        raise Unavailable("this torch has no int8 engine")
     torch.backends.quantized.engine = engine
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -89,16 +90,16 @@ def torch_layer(layer: Layer, x: Tensor, w: Tensor) -> Callable[[], Tensor]:
 
 
 def convolution_of_integers(layer: Layer, x: Tensor, w: Tensor) -> Tensor:
-    """What both must return but for one step of rounding: relu of the exact sum, on the grid of y."""
+    """The result expected of both, up to one step of the grid: ReLU of the exact sum, rounded to the grid of y."""
     exact = nn.functional.conv2d(x.double(), w.double(), stride=layer.stride, padding=layer.padding)
     return (exact * (SCALES[0] * SCALES[1] / SCALES[2])).round().clamp(0, 255)
 
 
 def onnxruntime_network(network: nn.Module, images: Tensor, threads: int) -> Callable[[], np.ndarray]:
-    """A CNN quantized by onnxruntime: operators of integers, 8-bit weights filter by filter."""
+    """A CNN quantized by onnxruntime: integer operators, 8-bit weights with one scale per filter."""
     onnx, _ = _onnxruntime()
     try:
-        import onnxscript  # noqa: F401  (of torch.onnx.export)
+        import onnxscript  # noqa: F401  (torch.onnx.export needs it)
         from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
     except ModuleNotFoundError as missing:
         raise Unavailable(f"{missing.name} is not installed") from None

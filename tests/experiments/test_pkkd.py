@@ -7,12 +7,12 @@ import pytest
 import torch
 from distill.runs import write_bars
 
-BENCHMARKS = Path(__file__).resolve().parents[2] / "experiments"
+EXPERIMENTS = Path(__file__).resolve().parents[2] / "experiments"
 
 
 @pytest.fixture
 def pkkd(monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    monkeypatch.syspath_prepend(str(EXPERIMENTS))
     import pkkd
 
     return pkkd

@@ -1,9 +1,9 @@
-"""Measures how many terms a second the arithmetic alone allows: the loops of register_limits.cpp on this machine.
+"""Measures how many terms per second the arithmetic alone allows: the loops of register_limits.cpp on this machine.
 
-    python benchmarks/register_limits.py
+    python benchmarks/harness/register_limits.py
 
-prints a table.  The benchmarks import `measure` and run the best loop of a pass among their contestants: a share of the
-limit then does not depend on the clock of the moment.  Needs a C++ compiler (CXX, or c++ on the path).
+prints a table.  The benchmarks import `measure` and time the best loop of each pass among their contestants, so that a
+share of the limit does not depend on the current clock frequency.  Needs a C++ compiler (CXX, or c++ on the path).
 """
 
 import argparse
@@ -22,7 +22,7 @@ from pathlib import Path
 SOURCE = Path(__file__).with_suffix(".cpp")
 _COMMON = ["-std=c++17", "-O3", "-ffp-contract=off", "-shared", "-fPIC"]
 _AVX512 = ["-mavx512f", "-mavx512vl", "-mavx512bw", "-mavx512dq", "-mfma"]
-# label: (compiler flags, instruction sets of the operators that may use these loops)
+# variant: (compiler flags, instruction sets of the operators that these loops bound)
 _VARIANTS = {
     "x86_64": {
         "SSE2": (["-msse2", "-DVECTOR_BITS=128"], ("baseline", "avx2", "avx512")),
@@ -32,7 +32,7 @@ _VARIANTS = {
     },
     "aarch64": {"NEON": ([], ("baseline", "neon"))},
 }
-# The loops that bound a pass, by the beginning of their name.  grad_w is one fused multiply-add a term.
+# The loops that bound each pass, by the prefix of their names.  A term of grad_w is one fused multiply-add.
 PASS_LOOPS = {
     "forward": "forward",
     "grad_x": "grad_x",
@@ -48,19 +48,19 @@ class Unavailable(Exception):
 
 @dataclass(frozen=True)
 class Loop:
-    """One tile of one loop for one instruction set; `rate` is the best rate seen on one thread, terms per second."""
+    """One tile of one loop for one instruction set; `rate` is its best rate on one thread, in terms per second."""
 
     name: str
     variant: str
     isas: tuple[str, ...]
     tile: tuple[int, int]
-    terms: float  # of one sweep
+    terms: float  # per sweep
     seconds: Callable[[int], float] = field(repr=False)
     rate: float = 0.0
 
 
 def _compile(variant: str, flags: Sequence[str]) -> ctypes.CDLL:
-    """The library of one variant, from the cache when source, flags and compiler are the same."""
+    """The library of one variant, cached by source, flags and compiler."""
     compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
     if not compiler:
         raise Unavailable("no C++ compiler found (CXX, c++, g++, clang++)")
@@ -75,7 +75,7 @@ def _compile(variant: str, flags: Sequence[str]) -> ctypes.CDLL:
             with tempfile.TemporaryDirectory(dir=cache) as folder:
                 built = Path(folder) / library.name
                 subprocess.run([*command, "-o", str(built)], capture_output=True, check=True, text=True)
-                built.replace(library)  # two runs at once do not see a half-written file
+                built.replace(library)  # atomic: concurrent runs never load a partial file
     except subprocess.CalledProcessError as error:
         raise Unavailable(f"{compiler} fails for {variant}: {str(error.stderr).strip()[:300]}") from None
     except OSError as error:
@@ -104,14 +104,15 @@ def _loops() -> list[Loop]:
 
 
 def measure(rounds: int = 5, sample: float = 0.001) -> list[Loop]:
-    """The best tile of every loop and instruction set, with its rate on one thread, `rounds` turns of `sample` seconds.
+    """The best tile per loop and instruction set, with its rate on one thread, the best of `rounds` samples.
 
-    Raises Unavailable without a compiler or on a processor that register_limits.cpp does not know.
+    A sample lasts `sample` seconds.
+    Raises Unavailable without a compiler or on a processor that register_limits.cpp does not support.
     """
     loops = _loops()
     sweeps = [max(1, int(sample / loop.seconds(20) * 20)) for loop in loops]
     best = [float("inf")] * len(loops)
-    for _ in range(rounds):  # in turns: other work on the machine hits all alike
+    for _ in range(rounds):  # in turns: other work on the machine affects all loops alike
         for i, loop in enumerate(loops):
             best[i] = min(best[i], loop.seconds(sweeps[i]) / sweeps[i])
     result: dict[tuple[str, str], Loop] = {}
@@ -123,16 +124,16 @@ def measure(rounds: int = 5, sample: float = 0.001) -> list[Loop]:
 
 
 def best_loop(loops: Sequence[Loop], name: str, isa: str) -> Loop:
-    """The fastest loop whose name begins with `name`, among those an operator of instruction set `isa` may use."""
+    """The fastest loop whose name starts with `name`, among those that bound operators of instruction set `isa`."""
     usable = [loop for loop in loops if isa in loop.isas and loop.name.startswith(name)]
     return max(usable, key=lambda loop: loop.rate)
 
 
 class Together:
-    """Loops one after the other on one thread, counted for `threads` of them: the limit of a pass or of a step.
+    """Loops in sequence on one thread, scaled to `threads`: the limit of a pass or of a step.
 
-    Every core has registers of its own, so the rates of the threads add up; timing one thread keeps the figure clear of
-    the worker threads that torch leaves spinning on the other cores for a while after each call.
+    Registers belong to a core, so the rates of the threads add up.  Timing a single thread keeps the result independent
+    of torch's worker threads, which keep spinning on the other cores for a while after each call.
     """
 
     def __init__(self, loops: Sequence[Loop], threads: int, seconds: float = 0.002) -> None:
@@ -141,13 +142,18 @@ class Together:
         self.terms = threads * sum(loop.terms * sweeps for loop, sweeps in self._work)
 
     def seconds(self, repeats: int) -> float:
-        """Seconds of one thread, after a short run that wakes the core."""
+        """Seconds on one thread, after a short run that wakes up the core."""
         self._work[0][0].seconds(self._work[0][1])
         return sum(loop.seconds(sweeps * repeats) for loop, sweeps in self._work)
 
 
+def rates(loops: Sequence[Loop]) -> dict[str, float]:
+    """{name (variant, tile): Gterm/s on one thread}."""
+    return {f"{x.name} ({x.variant}, {x.tile[0]}x{x.tile[1]})": x.rate / 1e9 for x in loops}
+
+
 def table(loops: Sequence[Loop]) -> str:
-    """Gterm/s of every loop on one thread, a column per instruction set."""
+    """Gterm/s of every loop on one thread, one column per instruction set."""
     variants = list(dict.fromkeys(loop.variant for loop in loops))
     lines = [f"{'Gterm/s, one thread (tile)':36}" + "".join(f"{variant:>15}" for variant in variants)]
     for name in sorted(dict.fromkeys(loop.name for loop in loops)):

@@ -1,4 +1,4 @@
-"""The real layers that the benchmarks time: the distinct convolutions of ResNet-20, ResNet-18 and ResNet-50.
+"""Real layers to time: the distinct convolutions of ResNet-20, ResNet-18 and ResNet-50.
 
 Stem and classifier are left out: an adder network keeps them as convolutions.
 """
@@ -11,7 +11,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Layer:
-    """A square convolution with padding kernel // 2, and the batch it is timed at."""
+    """A square convolution with padding kernel // 2, and its batch size."""
 
     network: str
     batch: int
@@ -36,15 +36,15 @@ class Layer:
 
     @property
     def terms(self) -> int:
-        """|x - w| of one pass, as many as a convolution has multiply-accumulates."""
+        """|x - w| per pass: as many as the multiply-accumulates of a convolution."""
         return self.batch * self.out_size**2 * self.c_out * self.c_in * self.kernel**2
 
     def batch_within(self, terms: int) -> "Layer":
-        """The same layer with as many images as stay within `terms`, at least one."""
+        """The same layer with the largest batch, at least one image, that stays within `terms`."""
         return replace(self, batch=max(1, min(self.batch, terms * self.batch // self.terms)))
 
     def tensors(self, memory_format: torch.memory_format = torch.contiguous_format) -> tuple[Tensor, Tensor, Tensor]:
-        """(x, w, grad_y), the same numbers at every call: x behind a ReLU, w and grad_y normal."""
+        """(x, w, grad_y), the same numbers in every call: w and grad_y are normal, x is the ReLU of normal numbers."""
         generator = torch.Generator().manual_seed(0)
         x = torch.randn(self.batch, self.c_in, self.size, self.size, generator=generator).relu_()
         w = torch.randn(self.c_out, self.c_in, self.kernel, self.kernel, generator=generator)
@@ -77,7 +77,7 @@ def _resnet18(batch: int) -> list[Layer]:
 
 
 def _resnet50(batch: int) -> list[Layer]:
-    """Bottlenecks with the stride in the 3x3 layer, as torchvision has them."""
+    """Bottlenecks with the stride in the 3x3 layer, as in torchvision."""
     layers = []
     c_in, size = 64, 56
     for width, stride in ((64, 1), (128, 2), (256, 2), (512, 2)):
@@ -92,12 +92,12 @@ def _resnet50(batch: int) -> list[Layer]:
         ]
         layers += block
         c_in, size = 4 * width, out
-    return list(dict.fromkeys(layers))  # two places of a stage may hold the same layer
+    return list(dict.fromkeys(layers))  # two places in a stage may hold the same layer
 
 
 LAYERS = tuple(_resnet20(128) + _resnet18(8) + _resnet50(4))
 
-# What a run without --full times: every kind of layer of the three networks once, and all of ResNet-20.
+# The layers of a run without --full: all of ResNet-20, and one layer of each kind from the other two networks.
 _DEFAULT = (
     "resnet18/64-64.3x3@56",
     "resnet18/64-128.3x3s2@56",

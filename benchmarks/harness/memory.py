@@ -1,11 +1,11 @@
-"""Extra memory of a training step of the adder convolution: the peak of the resident set, in a process of its own.
+"""Peak extra memory of a training step of the adder convolution: the resident set of a separate process.
 
     python memory.py THREADS < LAYERS.json
 
-reads a list of the fields of `layers.Layer` and writes {layer name: [extra bytes, allowed bytes]}.  Extra is the peak
-resident set during forward and backward minus what was resident when the process started (PyTorch loaded, thread pool
-running) minus x, w and y.  The gradients of all three are part of it, and so is what an operator keeps between calls.
-Allowed is x + w + y + 64 MiB.  Needs Linux: /proc/self/clear_refs resets the peak that /proc/self/status reports.
+reads a list of the fields of `layers.Layer` and writes {layer name: [extra bytes, allowed bytes]}.  Extra memory is the
+peak resident set during forward and backward, minus what was resident before (PyTorch loaded, thread pool running),
+minus x, w and y.  It includes the gradients of all three and whatever an operator keeps between calls.  Allowed is
+x + w + y + 64 MiB.  Needs Linux: /proc/self/clear_refs resets the peak that /proc/self/status reports.
 """
 
 import ctypes
@@ -18,15 +18,16 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from layers import Layer
+
+from harness.layers import Layer
 
 ALLOWANCE = 64 * 2**20
 
 
 def extra_memory(layers: Sequence[Layer], threads: int) -> dict[str, tuple[int, int]] | str:
-    """{layer name: (extra bytes, allowed bytes)}, the worse of both memory formats; or why it cannot be measured."""
+    """{layer name: (extra bytes, allowed bytes)}, the larger of both memory formats; or why it cannot be measured."""
     if not Path("/proc/self/clear_refs").exists():
-        return "the peak of the resident set can be reset on Linux only"
+        return "the peak resident set can be reset on Linux only"
     child = subprocess.run(
         [sys.executable, __file__, str(threads)],
         input=json.dumps([asdict(layer) for layer in layers]),
@@ -46,12 +47,12 @@ def _status(field: str) -> int:
 
 
 def _release_and_reset() -> None:
-    ctypes.CDLL(None).malloc_trim(0)  # free pages that the allocator holds would hide new ones
+    ctypes.CDLL(None).malloc_trim(0)  # free pages that the allocator keeps would hide new ones
     Path("/proc/self/clear_refs").write_text("5")
 
 
 def _step(layer: Layer, memory_format: torch.memory_format) -> int:
-    """Peak bytes of a step, and the bytes of x, w and y subtracted."""
+    """Peak bytes of a step, minus x, w and y."""
     from adderops.functional import adder_conv2d
 
     x, w, _ = layer.tensors(memory_format)
@@ -67,7 +68,7 @@ def main() -> None:
     torch.set_num_threads(int(sys.argv[1]))
     layers = [Layer(**fields) for fields in json.load(sys.stdin)]
     formats = (torch.contiguous_format, torch.channels_last)
-    for memory_format in formats:  # thread pool, code pages, autograd
+    for memory_format in formats:  # starts the thread pool, loads code, initializes autograd
         _step(Layer("warm-up", 2, 16, 16, 8, 3), memory_format)
     _release_and_reset()
     resident = _status("VmRSS")

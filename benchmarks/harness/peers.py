@@ -1,21 +1,18 @@
-"""What the adder convolution is timed against: F.conv2d, the eager reference formula, and unfold + cdist.
+"""The peers of the adder convolution: the eager reference formula, and unfold + cdist.
 
-Every peer is a function of (layer, x, w) for the forward pass and of (layer, x, w, grad_y) for a whole step, which
-returns (y, grad_x, grad_w).  The gradients of the eager formula are AdderNet's training gradients, not the derivative.
+A forward takes (layer, x, w).  A whole step takes (layer, x, w, grad_y) and returns (y, grad_x, grad_w).  The gradients
+of the eager formula are AdderNet's training gradients, which are deliberately not the derivative.
 """
 
 import torch
 import torch.nn.functional as F
-from layers import Layer
 from torch import Tensor
 
-
-def conv2d_forward(layer: Layer, x: Tensor, w: Tensor) -> Tensor:
-    return F.conv2d(x, w, stride=layer.stride, padding=layer.padding)
+from harness.layers import Layer
 
 
 def columns(layer: Layer, x: Tensor) -> Tensor:
-    """(N, K, OH*OW): the input under each tap."""
+    """(N, K, OH*OW): the input under every tap."""
     return F.unfold(x, layer.kernel, padding=layer.padding, stride=layer.stride)
 
 
@@ -24,7 +21,7 @@ def _image(layer: Layer, y: Tensor) -> Tensor:
 
 
 def eager_forward(layer: Layer, x: Tensor, w: Tensor) -> Tensor:
-    """Y = -sum_k |x - w| by one broadcast temporary of N*C_out*K*OH*OW numbers, as adder layers are usually written."""
+    """Y = -sum_k |x - w| through one broadcast temporary of N*C_out*K*OH*OW numbers, the usual way to write it."""
     return _image(layer, -(columns(layer, x).unsqueeze(1) - w.flatten(1)[:, :, None]).abs().sum(2))
 
 
@@ -42,7 +39,7 @@ def eager_step(layer: Layer, x: Tensor, w: Tensor, grad_y: Tensor) -> tuple[Tens
 
 
 def has_cdist(dtype: torch.dtype) -> bool:
-    """torch.cdist knows no halves."""
+    """torch.cdist takes no 16-bit floats."""
     return dtype in (torch.float32, torch.float64)
 
 
@@ -52,7 +49,7 @@ def cdist_forward(layer: Layer, x: Tensor, w: Tensor) -> Tensor:
 
 
 def cdist_step(layer: Layer, x: Tensor, w: Tensor, grad_y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients are those of autograd: signs, not the training gradients."""
+    """The gradients are autograd's: signs, not the training gradients."""
     x, w = x.detach().requires_grad_(), w.detach().requires_grad_()
     y = cdist_forward(layer, x, w)
     return y.detach(), *torch.autograd.grad(y, (x, w), grad_y)

@@ -1,8 +1,8 @@
-"""One timer for every benchmark: the contestants of a row take turns, and each is judged by its median.
+"""The timer of every benchmark: the contestants of a row take turns, and their medians are compared.
 
-The clock of a machine wanders by more than the differences of interest, so contestants are never timed one after the
-other: every round samples each of them once, starting with another one.  A contestant says itself how long its work
-took, so that calls on the host, loops in C and work on a device that needs events all take part.
+A machine's clock frequency drifts by more than the differences of interest.  Contestants are therefore never timed one
+after the other: each round samples every contestant once, and each round starts with a different one.  A contestant
+measures its own work, so that host calls, loops in C and device work between events can all take part.
 """
 
 import gc
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Contestant:
-    """`measure(repeats)` does the work `repeats` times and returns the seconds; `terms` is the work of one time."""
+    """`measure(repeats)` does the work `repeats` times and returns the seconds; `terms` is the work per repeat."""
 
     name: str
     terms: float
@@ -24,7 +24,7 @@ class Contestant:
 
 @dataclass(frozen=True)
 class Timing:
-    """Median seconds of one time; `spread` is half the distance between the quartiles over the median."""
+    """Median seconds per repeat; `spread` is half the interquartile range divided by the median."""
 
     seconds: float
     spread: float
@@ -32,7 +32,7 @@ class Timing:
 
 
 def wall_clock(call: Callable[[], object]) -> Callable[[int], float]:
-    """Measures a call that has ended when it returns."""
+    """Measures a synchronous call."""
 
     def measure(repeats: int) -> float:
         start = time.perf_counter()
@@ -49,9 +49,9 @@ def take_turns(
     """Times the contestants in alternating rounds and returns {name: Timing}.
 
     Args:
-        budget: seconds in all; a contestant that has used up its even share of it sits out once it has `least` samples.
-        sample: seconds that a sample lasts at least; shorter work is repeated within it.
-        least, most: samples of a contestant.
+        budget: seconds in total.  A contestant that has used up its equal share sits out once it has `least` samples.
+        sample: minimum seconds per sample; shorter work is repeated within a sample.
+        least, most: samples per contestant.
 
     >>> timings = take_turns([Contestant("sum", 1e5, wall_clock(lambda: sum(range(100_000))))], budget=0.1)
     >>> timings["sum"].samples >= 3 and timings["sum"].seconds > 0
@@ -81,7 +81,7 @@ def take_turns(
                 start = time.perf_counter()
                 elapsed = c.measure(repeats[c.name])
                 seconds[c.name].append(elapsed / repeats[c.name])
-                # a contestant may prepare each time, off its own clock: caches to flush, say
+                # counts untimed preparation too, such as flushing caches
                 used[c.name] += max(elapsed, time.perf_counter() - start)
     finally:
         if collecting:

@@ -1,10 +1,11 @@
-"""What a benchmark shows beside its own numbers: the machine, means, a plot."""
+"""The report of a benchmark: the machine, CSV files, means, plots."""
 
+import csv
 import importlib.util
 import os
 import platform
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import torch
 
 
 def machine(threads: int, isa: str) -> dict[str, str | int | None]:
-    """What it takes to compare the figures of two runs."""
+    """The facts needed to compare two runs."""
     return {
         "cpu": _cpu_model(),
         "cores": os.cpu_count(),
@@ -32,8 +33,36 @@ def _cpu_model() -> str:
         return platform.processor() or platform.machine()
     found = {key.strip(): value.strip() for key, value in fields.items()}
     model = found.get("model name", platform.machine())
-    # a virtual machine may hide the product's name: family and model still tell the generation
+    # a virtual machine may hide the product name; family and model still identify the generation
     return f"{model} (family {found['cpu family']}, model {found['model']})" if "cpu family" in found else model
+
+
+def write_csv(path: Path, about: Mapping[str, object], rows: Sequence[Mapping[str, object]]) -> None:
+    """One comment line `# name = value` per entry of `about`, then the rows; a cell is empty if its row lacks the key.
+
+    Numbers are written with all their digits.
+    """
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    with open(path, "w", newline="") as file:
+        file.writelines(f"# {name} = {value}\n" for name, value in about.items())
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def read_csv(path: Path) -> tuple[dict[str, str], list[dict[str, str | float]]]:
+    """The `about` and the rows of write_csv, without the empty cells."""
+    lines = path.read_text().splitlines()
+    about = dict(line.removeprefix("# ").split(" = ", 1) for line in lines if line.startswith("# "))
+    rows = csv.DictReader(line for line in lines if not line.startswith("# "))
+    return about, [{name: _number(cell) for name, cell in row.items() if cell} for row in rows]
+
+
+def _number(cell: str) -> str | float:
+    try:
+        return float(cell)
+    except ValueError:
+        return cell
 
 
 def geometric_mean(ratios: Sequence[float]) -> float:
@@ -41,13 +70,13 @@ def geometric_mean(ratios: Sequence[float]) -> float:
 
 
 def require_matplotlib() -> None:
-    """Ends the program before a long run rather than after it."""
+    """Ends the program before the run rather than after it."""
     if importlib.util.find_spec("matplotlib") is None:
         raise SystemExit("--plot needs matplotlib: pip install matplotlib")
 
 
 def plot_ratios(path: Path, title: str, layers: Sequence[str], bars: dict[str, Sequence[float]], unit: str) -> None:
-    """Horizontal bars, a group per layer and a colour per entry of `bars`; a line marks 1."""
+    """Horizontal bars: one group per layer, one colour per entry of `bars`, and a line at 1."""
     import matplotlib
 
     matplotlib.use("Agg")
