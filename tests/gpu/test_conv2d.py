@@ -471,9 +471,9 @@ def test_benchmark(dtype, tmp_path):
     run = subprocess.run([sys.executable, script, *options, "--csv", file], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     lines = file.read_text().splitlines()
-    about = [line for line in lines if line.startswith("# ")]
-    rows = csv.DictReader(line for line in lines if line not in about)
+    about = [line for line in lines if line.startswith("#")]
     assert f"# device = {torch.cuda.get_device_name()}" in about
+    limits = [line for line in about if line.startswith("# limit")]
+    rows = csv.DictReader(line for line in lines if not line.startswith("#"))
     shares = [float(row["share_of_limit"]) for row in rows if row.get("share_of_limit")]
-    limits = any(line.startswith("# limit, ") for line in about)
     assert len(shares) == (16 if limits else 0) and all(0 < share < 1 for share in shares)
