@@ -183,7 +183,7 @@ def mutants():
         *("quantize", "quantize.cuh"),
         ("a NaN becomes the least", "z < least ? least : z", "z > least ? z : least", VALUES),
         ("bytes read before they are written", f"    }}\n{BARRIER}", "    }\n", EITHER),
-        ("bytes written over those still read", "    __syncthreads();  // the", "    // the", EITHER),
+        ("bytes written over those still read", "    __syncthreads();  // s_pixels", "    // s_pixels", EITHER),
         ("one pixel too many", "if (pixel >= count)", "if (pixel > count)", EITHER),
     )
 
