@@ -3,8 +3,8 @@
 // AdderNet's full-precision gradient (arXiv 1912.13200, section 3.2), on purpose not the derivative, sgn(X - W).
 // One FFMA per term, as in a convolution.
 //
-// The sum runs over all pixels, in chunks, one per block; a second kernel adds up the partial sums,
-// without atomics:
+// The sum runs over all pixels, in chunks, one per block; a second kernel adds up the partial sums, without
+// atomics:
 //   channels_kernel        copies a tensor whose channels are not contiguous: [n][h][w][group][C, to whole vectors]
 //   grad_w_kernel          partial[chunk][group][co][k], partial_sum[chunk][group][co] = sum of dY
 //                          grid (tiles of k, tiles of co, groups * chunks)
