@@ -8,7 +8,7 @@ namespace cuda {
 namespace {
 
 constexpr TileSize kTiles[] = {{128, 128}, {64, 128}, {32, 128}, {16, 128}, {64, 64}};
-// The halves use these on sm_75 only, where they pass through registers on their way to shared memory: fewer blocks.
+// The halves use these on sm_75 only, where they reach shared memory through registers: fewer blocks fit.
 template <typename T>
 using Tile0 = Tile<128, 128, 8, 8, sizeof(T) == 4 ? 2 : 1>;
 using Tile1 = Tile<64, 128, 8, 8, 3>;

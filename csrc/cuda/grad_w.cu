@@ -7,7 +7,7 @@ namespace cuda {
 namespace {
 
 constexpr TileSize kTiles[] = {{128, 128}, {64, 128}, {32, 128}, {16, 128}};
-// The halves pass through registers on their way to shared memory: fewer blocks.
+// The halves reach shared memory through registers: fewer blocks fit.
 template <typename T>
 using Tile0 = Tile<128, 128, 8, 8, sizeof(T) == 4 ? 2 : 1>;
 template <typename T>

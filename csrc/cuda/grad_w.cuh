@@ -3,12 +3,12 @@
 // AdderNet's full-precision gradient (arXiv 1912.13200, section 3.2), on purpose not the derivative, sgn(X - W).
 // One FFMA per term, as in a convolution.
 //
-// The sum runs over all pixels, in chunks of them, one per block; their partial sums are added up by a second kernel,
-// without atomics:
+// The sum runs over all pixels, in chunks, one per block; a second kernel adds up the partial sums, without
+// atomics:
 //   channels_kernel        copies a tensor whose channels are not contiguous: [n][h][w][group][C, to whole vectors]
 //   grad_w_kernel          partial[chunk][group][co][k], partial_sum[chunk][group][co] = sum of dY
 //                          grid (tiles of k, tiles of co, groups * chunks)
-//   grad_w_finish_kernel   adds the chunks up in their order and subtracts W * sum dY; a result that is not finite is
+//   grad_w_finish_kernel   adds up the chunks in order and subtracts W * sum dY; a result that is not finite is
 //                          computed again by the definition.  grid (weights of a filter, co): blocks of 256 weights
 //
 //      dY [n][oh][ow][group][co]         X [n][h][w][group][ci]         16 bytes of channels of one pixel per copy

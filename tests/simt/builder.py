@@ -21,6 +21,7 @@ ROOT = HERE.parent.parent
 CSRC = ROOT / "csrc"
 EXECUTOR = ("context", "executor", "collectives", "simt_interface")
 KEPT_DAYS = 7
+ORDERS = ("forward", "reverse", "random")  # of threads and blocks
 
 BASE = ("-std=c++20", "-fPIC", "-fvisibility=hidden", "-DADDEROPS_SIMT")
 # The kernels reinterpret memory as CUDA allows; contraction to FMA would depend on the machine.
@@ -135,8 +136,8 @@ class Library:
         self.c.simt_findings.restype = ctypes.c_char_p
 
     def configure(self, order: str = "forward", seed: int = 1, poison: int = 0xFF) -> None:
-        """The order of threads and blocks (forward, reverse, random) and the byte that fills fresh memory."""
-        self.c.simt_configure(("forward", "reverse", "random").index(order), seed, poison)
+        """The order of threads and blocks, one of ORDERS, and the byte that fills fresh memory."""
+        self.c.simt_configure(ORDERS.index(order), seed, poison)
 
     def findings(self) -> list[str]:
         """The findings of the race checker since the last call, with their places in the source."""

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from simt import builder
+from simt.builder import ORDERS
 
 pytestmark = pytest.mark.skipif(not builder.compiler(), reason="no C++ compiler: set CXX, or install g++")
 
 KERNELS = (builder.HERE / "trial_kernels.cpp",)
-ORDERS = ("forward", "reverse", "random")
 THREADS, ROUNDS, BLOCKS, PADDING = 64, 4, 3, 1024
 
 # In the order of trial_kernels.cpp.  Bug: (what ends the launch in every build and order, what the race checker finds).

@@ -9,10 +9,10 @@ from ops.test_int8 import BYTE_CASES, OUTPUTS, Bytes, arranged, expected, inputs
 
 from adderops import reference
 from simt import builder, host
+from simt.builder import ORDERS
 
 pytestmark = pytest.mark.skipif(not builder.compiler(), reason="no C++ compiler: set CXX, or install g++")
 
-ORDERS = ("forward", "reverse", "random")
 TILES = ((128, 128), (64, 128), (32, 128), (16, 128), (64, 64))  # csrc/cuda/int8.cu
 COPIES = {16: 32, 4: 20, 1: 7}  # bytes per copy: channels that lead to it
 

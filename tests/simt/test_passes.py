@@ -32,12 +32,12 @@ from cases import (
 from tolerances import assert_within, tolerance
 
 from simt import builder, host
+from simt.builder import ORDERS
 
 pytestmark = pytest.mark.skipif(not builder.compiler(), reason="no C++ compiler: set CXX, or install g++")
 
 INF, NAN = float("inf"), float("nan")
 HALVES = (torch.bfloat16, torch.float16)
-ORDERS = ("forward", "reverse", "random")
 LAYOUTS = {
     "contiguous": torch.Tensor.contiguous,
     "channels_last": lambda t: t.contiguous(memory_format=torch.channels_last),
