@@ -1,4 +1,4 @@
-// What memory safety needs to check, and the form of every error of the C++ side: "operator: argument: expected X, got Y".
+// The checks that memory safety needs.  Every error text has the form "operator: argument: expected X, got Y".
 #pragma once
 #include <torch/csrc/stable/tensor.h>
 
@@ -42,12 +42,12 @@ void check_shape(const char* op, const char* name, const Tensor& tensor, const T
 void check_tensor(const char* op, const char* name, const Tensor& tensor, const Tensor& x,
                   const std::vector<int64_t>& shape);
 
-// Checks x, whose dtype must be one of the four.
+// The element type of x, which must be one of the four.
 ElementType check_element_type(const char* op, const Tensor& x);
 
 void check_range(const char* op, const char* name, int64_t value, int64_t least, int64_t most);
 
-// Where a convolution looks, as the schemas have it.
+// The geometry of a convolution, as in the schemas.
 struct Geometry {
   std::vector<int64_t> stride;    // h, w
   std::vector<int64_t> padding;   // top, bottom, left, right
@@ -56,7 +56,7 @@ struct Geometry {
   using Arguments = std::tuple<std::vector<int64_t>, std::vector<int64_t>, std::vector<int64_t>, int64_t>;
 };
 
-// Checks x, w (of the same dtype, whichever) and the geometry of a convolution.
+// Checks x, w (any dtype, but the same) and the geometry of a convolution.
 Conv2dProblem check_convolution(const char* op, const Tensor& x, const Tensor& w, const Geometry& geometry);
 
 }  // namespace adderops

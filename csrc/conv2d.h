@@ -17,8 +17,8 @@ inline Conv2dArgs conv2d_args(const char* op, const Tensor& x, const Tensor& w, 
   return args;
 }
 
-// A kernel as large as its input is a linear layer: (C_in, H, W) become C_in*H*W channels of a single pixel, if x, w and
-// a gradient in `out` each have them in one piece of memory, in the same order.
+// Rewrites a kernel as large as its input as a linear layer: (C_in, H, W) become C_in*H*W channels of a single pixel,
+// if x, w and a gradient in `out` hold them contiguously and in the same order.
 inline void collapse_full_kernel(Conv2dArgs* args, bool writes_gradient) {
   Conv2dProblem& p = args->problem;
   if (p.groups != 1 || p.OH != 1 || p.OW != 1 || p.KH != p.H || p.KW != p.W || p.pad_top || p.pad_left ||

@@ -8,7 +8,7 @@
 
 namespace adderops {
 
-// The epilogue, as the schema has it.
+// The epilogue, as in the schema.
 struct Int8Options {
   std::optional<Tensor> scale, offset, residual;
   double residual_scale;

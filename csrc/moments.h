@@ -6,7 +6,7 @@
 
 namespace adderops {
 
-// phi and the centres, as the schemas have them: `a` for the student, `c` for the teacher.
+// phi and the centres, as in the schemas: `a` for the student, `c` for the teacher.
 struct MomentsOptions {
   double scale_a, scale_c, centre_a, centre_c;
   bool exponential;

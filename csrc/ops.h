@@ -2,10 +2,11 @@
 // Formulas: adderops/functional.py and args/*.h.
 //
 // `Device` is Cpu (cpu/ops.cpp) or Cuda (cuda/device.h).  It supplies
-//   Kernels                   a struct of the device's passes, of the same names on every device
-//   run(op, x, pass, args)    runs a pass on the device of x: workspace, threads or stream, errors of the device
-//   kName                     as error texts name it
-// cpu/ops.cpp defines the schemas and registers the functions for the CPU, cuda/ops.cpp registers them for CUDA.
+//   Kernels                   a struct of the device's passes, with the same names on every device
+//   run(op, x, pass, args)    runs a pass on the device of x: allocates the workspace, spreads the work over threads or
+//                             queues it on a stream, raises the errors of the device
+//   kName                     its name in error texts
+// cpu/ops.cpp defines the schemas and registers the functions for the CPU; cuda/ops.cpp registers them for CUDA.
 #pragma once
 #include <torch/csrc/stable/library.h>
 
@@ -24,8 +25,8 @@ struct Operator {
   void (*function)(StableIValue* stack, uint64_t arguments, uint64_t results);
 };
 
-// On every device.  x (N, C_in, H, W) with any strides, w (C_out, C_in/groups, KH, KW), bias (C_out); stride (h, w),
-// padding (top, bottom, left, right), dilation (h, w).
+// The operators that every device has.  x (N, C_in, H, W) and w (C_out, C_in/groups, KH, KW) have any strides; bias
+// (C_out); stride (h, w), padding (top, bottom, left, right), dilation (h, w).
 template <class Device>
 constexpr Operator kOperators[] = {
     // -> (N, C_out, OH, OW), channels_last where x is
@@ -41,10 +42,10 @@ constexpr Operator kOperators[] = {
     {"adder_conv2d_grad_w(Tensor grad_y, Tensor x, Tensor w, int[] stride, int[] padding, int[] dilation, int groups)"
      " -> Tensor",
      boxed<adder_conv2d_grad_w<Device>>},
-    // uint8, one scale for x and w; x is padding_value outside the image -> (N, C_out, OH, OW), channels_last:
-    //   Y = -sum |x - w| as int32, without scale;
-    //   z = (offset + scale * Y) + residual_scale * residual as float32; scale and offset (C_out), residual uint8
-    //   or float32; with relu at least 0, or zero_point; with quantize rounded to uint8 of at most quant_max
+    // uint8 x and w with one scale, x is padding_value outside the image -> (N, C_out, OH, OW), channels_last:
+    //   without scale: Y = -sum |x - w|, int32;
+    //   with scale, offset (C_out): z = (offset + scale * Y) + residual_scale * residual, float32; residual uint8 or
+    //   float32; relu: at least 0, or zero_point if quantize; quantize: rounded to uint8 in [0, quant_max]
     {"adder_conv2d_int8(Tensor x, Tensor w, Tensor? scale, Tensor? offset, Tensor? residual, float residual_scale, "
      "bool relu, bool quantize, int zero_point, int quant_max, int padding_value, int[] stride, int[] padding, "
      "int[] dilation, int groups) -> Tensor",
@@ -54,7 +55,7 @@ constexpr Operator kOperators[] = {
     {"quantize(Tensor x, float scale, int zero_point, int quant_max) -> Tensor", boxed<quantize<Device>>},
 };
 
-// On the CPU alone, until CUDA has kernels for them: then they move to the list above.  float32.
+// The operators that only the CPU has, float32.  With CUDA kernels they move to the list above.
 template <class Device>
 constexpr Operator kCpuOperators[] = {
     // student, teacher (N, C, H, W) -> (2C + 1, 2C): E[z z^T], and E[z] as the last row (args/moments.h)

@@ -1,4 +1,4 @@
-// The tensors of a call: as operands of the kernels, as dense copies, and new ones for results.
+// The tensors of a call: as operands of the kernels, as dense copies, and as new results.
 #pragma once
 #include <optional>
 
@@ -11,17 +11,17 @@ using torch::headeronly::ScalarType;
 
 Operand operand(const Tensor& tensor);
 
-// How the (C, H, W) of each image lie in one piece of memory, if they do.
+// The order in memory of each image (C, H, W), if it is contiguous.
 enum class Order { kOther, kChannelsFirst, kChannelsLast };
 Order order_of(const Operand& o, int64_t C, int64_t H, int64_t W);
 
-// The tensor if it is dense in this format, else a copy that is.  Copies and results are freed when a call ends, while
-// CUDA kernels may still use them: torch's allocator hands their memory only to work queued later on the same stream.
+// The tensor if it is dense in this format, else a copy that is.  The copy is freed when the call ends, while CUDA
+// kernels may still read it: torch's allocator hands its memory only to work queued later on the same stream.
 Tensor dense(const char* op, const char* name, const Tensor& tensor, MemoryFormat format = MemoryFormat::Contiguous);
 std::optional<Tensor> dense(const char* op, const char* name, const std::optional<Tensor>& tensor,
                             MemoryFormat format = MemoryFormat::Contiguous);
 
-// The elements of a tensor, or null without one.
+// The data of a tensor, or null without one.
 template <typename T>
 const T* elements(const std::optional<Tensor>& tensor) {
   return tensor ? static_cast<const T*>(tensor->data_ptr()) : nullptr;

@@ -2,7 +2,7 @@
 //
 //   Y[n, co, oh, ow] = -sum over (ci, kh, kw) of |X[n, ci, ih, iw] - W[co, ci, kh, kw]|        exact, int32
 //   z = (offset[co] + scale[co] * Y) + residual_scale * residual                               float32, in this order
-//   y = Y, or max(z, least), or min(max(z, least), most) rounded to the nearest uint8, ties to even; most for a NaN
+//   y = Y, or max(z, least), or min(max(z, least), most) rounded to uint8, ties to even; a NaN becomes `most`
 // X is `padding` outside [0,H) x [0,W).  Letters as in args/conv2d.h.
 #pragma once
 #include "../definition/elements.h"
@@ -26,7 +26,8 @@ struct Int8Args {
   Int8Output output;
 };
 
-// Sets the bounds of z: ReLU cuts at the zero point of y, which a float y has at 0; a uint8 y ends at 0 and quant_max.
+// Sets the bounds of z.  A uint8 y lies in [0, quant_max].  ReLU is a maximum with the zero point, which is 0 for a
+// float y.
 ADDEROPS_SHARED_CODE void set_epilogue_bounds(Int8Args* args, bool relu, int32_t zero_point, int32_t quant_max) {
   const bool to_bytes = args->output == Int8Output::kUInt8;
   const float minus_infinity = float_from_bits(0xff800000u);

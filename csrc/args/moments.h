@@ -1,4 +1,4 @@
-// Arguments of the moments of two feature maps of the same shape, student and teacher, concatenated over channels.
+// Arguments of the first and second moments of two feature maps of one shape, concatenated over their channels.
 //
 //   z[p, :] = [phi(scale[0] * student[p, :]) - centre[0], phi(scale[1] * teacher[p, :]) - centre[1]],  p = (n, h, w)
 //   phi = exp with the exponent clamped to at most 10, or the identity

@@ -1,4 +1,4 @@
-// Element types and operands: what every kernel shares.  No torch and no C++ library: NVRTC compiles it too.
+// What all kernels share: integer types, element types, operands.  No torch and no C++ library: NVRTC compiles it too.
 #pragma once
 #if defined(__CUDACC_RTC__)  // NVRTC has no C headers
 typedef unsigned char uint8_t;

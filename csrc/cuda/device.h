@@ -1,4 +1,4 @@
-// What a call asks of its GPU, and the GPU as a device of the operators (ops.h).
+// Device queries, and CUDA as a device of the operators (ops.h).
 #pragma once
 #include <torch/csrc/stable/accelerator.h>
 
@@ -11,8 +11,8 @@ namespace cuda {
 // The architectures of the kernels, as TORCH_CUDA_ARCH_LIST names them: "8.0;9.0a;12.0+PTX".
 std::string archs();
 
-// Which of the architectures in a list a device of this capability runs, as 10 * major + minor, or 0: machine code of its
-// generation, else the PTX nearest below it.  The driver chooses; this is its documented rule.
+// Which of the architectures in a list a device of this capability runs, as 10 * major + minor, or 0: machine code of
+// its generation, else the PTX nearest below it.  The driver chooses; this is its documented rule.
 int64_t code_for(const std::string& archs, int64_t capability);
 
 // Raises a status that is not success.

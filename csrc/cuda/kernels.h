@@ -23,7 +23,7 @@ struct Device {
   int multiprocessors;
 };
 
-// Test overrides; -1 keeps the automatic choice.  What a pass does not have, it ignores.
+// Test overrides; -1 keeps the automatic choice.  A pass ignores the members that do not apply to it.
 struct Choice {
   int tile;     // below Pass::tiles; clamped to the last tile of the element type
   int layout;   // tile.cuh: 0 kStrided, 1 kChannelsLast where the tensor is
@@ -31,7 +31,7 @@ struct Choice {
 };
 constexpr Choice kAutomatic = {-1, -1, -1};
 
-// A pass computes one result of an operator, described by one struct of arguments.
+// One computation of an operator, with its own struct of arguments.
 template <typename Args>
 struct Pass {
   // Bytes that run() needs; null: none.

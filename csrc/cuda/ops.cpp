@@ -1,4 +1,4 @@
-// The library adderops._cuda: the operators on CUDA.  adderops._C, with the schemas and the CPU kernels, works without it.
+// The library adderops._cuda: the operators on CUDA.  adderops._C (schemas, CPU kernels) works without it.
 #include "../ops.h"
 
 #include <Python.h>

@@ -1,12 +1,12 @@
 // Packs weights into the order in which the tiled kernels read them, padded with zeros to whole slabs and tiles:
 //
-//   forward        packed[group][kh*KW + kw][ci, to a multiple of kSlab][co, to whole tiles]      = W, float32
-//   grad_x         packed[group][kh*KW + kw][co, to a multiple of kSlab][ci, to whole tiles]      = W/2 + 1/2, float32
-//   forward, mma   packed[group][kh*KW + kw][slab of 32 ci][co, to whole tiles][32]               = W, in the element type
+//   forward        packed[group][kh*KW + kw][ci, to a multiple of kSlab][co, to whole tiles]    W, float32
+//   grad_x         packed[group][kh*KW + kw][co, to a multiple of kSlab][ci, to whole tiles]    W/2 + 1/2, float32
+//   forward, mma   packed[group][kh*KW + kw][slab of 32 ci][co, to whole tiles][32]             W, in the element type
 //
 //                 32 channels m                  grid (chunks of terms, blocks of 32 channels m, groups)
-//               +---------------+                block 32 x 8 threads; a warp reads one term of 32 channels at a time, from
-//   256 terms   |  warp 0       |                W of any strides, and writes 32 neighbouring elements of packed
+//               +---------------+                block 32 x 8 threads; a warp reads one term of 32 channels at a time,
+//   256 terms   |  warp 0       |                from W of any strides, and writes 32 neighbouring elements of packed
 //   (a chunk)   |  warp 1       |
 //               |  ...  8 warps, every 8th term  thread: 32 terms of one channel; sum, size and flag in registers,
 //               +---------------+                        added up over the 8 warps in shared memory (2 KB)

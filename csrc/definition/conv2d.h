@@ -1,5 +1,5 @@
-// The three passes, one output element at a time, straight from the formula.  float64 runs this code, and the SIMD and
-// CUDA kernels call it for the few elements where their faster arithmetic would cancel or treat infinities or NaNs
+// The three passes, one output element at a time, straight from the formula.  float64 runs this code.  The SIMD and
+// CUDA kernels call it for the few elements where their faster arithmetic would cancel, or treat infinities or NaNs
 // differently.
 //
 //   forward   Y[n,co,p]  = -sum_k |X[n,k,p] - W[co,k]|
@@ -7,7 +7,7 @@
 //   grad_x    dX[k,p]    = sum_co dY[co,p] * clamp(W[co,k] - X[k,p], -1, 1)    not the derivative, which is sgn(W - X)
 // Both are AdderNet's training gradients (arXiv 1912.13200, section 3.2), on purpose.
 //
-// Sums are float for float32, bfloat16 and float16, double for float64.  A sum that is NaN stays NaN, so loops end there.
+// float64 sums in double, the other types in float.  A sum that is NaN stays NaN, so loops end there.
 #pragma once
 #include "../args/conv2d.h"
 #include "elements.h"

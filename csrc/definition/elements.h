@@ -1,5 +1,5 @@
-// Conversions of elements.  bfloat16 and float16 are 16-bit patterns, converted by integer arithmetic that every compiler
-// vectorises.  Rounding is to nearest, ties to even; infinities stay infinities, NaNs become quiet NaNs.
+// Conversions of elements.  bfloat16 and float16 are 16-bit patterns, converted by integer arithmetic that every
+// compiler vectorises.  Rounding is to nearest, ties to even; infinities stay infinities, NaNs become quiet NaNs.
 // Static functions only: each instruction set compiles its own copy.
 #pragma once
 #include "../args/tensor.h"
@@ -73,7 +73,8 @@ ADDEROPS_SHARED_CODE void from_float(float v, Float16* out) {
   out->bits = uint16_t(sign | (magnitude >= 0x477ff000u ? special : finite));
 }
 
-// The nearest integer of -255 <= z <= 255, ties to even, in the low byte: a float32 of this size has the spacing 1.
+// Rounds -255 <= z <= 255 to the nearest integer, ties to even, and returns its low byte: float32 numbers near
+// kRoundingOffset are 1 apart.
 constexpr float kRoundingOffset = 12582912.f;  // 1.5 * 2^23
 ADDEROPS_SHARED_CODE uint8_t rounded_byte(float z) { return uint8_t(bits_from_float(z + kRoundingOffset)); }
 

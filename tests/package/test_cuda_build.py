@@ -368,7 +368,7 @@ def test_the_benchmark_says_what_is_missing():
 def test_the_bound_of_the_model(monkeypatch):
     """Terms per clock and multiprocessor x multiprocessors x clock; a step runs the three passes in turn."""
     monkeypatch.syspath_prepend(str(CHECKOUT / "benchmarks"))
-    import cuda_device
+    from harness import cuda_device
 
     device = SimpleNamespace(major=9, minor=0, multi_processor_count=132, clock_rate=1_500_000)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda: device)

@@ -1,6 +1,6 @@
 // Gradient of the input, float32 sums:   dX[n,ci,h,w] = sum over (kh,kw,co) of dY[n,co,oh,ow] * clamp(W - X, -1, 1)
 // with oh*stride_h = h + pad_top - kh*dilation_h and ow likewise.  This is AdderNet's training gradient (arXiv
-// 1912.13200, section 3.3), on purpose not the derivative, which is sgn(W - X).
+// 1912.13200, section 3.2), on purpose not the derivative, which is sgn(W - X).
 //
 // Gather form: every input pixel sums its own terms, so nothing is added atomically and the order is fixed.  Pixels
 // whose (h + pad_top, w + pad_left) have the same remainders by the strides form a phase; all pixels of a phase use the
