@@ -267,8 +267,8 @@ def test_accuracy(name, scales):
             assert_within(got, want, bound, f"{name} of {c!r}, {dtype}, scales {scales}, sm_{capability}")
 
 
-def test_many_chunks_of_pixels():
-    """grad_w divides its sum into as many chunks as the device can use; each number of them gives the exact sum."""
+def test_many_splits_of_pixels():
+    """grad_w divides its sum into as many splits as the device can use; each number of them gives the exact sum."""
     c = case("split", (6, 10, 20, 23), 12, 3, padding=1)
     inputs = arranged(exact_inputs(c), "contiguous", torch.float32)
     for multiprocessors in (1, 4, 132):
