@@ -81,8 +81,8 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
     SHARED(float, s_sum_w, [F == Formula::kMinimum ? Tile::kM : 1]);
     SHARED(float, s_size_w, [F == Formula::kMinimum ? Tile::kM : 1]);
     if constexpr (F == Formula::kMinimum) {
-      reduce_chunks(weights, weights.sums, m0, Tile::kM, thread_index(), s_sum_w);
-      reduce_chunks(weights, weights.sizes, m0, Tile::kM, thread_index(), s_size_w);
+      reduce_splits(weights, weights.sums, m0, Tile::kM, thread_index(), s_sum_w);
+      reduce_splits(weights, weights.sizes, m0, Tile::kM, thread_index(), s_size_w);
       sums.reduce(s_slabs, s_sum_x);
     }
 

@@ -191,8 +191,8 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
 
   SHARED(float, s_sum_w, [Tile::kM]);
   SHARED(float, s_size_w, [Tile::kM]);
-  reduce_chunks(weights, weights.sums, m0, Tile::kM, threadIdx.x, s_sum_w);
-  reduce_chunks(weights, weights.sizes, m0, Tile::kM, threadIdx.x, s_size_w);
+  reduce_splits(weights, weights.sums, m0, Tile::kM, threadIdx.x, s_sum_w);
+  reduce_splits(weights, weights.sizes, m0, Tile::kM, threadIdx.x, s_size_w);
   __syncthreads();
   int flagged = 0;
 #pragma unroll

@@ -1,4 +1,4 @@
-// Host side of the gradient of the weights: which tile, how many chunks of pixels.
+// Host side of the gradient of the weights: which tile, how many splits of the sum over pixels.
 #include "grad_w.cuh"
 #include "launch.cuh"
 
@@ -17,9 +17,9 @@ using Tile2 = Tile<32, 128, 4, 8, 3>;
 template <typename T>
 using Tile3 = Tile<16, 128, 4, 4, 3>;
 
-constexpr int64_t kLongestChunk = 16384;       // pixels: bounds the rounding of a float32 sum
-constexpr int64_t kShortestChunk = 256;        // pixels: bounds the cost of starting and ending a block
-constexpr int64_t kPartialBytes = 32ll << 20;  // of the partial sums, where the longest chunk allows it
+constexpr int64_t kLongestSplit = 16384;       // pixels: bounds the rounding of a float32 sum
+constexpr int64_t kShortestSplit = 256;        // pixels: bounds the cost of starting and ending a block
+constexpr int64_t kPartialBytes = 32ll << 20;  // of the partial sums, where the longest split allows it
 
 struct GradWPlan {
   bool direct;
@@ -49,25 +49,25 @@ GradWPlan plan(const Conv2dArgs& args, const Device& device, const Choice& choic
   GradWPlan f{};
   f.direct = is_direct(args);
   if (f.direct) return f;
-  f.tile = pick_tile(kTiles, M, K, product(p.groups, ceil_div(P, kLongestChunk)), device, choice);
+  f.tile = pick_tile(kTiles, M, K, product(p.groups, ceil_div(P, kLongestSplit)), device, choice);
   f.size = kTiles[f.tile];
   // enough blocks for two waves of the device; fewer where the partial sums would take much memory
   const int64_t tiles = product(ceil_div(M, f.size.m), ceil_div(K, f.size.n), p.groups);
-  int64_t chunks = ceil_div(4 * device.multiprocessors, tiles);
+  int64_t splits = ceil_div(4 * device.multiprocessors, tiles);
   const int64_t affordable = kPartialBytes / product(p.C_out, K + 1, 4) + 1;
-  if (chunks > affordable) chunks = affordable;
-  if (chunks > ceil_div(P, kShortestChunk)) chunks = ceil_div(P, kShortestChunk);
-  if (chunks < ceil_div(P, kLongestChunk)) chunks = ceil_div(P, kLongestChunk);
-  if (chunks > 65535 / p.groups) chunks = 65535 / p.groups;
-  const int64_t slabs = ceil_div(ceil_div(P, chunks), kSlab);
-  chunks = ceil_div(P, slabs * kSlab);
+  if (splits > affordable) splits = affordable;
+  if (splits > ceil_div(P, kShortestSplit)) splits = ceil_div(P, kShortestSplit);
+  if (splits < ceil_div(P, kLongestSplit)) splits = ceil_div(P, kLongestSplit);
+  if (splits > 65535 / p.groups) splits = 65535 / p.groups;
+  const int64_t slabs = ceil_div(ceil_div(P, splits), kSlab);
+  splits = ceil_div(P, slabs * kSlab);
   Arena arena{static_cast<char*>(workspace), 0};
   const bool strided = choice.layout == (int)Layout::kStrided;
   const bool grad_y_in_place = !strided && supports_channels(args.grad_y, M, bytes);
   const bool x_in_place = !strided && supports_channels(args.x, p.C_in / p.groups, bytes);
   f.grad_y = grad_y_in_place ? nullptr : arena.take<char>(product(P, p.groups, round_up(M, vector), bytes));
   f.x = x_in_place ? nullptr : arena.take<char>(product(p.N, p.H, p.W, p.groups, C, bytes));
-  f.params = {(int)K, (int)C, (int)M, (int)chunks, (int)slabs};
+  f.params = {(int)K, (int)C, (int)M, (int)splits, (int)slabs};
   GradWParams& g = f.params;
   g.grad_y = channels_last(args.grad_y, grad_y_in_place, f.grad_y, p.OH, p.OW, M, round_up(M, vector), p.groups, bytes);
   g.x = channels_last(args.x, x_in_place, f.x, p.H, p.W, p.C_in / p.groups, C, p.groups, bytes);
@@ -80,9 +80,9 @@ GradWPlan plan(const Conv2dArgs& args, const Device& device, const Choice& choic
   g.advance_x = dn * g.x.stride_n + dh * p.stride_h * g.x.stride_h + dw * p.stride_w * g.x.stride_w;
   g.next_row_x = p.stride_h * g.x.stride_h - p.OW * p.stride_w * g.x.stride_w;
   g.next_image_x = g.x.stride_n - p.OH * p.stride_h * g.x.stride_h;
-  f.grid = dim3((unsigned)ceil_div(K, f.size.n), (unsigned)ceil_div(M, f.size.m), (unsigned)(p.groups * chunks));
-  f.partial = arena.take<float>(product(chunks, p.C_out, K));
-  f.partial_sum = arena.take<float>(product(chunks, p.C_out));
+  f.grid = dim3((unsigned)ceil_div(K, f.size.n), (unsigned)ceil_div(M, f.size.m), (unsigned)(p.groups * splits));
+  f.partial = arena.take<float>(product(splits, p.C_out, K));
+  f.partial_sum = arena.take<float>(product(splits, p.C_out));
   f.bytes = arena.used;
   return f;
 }

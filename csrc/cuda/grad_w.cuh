@@ -3,12 +3,12 @@
 // AdderNet's full-precision gradient (arXiv 1912.13200, section 3.2), on purpose not the derivative, sgn(X - W).
 // One FFMA per term, as in a convolution.
 //
-// The sum runs over all pixels, in chunks, one per block; a second kernel adds up the partial sums, without
+// The sum over all pixels is split over blocks; a second kernel adds up the partial sums of the splits, without
 // atomics:
 //   channels_kernel        copies a tensor whose channels are not contiguous: [n][h][w][group][C, to whole vectors]
-//   grad_w_kernel          partial[chunk][group][co][k], partial_sum[chunk][group][co] = sum of dY
-//                          grid (tiles of k, tiles of co, groups * chunks)
-//   grad_w_finish_kernel   adds up the chunks in order and subtracts W * sum dY; a result that is not finite is
+//   grad_w_kernel          partial[split][group][co][k], partial_sum[split][group][co] = sum of dY
+//                          grid (tiles of k, tiles of co, groups * splits)
+//   grad_w_finish_kernel   adds up the splits in order and subtracts W * sum dY; a result that is not finite is
 //                          computed again by the definition.  grid (weights of a filter, co): blocks of 256 weights
 //
 //      dY [n][oh][ow][group][co]         X [n][h][w][group][ci]         16 bytes of channels of one pixel per copy
@@ -20,7 +20,7 @@
 //                             |             block   128 filters x 128 weights, 8 warps; three smaller tiles
 //              acc = fma(dY, X, acc)        thread  8 x 8 accumulators, 4 sums of dY; 120 to 127 registers (halves 155)
 //                             |             35 KB of shared memory, two blocks per multiprocessor (halves: one)
-//                   partial[chunk]
+//                   partial[split]
 //
 //   s_info [2][kSlab]   where the pixels of a slab lie: kSlab threads advance them without division, one slab ahead
 //
@@ -49,7 +49,7 @@ struct PixelInfo {
 
 struct GradWParams {
   int K, C, M;               // weights of a filter and channels, both with the padding; filters of a group
-  int chunks, slabs;         // chunks of pixels, slabs of a chunk
+  int splits, slabs;         // splits of pixels, slabs of a split
   int advance_h, advance_w;  // two slabs of pixels further: rows and columns, not counting whole images
   ChannelsLast grad_y, x;
   // bytes: two slabs further within a row; more where a row ends, where an image ends
@@ -151,9 +151,9 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
   SHARED(float, s_x, [2 * kXSlab]);
   SHARED(PixelInfo, s_info, [2 * kSlab]);
   const Conv2dProblem& p = args.problem;
-  const int group = blockIdx.z / params.chunks, chunk = blockIdx.z % params.chunks;
+  const int group = blockIdx.z / params.splits, split = blockIdx.z % params.splits;
   const int k0 = blockIdx.x * Tile::kN, m0 = blockIdx.y * Tile::kM;
-  const int64_t pixel0 = (int64_t)chunk * params.slabs * kSlab;
+  const int64_t pixel0 = (int64_t)split * params.slabs * kSlab;
   const int H = (int)p.H, W = (int)p.W;
   const char* const grad_y = static_cast<const char*>(params.grad_y.data) + group * params.grad_y.stride_group;
   const char* const x = static_cast<const char*>(params.x.data) + group * params.x.stride_group;
@@ -233,7 +233,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
         [](float sum, float grad_y, float x, int, int) { return fmaf(grad_y, x, sum); });
   }
 
-  float* const to = partial + ((int64_t)(chunk * p.groups + group) * params.M) * params.K;
+  float* const to = partial + ((int64_t)(split * p.groups + group) * params.M) * params.K;
 #pragma unroll
   for (int i = 0; i < Tile::kThreadM; ++i) {
     const int m = m0 + own.m(i);
@@ -251,7 +251,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
   for (int i = threadIdx.x; i < Tile::kM && m0 + i < params.M; i += Tile::kThreads) {
     float sum = 0;
     for (int j = 0; j < kGroups; ++j) sum += s_x[j * Tile::kM + i];
-    partial_sum[(int64_t)(chunk * p.groups + group) * params.M + m0 + i] = sum;
+    partial_sum[(int64_t)(split * p.groups + group) * params.M + m0 + i] = sum;
   }
 }
 
@@ -266,9 +266,9 @@ __global__ void __launch_bounds__(kFinishThreads)
   if (k >= params.K || ci >= (int)(p.C_in / p.groups)) return;
   for (int64_t co = blockIdx.y; co < p.C_out; co += gridDim.y) {
     float products = 0, sum = 0;
-    for (int chunk = 0; chunk < params.chunks; ++chunk) {
-      products += partial[(chunk * p.C_out + co) * params.K + k];
-      sum += partial_sum[chunk * p.C_out + co];
+    for (int split = 0; split < params.splits; ++split) {
+      products += partial[(split * p.C_out + co) * params.K + k];
+      sum += partial_sum[split * p.C_out + co];
     }
     const Operand &w = args.w, &o = args.out;
     float v = products - sum * load_float(static_cast<const T*>(w.data) + co * w.stride[0] + ci * w.stride[1] +

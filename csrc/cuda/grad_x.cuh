@@ -101,10 +101,10 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
   sums.reduce(s_slabs, s_sum);
 
   int flagged = 0;
-  for (int i = threadIdx.x; i < weights.chunks * ((Tile::kM + 31) / 32); i += Tile::kThreads) {
-    const int block = m0 / 32 + i % ((Tile::kM + 31) / 32), chunk = i / ((Tile::kM + 31) / 32);
+  for (int i = threadIdx.x; i < weights.splits * ((Tile::kM + 31) / 32); i += Tile::kThreads) {
+    const int block = m0 / 32 + i % ((Tile::kM + 31) / 32), split = i / ((Tile::kM + 31) / 32);
     if (block < weights.blocks)
-      flagged |= weights.flags[((int64_t)group * weights.chunks + chunk) * weights.blocks + block];
+      flagged |= weights.flags[((int64_t)group * weights.splits + split) * weights.blocks + block];
   }
 #pragma unroll
   for (int j = 0; j < Tile::kThreadN; ++j) {

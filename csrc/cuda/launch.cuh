@@ -122,19 +122,19 @@ inline void set_slabs(GemmParams* params, int slab_channels, int64_t bytes, int6
 inline PackedWeights plan_packed(const Conv2dProblem& p, int64_t M, int64_t channels, int64_t tile_m, int slab,
                                  int64_t element_bytes, Arena* arena) {
   const int64_t pitch = round_up(M, tile_m), depth = round_up(channels, slab), taps = p.KH * p.KW;
-  const int64_t chunks = ceil_div(taps * depth, kPackTerms), m_blocks = ceil_div(pitch, kPackM);
+  const int64_t splits = ceil_div(taps * depth, kPackTerms), m_blocks = ceil_div(pitch, kPackM);
   PackedWeights f{};
   f.data = arena->take<char>(product(p.groups, taps, depth, pitch, element_bytes));
-  f.sums = arena->take<float>(product(p.groups, chunks, pitch));
-  f.sizes = arena->take<float>(product(p.groups, chunks, pitch));
-  f.flags = arena->take<int>(product(p.groups, chunks, m_blocks));
+  f.sums = arena->take<float>(product(p.groups, splits, pitch));
+  f.sizes = arena->take<float>(product(p.groups, splits, pitch));
+  f.flags = arena->take<int>(product(p.groups, splits, m_blocks));
   f.M = (int)M, f.pitch = (int)pitch, f.channels = (int)channels, f.depth = (int)depth;
-  f.taps = (int)taps, f.KW = (int)p.KW, f.chunks = (int)chunks, f.blocks = (int)m_blocks;
+  f.taps = (int)taps, f.KW = (int)p.KW, f.splits = (int)splits, f.blocks = (int)m_blocks;
   return f;
 }
 template <typename T, Packing P>
 void pack(const Conv2dArgs& args, const PackedWeights& weights, cudaStream_t stream) {
-  const dim3 grid((unsigned)weights.chunks, (unsigned)weights.blocks, (unsigned)args.problem.groups);
+  const dim3 grid((unsigned)weights.splits, (unsigned)weights.blocks, (unsigned)args.problem.groups);
   LAUNCH((pack_kernel<T, P>), grid, dim3(kPackThreads), stream, args.w, weights);
 }
 

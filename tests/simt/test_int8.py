@@ -10,6 +10,7 @@ from ops.test_int8 import BYTE_CASES, OUTPUTS, Bytes, arranged, expected, inputs
 from adderops import reference
 from simt import builder, host
 from simt.builder import ORDERS
+from simt.test_passes import SEEDS
 
 pytestmark = pytest.mark.skipif(not builder.compiler(), reason="no C++ compiler: set CXX, or install g++")
 
@@ -35,7 +36,7 @@ def test_every_geometry(c):
     check(build(), c, OUTPUTS[index // 2 % 3], index, arranged(inputs(c), list(FORMATS)[index % 2]), **how)
 
 
-@pytest.mark.parametrize("seed", range(60))
+@pytest.mark.parametrize("seed", SEEDS)
 def test_random_geometries(seed):
     how = {"order": ORDERS[seed % 3], "tile": seed % len(TILES), "seed": seed}
     check(build(), random_case(3000 + seed), OUTPUTS[seed // 3 % 3], seed, **how)
