@@ -2,7 +2,6 @@
 
 import base64
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -159,6 +158,6 @@ def _operations(run: RunFolder, network: nn.Module) -> str:
 
 
 def _configuration(run: RunFolder) -> str:
-    rows = [(name, "-" if value is None else value) for name, value in asdict(run.config).items()]
+    rows = [(name, "-" if value is None else value) for name, value in run.config.flat().items()]
     command = f"<pre>{escape(run.config.command())}</pre>"
     return _section("Command", command) + "\n" + _section("Configuration", _table(["option", "value"], rows))
