@@ -1,4 +1,4 @@
-"""Checkpoints as trainers write them, and weights of one kind of layer offered to the other."""
+"""Checkpoints as trainers write them, and weights of one kind of layer loaded into the other."""
 
 import pytest
 import torch
@@ -42,7 +42,7 @@ def test_names_within_the_model_are_compiled_or_its_own():
     compiled = nn.ModuleDict({"module": torch.compile(inner), "model": own["model"]})
     assert any("_orig_mod" in name for name in compiled.state_dict())
     assert unwrap_state_dict(compiled.state_dict(), own).keys() == own.state_dict().keys()
-    only = nn.ModuleDict({"module": inner})  # its names all start with module. by themselves
+    only = nn.ModuleDict({"module": inner})  # all its own names start with module.
     for state in (only.state_dict(), {f"module.{name}": v for name, v in only.state_dict().items()}):
         load_reference_checkpoint(only, state)
 

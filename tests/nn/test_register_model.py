@@ -47,8 +47,7 @@ def toy(kind: str = "adder", in_channels: int = 3, num_classes: int = 10) -> Toy
 
 
 @pytest.fixture(autouse=True)
-def registered(set_threads):
-    set_threads(1)
+def registered():
     known = dict(ARCHITECTURES)
     assert register_model(image_size=24)(toy) is toy
     yield
