@@ -264,8 +264,9 @@ class Options(Distillation, _Shared):
         for name in ("teacher_checkpoint", "initial", "root"):
             if (given := getattr(self, name)) != getattr(Options, name):
                 values[name] = str(Path(given).resolve())
-        if Path(data := values.get("data", self.data)).is_dir():
-            values["data"] = str(Path(data).resolve())
+        data = Path(values["data"] if self.data is None else self.data)
+        if data.is_dir():
+            values["data"] = str(data.resolve())
         return replace(self, **values)._decided()
 
     def _decided(self) -> Config:
