@@ -172,8 +172,8 @@ class _Shared:
     )
     cutmix: float = _regularization(
         0.0,
-        "CutMix: paste a rectangle of another image, its area from Beta(X, X), and mix the labels; 0: off; with --mixup "
-        "as well, each batch gets one of the two at random",
+        "CutMix: paste a rectangle of another image, its area from Beta(X, X), and mix the labels; 0: off; if --mixup "
+        "is on, too, each batch gets one of the two at random",
         metavar="X",
         least=0,
         most=1e4,
