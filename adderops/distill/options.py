@@ -1,6 +1,6 @@
 """Options as fields of a dataclass: one declaration gives default, help, type and range to command line and Python.
 
-`adderops.distill.config.Options` has the options of training; each command has its own.
+`adderops.distill.config.Options` has the options of training; each command in `adderops.distill.runs` has its own.
 """
 
 import argparse
