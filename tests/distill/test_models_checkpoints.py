@@ -5,9 +5,9 @@ import torch
 from torch import nn
 
 from adderops import AdderConv2d
-from adderops.distill.__main__ import main
+from adderops.distill import main
 from adderops.distill.build import load_weights
-from adderops.distill.run_folder import RunFolder
+from adderops.distill.runs.folder import RunFolder
 from adderops.models import lenet5, load_reference_checkpoint, mark_adder_weights, unwrap_state_dict
 
 PREFIXES = ["", "module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module.", "module.module.", "model.", "net."]

@@ -7,8 +7,7 @@ from torch import nn
 
 from adderops import AdderConv2d, reestimate_batchnorm
 from adderops import convert as convert_to_adder
-from adderops.distill import Config
-from adderops.distill.__main__ import main
+from adderops.distill import Config, main
 from adderops.models import (
     ARCHITECTURES,
     create_model,
