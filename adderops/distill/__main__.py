@@ -5,7 +5,6 @@ import signal
 import sys
 import time
 from contextlib import AbstractContextManager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from adderops.distill import commands, distributed, lock
 from adderops.distill.build import device_type, load_data_of
 from adderops.distill.comparison import compare
 from adderops.distill.comparison import table as _table
-from adderops.distill.config import Config
+from adderops.distill.config import Config, Options
 from adderops.distill.ending import ending
 from adderops.distill.interrupt import end_at_once
 from adderops.distill.options import add_arguments, flag, refuse_unused
@@ -50,7 +49,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FOLDER",
         help="run folder to continue as its config.json says; no other option but --threads, --workers, --device",
     )
-    add_arguments(parser, Config)
+    add_arguments(parser, Options)
     return parser
 
 
@@ -65,10 +64,10 @@ def _open_run(parser: argparse.ArgumentParser, given: dict[str, Any]) -> tuple[C
         if not (resume / "config.json").is_file():
             remedy = "; start it again with --output" if resume.is_dir() and not lock.holds_work(resume) else ""
             raise FileNotFoundError(f"--resume: expected a run folder, got {resume} without a config.json{remedy}")
-        return replace(Config.load(resume / "config.json"), **given), lock.own(resume)
-    config = Config(**given)
-    refuse_unused(config, given)
-    config = config.resolve()
+        return Config.load(resume / "config.json").changed(**given), lock.own(resume)
+    options = Options(**given)
+    refuse_unused(options, given)
+    config = options.resolve()
     stamp = time.strftime("%Y%m%d-%H%M%S")
     return config, lock.own_new(output, f"{Path(config.data).name}-{Path(config.arch).name}-{config.method}-{stamp}")
 
@@ -86,8 +85,7 @@ def run(arguments: list[str]) -> int:
     parser = _parser()
     given = vars(parser.parse_args(arguments))
     with ending("adderops.distill") as end:
-        wanted = device_type(Config(**{name: value for name, value in given.items() if name == "device"}))
-        with distributed.process_group(wanted) as device:
+        with distributed.process_group(device_type(given.get("device", "auto"))) as device:
             config, opened = _open_run(parser, given)
             with opened as end.folder:
                 data = load_data_of(config)

@@ -15,28 +15,28 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from adderops.atomic import write_atomically
 from adderops.batchnorm import reestimate_batchnorm
 from adderops.distill.build import device_type
 from adderops.distill.checkpoint import write_csv, write_json
-from adderops.distill.config import Config
+from adderops.distill.config import Config, Options
 from adderops.distill.data import calibration_batches, load_test_images
 from adderops.distill.data.facts import differences
 from adderops.distill.ending import ending
 from adderops.distill.evaluate import evaluate
 from adderops.distill.options import add_arguments, check, flag, kind_of, option
 from adderops.distill.paired import compare_groups, group_rows
-from adderops.distill.quantize import STUDENTS, quantize
-from adderops.distill.run_folder import SAVED, RunFolder, compared_runs, differing_options
+from adderops.distill.quantize import quantize, students
+from adderops.distill.run_folder import RunFolder, compared_runs, differing_options, saved_networks
 from adderops.distill.text_table import text_table
 from adderops.export import export_onnx, export_program
-from adderops.files import write_atomically
 from adderops.models import classifier
 from adderops.quant.scheme import ENDS, METHODS
 
 
 def _of_config(name: str, help: str) -> Any:
     """An option that changes one of the run's configuration, with the same range."""
-    of_run = Config.__dataclass_fields__[name]
+    of_run = Options.__dataclass_fields__[name]
     return option(None, **{**of_run.metadata, "type": kind_of(of_run), "help": help})
 
 
@@ -54,7 +54,9 @@ def _folder(help: str = "run folder", **metadata: Any) -> Any:
 @dataclass(frozen=True)
 class EvalOptions(_Options):
     folder: Path = _folder()
-    weights: str | None = option(None, "network to test (default: all that the run has)", choices=SAVED, type=str)
+    weights: str | None = option(
+        None, "network to test (default: all that the run has)", choices=saved_networks, type=str
+    )
     data: str | None = option(
         None,
         "test on the test images of this set, sized and normalized as the run's are, classes found by name "
@@ -86,7 +88,9 @@ class CompareOptions(_Options):
 class ExportOptions(_Options):
     folder: Path = _folder()
     format: str = option(help="of the file", choices=("state_dict", "torch", "onnx"), type=str)
-    weights: str | None = option(None, "network to export (default: student; of cnn: teacher)", choices=SAVED, type=str)
+    weights: str | None = option(
+        None, "network to export (default: student; of cnn: teacher)", choices=saved_networks, type=str
+    )
     output: Path | None = option(
         None, "file in an existing folder (default: RUN/export/WEIGHTS.pt, .pt2 or .onnx)", type=Path, metavar="FILE"
     )
@@ -95,7 +99,7 @@ class ExportOptions(_Options):
 @dataclass(frozen=True)
 class QuantizeOptions(_Options):
     folder: Path = _folder("run folder with a student")
-    weights: str = option("student", "network to take", choices=STUDENTS)
+    weights: str = option("student", "network to take", choices=students)
     bits: int | None = option(
         None,
         "of inputs and weights of the adder layers (default: 8, or the run's --bits)",
@@ -168,10 +172,10 @@ def output_file(output: Path | None, default: Path) -> Path:
 def _evaluate(options: EvalOptions) -> None:
     run = RunFolder.load(options.folder)
     given = {name: getattr(options, name) for name in ("root", "device", "threads", "workers")}
-    config = replace(run.config, **{name: value for name, value in given.items() if value is not None})
+    config = run.config.changed(**{name: value for name, value in given.items() if value is not None})
     run = replace(run, config=config)
     networks = {name: run.network(name) for name in ([options.weights] if options.weights else run.networks)}
-    device = torch.device(device_type(config))
+    device = torch.device(device_type(config.device))
     torch.set_num_threads(config.threads)
     count, kind = options.reestimate_batchnorm, f"{run.tested_on} images"
     own = run.load_data() if count or (options.data is None and config.validation) else None

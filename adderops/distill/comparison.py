@@ -5,36 +5,29 @@ For each seed the CNN and the adder network that it teaches (pkkd), and the adde
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from adderops.atomic import write_atomically
 from adderops.distill import distributed
 from adderops.distill.checkpoint import write_csv, write_json
 from adderops.distill.config import Config
 from adderops.distill.data import Data, calibration_batches
 from adderops.distill.evaluate import evaluate
+from adderops.distill.methods import METHODS
 from adderops.distill.paired import mean_and_deviation, paired_difference
 from adderops.distill.quantize import images_per_second
-from adderops.distill.run_folder import RunFolder, compared_runs
+from adderops.distill.run_folder import COMPARED, RunFolder, compared_runs
 from adderops.distill.text_table import text_table
 from adderops.distill.trainer import train
-from adderops.files import write_atomically
 from adderops.operations import count_operations, energy
 from adderops.quant import Scheme, calibrate, convert, reestimate_batchnorm
 
-CNN, PLAIN, PKKD, INT8 = "CNN", "adder, by the labels", "adder, by PKKD", "adder, PKKD, int8"
-# Rows of the table, by the method of the run and the name of the network in its summary.
-ROWS = {
-    ("cnn", "teacher"): CNN,
-    ("pkkd", "teacher"): CNN,
-    ("plain", "student"): PLAIN,
-    ("pkkd", "student"): PKKD,
-    ("pkkd", "int8"): INT8,
-}
+CNN, PLAIN, PKKD = (METHODS[name].label for name in ("cnn", "plain", "pkkd"))
+INT8 = "adder, PKKD, int8"
 # Differences under the table: title, row, and the row that it is compared with.
 DIFFERENCES = (("PKKD - the labels alone", PKKD, PLAIN), ("PKKD - CNN", PKKD, CNN), ("int8 - float32", INT8, PKKD))
 COSTS = """\
@@ -65,12 +58,12 @@ def compare(config: Config, data: Data, folder: Path, device: torch.device) -> s
     """
     from adderops.distill.figures import draw_trade_off, png  # needs matplotlib: before the training, not behind it
 
-    if config.teacher == "none":
+    if config.distillation is not None and config.distillation.teacher == "none":
         raise ValueError("teacher: expected progressive or frozen for the method compare, got none")
     runs = compared_runs(config, folder)
     if distributed.rank() == 0:
         folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / "config.json", asdict(config))
+        write_json(folder / "config.json", config.flat())
     summaries = [train(one, data, path, device) for path, one in runs.items()]
     if distributed.rank() != 0:
         return ""
@@ -142,7 +135,7 @@ def rows_of(summaries: Sequence[dict[str, Any]], costs: Mapping[str, dict[str, f
 def _results(summaries: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     """Returns seed, accuracy and test images of all runs that have a network, by its label."""
     found: dict[str, list[dict[str, Any]]] = {}
-    for (method, network), label in ROWS.items():
+    for (method, network), label in _rows().items():
         for ending, averaged in (("", ""), ("_ema", ", averaged")):
             for summary in summaries:
                 accuracy = summary.get(f"{network}{ending}_test_accuracy")
@@ -150,6 +143,16 @@ def _results(summaries: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, An
                     result = {"seed": summary["seed"], "accuracy": accuracy, "images": summary["test_images"]}
                     found.setdefault(label + averaged, []).append(result)
     return found
+
+
+def _rows() -> dict[tuple[str, str], str]:
+    """Returns labels of the table's rows, by method and name of a network in the summary: CNNs first, int8 last."""
+    rows = {}
+    for method, task in METHODS.items():
+        for role, kind in task.roles.items():
+            rows[method, role] = task.label if role == task.main else CNN if kind == "cnn" else f"{task.label}: {role}"
+    ordered = sorted(rows.items(), key=lambda row: (row[1] != CNN, row[0][0] == COMPARED[0]))
+    return dict(ordered) | {(COMPARED[0], "int8"): INT8}
 
 
 def _standard_error(result: dict[str, Any]) -> float:

@@ -1,52 +1,66 @@
-"""The configuration of a run: one dataclass, from which the command line, its help and config.json follow."""
+"""The configuration of a run: `Options` as they are given, `Config` as they are resolved.
+
+From the fields of `Options` follow the command line and its help, config.json and the command that `Config` gives.
+"""
+
+from __future__ import annotations
 
 import json
 import shlex
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from adderops.distill.matching import FEATURES, MID_NORMS, MID_REDUCTIONS, TEACHER_LINEARS, WIDTHS
-from adderops.distill.options import LARGEST_THREADS, check, flag, option
+from adderops.distill.methods import METHODS, Distillation
+from adderops.distill.methods.task import COMPARE, method_names
+from adderops.distill.options import LARGEST_THREADS, flag, option, parse_weights
 from adderops.distill.recipes import DEFAULT, RECIPES, Recipe
+from adderops.models import ARCHITECTURES
 
-METHODS = ("compare", "pkkd", "plain", "cnn")
-TEACHERS = ("progressive", "frozen", "none")
 DEVICES = ("auto", "cpu", "cuda")
 AMP = ("bfloat16", "float16")
 # Of a finished run these may differ without it being another run.
 MACHINE = ("threads", "workers", "device", "download", "tensorboard", "checkpoint_minutes")
+# Options of version 0.1.0 that are gone, with the one value that they have now.
+DROPPED = {
+    "width": "batch",
+    "shared_width": False,
+    "teacher_linear": "trained",
+    "mid_norm": "batchnorm",
+    "mid_reduction": "mean",
+}
 
 _data = partial(option, group="data")
 _networks = partial(option, group="networks")
-_WITH_TEACHER = {"method": ("pkkd", "compare"), "teacher": ("progressive", "frozen")}
-_WITH_FEATURES = _WITH_TEACHER | {"features": ("1x1", "kernel", "kernel+1x1")}
-_distillation = partial(option, group="distillation (methods pkkd and compare)")
 _optimization = partial(option, group="optimization")
 _regularization = partial(option, group="regularization")
 _testing = partial(option, group="testing")
 _machine = partial(option, group="machine")
 
 
-def _of_recipe(declare, help: str, **metadata):
+def _of_recipe(declare: Callable[..., Any], help: str, **metadata: Any) -> Any:
     return declare(None, f"{help} (default: of the recipe)", of_recipe=True, **metadata)
 
 
-@dataclass(frozen=True)
-class Config:
-    """All that decides a run's result, and where it is computed.
+def _architectures() -> str:
+    return (
+        f"network of student and teacher: {', '.join(ARCHITECTURES)}, torchvision/NAME or timm/NAME "
+        "(default: of the recipe)"
+    )
 
-    The help of each field says what it is; a None is replaced by `resolve()`.
 
-    Raises:
-        ValueError: a value of another type or outside its range; the message names field, expected, got.
+def _methods() -> str:
+    texts = [f"{name}: {(task.__doc__ or '').partition(chr(10))[0].rstrip('.')}" for name, task in METHODS.items()]
+    return "; ".join([*texts, f"{COMPARE}: pkkd and plain, the student in int8, and a table"])
 
-    >>> Config().resolve().epochs
-    100
-    """
+
+@dataclass(frozen=True, kw_only=True)
+class _Shared:
+    """All options but those of the distillation; `Config` narrows the types of those that `resolve` decides."""
 
     recipe: str | None = _data(
         None,
@@ -80,25 +94,15 @@ class Config:
         None, "of the images of a folder (default: that of the network)", type=int, least=8, most=16384
     )
 
-    arch: str | None = _of_recipe(
-        _networks,
-        "network of student and teacher: lenet5, vgg_small, resnet20, resnet32, resnet18, resnet50, mobilenet, "
-        "torchvision/NAME or timm/NAME",
-        type=str,
-    )
-    method: str = _networks(
-        "compare",
-        "pkkd: CNN teacher and adder student together; plain: the adder network alone; cnn: the CNN alone; "
-        "compare: pkkd and plain, the student in int8, and a table",
-        choices=METHODS,
-    )
+    arch: str | None = _networks(None, _architectures, type=str, of_recipe=True)
+    method: str = _networks(COMPARE, _methods, choices=method_names)
     seeds: int | None = _networks(
         None,
         "compare: number of seeds, from --seed on (default: of the recipe, mostly 1)",
         type=int,
         least=1,
         most=1000,
-        needs={"method": ("compare",)},
+        needs={"method": (COMPARE,)},
     )
     initial: str | None = _networks(None, "state_dict that the trained network starts from (fine-tuning)", type=str)
     bits: int | None = _networks(
@@ -108,62 +112,6 @@ class Config:
         type=int,
         least=2,
         most=8,
-    )
-
-    teacher: str = _distillation(
-        "progressive",
-        "progressive: trained beside the student; frozen: stays as --teacher-checkpoint; none: as plain",
-        choices=TEACHERS,
-        needs={"method": ("pkkd", "compare")},
-    )
-    teacher_arch: str | None = _distillation(
-        None,
-        "network of the teacher (default: that of --arch); where the two differ, layers are matched by relative depth",
-        type=str,
-        needs=_WITH_TEACHER,
-    )
-    teacher_checkpoint: str | None = _distillation(
-        None,
-        "weights that the teacher starts from, or stays at when frozen: teacher.pt of a run, or a pretrained file of "
-        "timm or torchvision",
-        type=str,
-        needs=_WITH_TEACHER,
-    )
-    features: str = _distillation("kernel+1x1", "what matches the inner layers", choices=FEATURES, needs=_WITH_TEACHER)
-    logits: bool = _distillation(True, "imitate the teacher's logits", needs=_WITH_TEACHER)
-    alpha: float = _distillation(
-        1.0, "weight of the labels' cross entropy in the student's loss", least=0, needs=_WITH_TEACHER
-    )
-    beta: float = _distillation(
-        0.1, "weight of L_mid, the match of inner features, in the student's loss", least=0, needs=_WITH_FEATURES
-    )
-    temperature: float = _distillation(
-        4.0,
-        "of the softmax of both logits in the imitation",
-        least=1e-3,
-        most=1e6,
-        needs=_WITH_TEACHER | {"logits": (True,)},
-    )
-    width: str = _distillation(
-        "batch",
-        "2 sigma^2 of the kernels: batch: follows the mean |output| of each batch; learned: starts there and is "
-        "trained; fixed: that of the first batch",
-        choices=WIDTHS,
-        needs=_WITH_FEATURES,
-    )
-    shared_width: bool = _distillation(False, "one sigma for all layers of a network", needs=_WITH_FEATURES)
-    teacher_linear: str = _distillation(
-        "trained",
-        "the teacher's 1x1 convolution: trained by L_mid, or fixed",
-        choices=TEACHER_LINEARS,
-        needs=_WITH_TEACHER | {"features": ("1x1", "kernel+1x1")},
-    )
-    mid_norm: str = _distillation("batchnorm", "behind the 1x1 convolutions", choices=MID_NORMS, needs=_WITH_FEATURES)
-    mid_reduction: str = _distillation(
-        "mean",
-        "L_mid as a mean over elements, or as a sum over layers, channels and pixels",
-        choices=MID_REDUCTIONS,
-        needs=_WITH_FEATURES,
     )
 
     epochs: int | None = _of_recipe(_optimization, "passes over the training images", type=int, least=1)
@@ -256,15 +204,31 @@ class Config:
     tensorboard: bool = _machine(False, "write the log for TensorBoard, too")
     checkpoint_minutes: float = _machine(10.0, "checkpoint within an epoch after this time", least=0)
 
+
+@dataclass(frozen=True, kw_only=True)
+class Options(Distillation, _Shared):
+    """All that decides a run's result, and where it is computed, as given; None: left open.
+
+    The help of each field says what it is: `python -m adderops.distill --help`.
+
+    Raises:
+        ValueError: a value of another type or outside its range; the message names field, expected, got.
+
+    >>> config = Options(method="pkkd", lr=0.05).resolve()
+    >>> config.epochs, config.lr, config.distillation.beta
+    (100, 0.05, 0.1)
+    """
+
     def __post_init__(self) -> None:
-        if isinstance(self.amp, bool):  # as runs before float16 have it
-            object.__setattr__(self, "amp", "bfloat16" if self.amp else None)
-        check(self)
-        if self.teacher == "frozen" and self.method in ("pkkd", "compare") and self.teacher_checkpoint is None:
+        super().__post_init__()  # checks every field
+        task = METHODS.get(self.method)  # None: compare
+        if self.teacher == "frozen" and self.distills and self.teacher_checkpoint is None:
             raise ValueError("teacher_checkpoint: expected a file for the frozen teacher, got none")
-        if self.bits is not None and (self.initial is None or self.method == "cnn"):
+        if self.teacher == "none" and task is not None and task.distills and task.without_teacher is None:
+            raise ValueError(f"teacher: expected progressive or frozen for the method {self.method}, got none")
+        if self.bits is not None and (self.initial is None or (task is not None and task.roles[task.main] == "cnn")):
             raise ValueError("bits: expected a trained adder network to start from (initial), got none")
-        if self.method != "compare" and self.seeds is not None:
+        if self.method != COMPARE and self.seeds is not None:
             raise ValueError(f"seeds: expected none for the method {self.method}, got {self.seeds}")
         if self.alpha == 0 and not self.logits:
             raise ValueError(
@@ -282,23 +246,34 @@ class Config:
         if self.class_weights not in (None, "balanced"):
             parse_weights(self.class_weights)
 
-    def resolve(self) -> "Config":
-        """Returns the same configuration with the recipe's values in place of None, and paths made absolute."""
+    @property
+    def distills(self) -> bool:
+        """Whether the options of the distillation have an effect."""
+        return self.method == COMPARE or METHODS[self.method].distills
+
+    def resolve(self) -> Config:
+        """Returns the configuration: what is left open comes from the recipe, and paths become absolute."""
         recipe = self._recipe()
         chosen = {f.name: getattr(recipe, f.name) for f in fields(recipe) if f.name not in ("name", "source")}
         chosen |= {"recipe": recipe.name, "threads": torch.get_num_threads()}
-        if self.method != "compare":
+        if self.method != COMPARE:
             del chosen["seeds"]
         values = {name: value for name, value in chosen.items() if getattr(self, name) is None}
-        if self.teacher == "none" and self.method == "pkkd":
-            values["method"] = "plain"
-        for f in fields(self):
-            if f.name in ("teacher_checkpoint", "initial", "root") and getattr(self, f.name) != f.default:
-                values[f.name] = str(Path(getattr(self, f.name)).resolve())
-        resolved = replace(self, **values)
-        if Path(resolved.data).is_dir():
-            resolved = replace(resolved, data=str(Path(resolved.data).resolve()))
-        return resolved
+        if self.teacher == "none" and self.method != COMPARE:
+            values["method"] = METHODS[self.method].without_teacher or self.method
+        for name in ("teacher_checkpoint", "initial", "root"):
+            if (given := getattr(self, name)) != getattr(Options, name):
+                values[name] = str(Path(given).resolve())
+        if Path(data := values.get("data", self.data)).is_dir():
+            values["data"] = str(Path(data).resolve())
+        return replace(self, **values)._decided()
+
+    def _decided(self) -> Config:
+        distillation = {f.name: getattr(self, f.name) for f in fields(Distillation)}
+        return Config(
+            **{f.name: getattr(self, f.name) for f in fields(_Shared)},
+            distillation=Distillation(**distillation) if self.distills else None,
+        )
 
     def _recipe(self) -> Recipe:
         if self.recipe is not None:
@@ -314,12 +289,50 @@ class Config:
                 return replace(recipe, data=data)
         return replace(RECIPES["fashion-mnist-lenet5"], data=data, arch=arch)
 
+
+@dataclass(frozen=True, kw_only=True)
+class Config(_Shared):
+    """The configuration of a run: nothing that it needs is left open.  `Options.resolve` makes it.
+
+    Attributes:
+        distillation: None where the method has none.
+    """
+
+    recipe: str
+    data: str
+    validation: int
+    arch: str
+    epochs: int
+    batch_size: int
+    lr: float
+    weight_decay: float
+    nesterov: bool
+    test_every: int
+    threads: int
+    distillation: Distillation | None
+
+    def flat(self) -> dict[str, Any]:
+        """Returns the value of every option by name, as config.json has them; those without effect are None."""
+        of_distillation = {f.name: getattr(self.distillation, f.name, None) for f in fields(Distillation)}
+        return {f.name: getattr(self, f.name) for f in fields(_Shared)} | of_distillation
+
+    def changed(self, **values: Any) -> Config:
+        """Returns the configuration with other values of options.
+
+        Raises:
+            ValueError: as `Options`.
+
+        >>> Options().resolve().changed(method="plain", seeds=None).distillation is None
+        True
+        """
+        return from_flat(self.flat() | values)._decided()
+
     def command(self) -> str:
         """Returns the command that starts this run again."""
         words = ["python", "-m", "adderops.distill"]
-        defaults = {f.name: f.default for f in fields(self)}
-        for name, value in asdict(self).items():
-            if value == defaults[name]:
+        defaults = {f.name: f.default for f in fields(Options)}
+        for name, value in self.flat().items():
+            if value is None or value == defaults[name]:
                 continue
             if isinstance(value, bool):
                 words.append(flag(name) if value else flag(f"no_{name}"))
@@ -328,8 +341,8 @@ class Config:
         return shlex.join(words)
 
     @classmethod
-    def load(cls, path: Path) -> "Config":
-        """Reads config.json; what an older version does not have takes its default.
+    def load(cls, path: Path) -> Config:
+        """Reads config.json, of older versions too; what they do not have takes its default.
 
         Raises:
             ValueError: not one of ours, or a field of another type or outside its range.
@@ -338,42 +351,40 @@ class Config:
             content = json.loads(path.read_text())
             if not isinstance(content, dict):
                 raise ValueError(f"got {type(content).__name__} in place of names and values")
-            config = cls(**content)
-            resolved = [f.name for f in fields(cls) if f.metadata.get("of_recipe") or f.name == "threads"]
+            options = from_flat(content)
+            resolved = [f.name for f in fields(Options) if f.metadata.get("of_recipe") or f.name == "threads"]
             for name in resolved:  # an older version may not have had an option, but for these
                 if content.get(name, name not in ("data", "arch") or None) is None:
                     raise ValueError(f"{name}: expected a value, got none")
-            return config if content.keys() >= set(resolved) else config.resolve()
+            return options._decided() if content.keys() >= set(resolved) else options.resolve()
         except (ValueError, TypeError, RecursionError) as error:
             raise ValueError(f"{path}: expected a configuration as this program writes it ({error})") from error
 
-    def differences(self, other: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    def differences(self, other: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
         """Returns name -> (other's, own) where another configuration means another run.
 
         Args:
             other: of a checkpoint; what it does not have takes its default, or that of its recipe.
         """
-        names = {f.name for f in fields(self)}
-        theirs = asdict(Config(**{name: value for name, value in other.items() if name in names}).resolve())
-        own = {name: value for name, value in asdict(self).items() if name not in MACHINE}
+        names = {*(f.name for f in fields(Options)), *DROPPED}
+        theirs = from_flat({name: value for name, value in other.items() if name in names}).resolve().flat()
+        own = {name: value for name, value in self.flat().items() if name not in MACHINE}
         return {name: (theirs[name], value) for name, value in own.items() if value != theirs[name]}
 
 
-def parse_weights(text: str) -> list[float]:
-    """Returns the numbers of --class-weights.
+def from_flat(values: Mapping[str, Any]) -> Options:
+    """Returns the options that `Config.flat` gave, or that a version from 0.1.0 on had in config.json or checkpoints.
 
     Raises:
-        ValueError: not numbers of at least 0, one of them positive, with commas between.
-
-    >>> parse_weights("1,2.5")
-    [1.0, 2.5]
+        ValueError: as `Options`, or a value that no version has any more.
     """
-    try:
-        weights = [float(word) for word in text.split(",")]
-    except ValueError:
-        weights = []
-    if not weights or not all(0 <= weight <= 1e6 for weight in weights) or not any(weights):
-        raise ValueError(
-            f"class_weights: expected balanced, or numbers from 0 to 1e6 with commas between, got {text!r}"
-        )
-    return weights
+    values = dict(values)
+    for name, value in DROPPED.items():
+        if values.pop(name, value) != value:
+            raise ValueError(f"{name}: expected {value!r}, got another: 0.1.0 was the last version with this option")
+    if isinstance(values.get("amp"), bool):  # before there was float16
+        values["amp"] = "bfloat16" if values["amp"] else None
+    for f in fields(Distillation):  # of a method without
+        if values.get(f.name, f.default) is None:
+            values.pop(f.name, None)
+    return Options(**values)

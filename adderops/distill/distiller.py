@@ -15,15 +15,14 @@ from torch.utils.data import Dataset
 
 from adderops.distill.batches import LoaderBatches
 from adderops.distill.checkpoint import require_same_configuration
-from adderops.distill.config import Config
+from adderops.distill.config import Options
 from adderops.distill.evaluate import evaluate
 from adderops.distill.interrupt import StopRequest, stop_request
 from adderops.distill.lock import own
 from adderops.distill.loop import Loop
-from adderops.distill.matching import FeatureMatch, layer_pairs, pair_channels
+from adderops.distill.methods import Distillation, LabelLoss, PKKDTask
 from adderops.distill.options import check_values
 from adderops.distill.schedule import cosine_schedule
-from adderops.distill.task import LabelLoss, PKKDTask
 from adderops.distill.trainer import Callback, Run
 
 DEFAULT_OPTIMIZER = partial(SGD, lr=0.1, momentum=0.9, weight_decay=5e-4, nesterov=True)
@@ -120,19 +119,22 @@ class Distiller:
             "reestimate_batchnorm": reestimate_batchnorm,
             "seed": seed,
         }
-        check_values(Config, "Distiller", settings)
+        check_values(Options, "Distiller", settings)
         if isinstance(schedule, LRScheduler) and schedule.optimizer is not optimizer:
             raise ValueError("Distiller: schedule: expected one of the optimizer given, got one of another")
         self.device = torch.device(device) if device is not None else next(student.parameters()).device
-        match = pairs = None
-        if features != "none":
-            pairs = layer_pairs(student, teacher, layers)
-            with _random_numbers_kept(self.device):
-                torch.manual_seed(seed)
-                match = FeatureMatch(pair_channels(student, teacher, pairs), features)
+        distillation = Distillation(
+            teacher="frozen" if frozen else "progressive",
+            features=features,
+            logits=temperature is not None,
+            alpha=alpha,
+            beta=beta,
+            temperature=temperature or Distillation.temperature,
+        )
         label_loss = LabelLoss(label_smoothing, class_weights)
-        self.task = PKKDTask(teacher, student, match, alpha, beta, temperature, frozen, pairs, label_loss)
-        self.task.to(self.device)
+        with _random_numbers_kept(self.device):
+            torch.manual_seed(seed)  # of the maps between layers of different widths
+            self.task = PKKDTask(teacher, student, distillation, layers, label_loss).to(self.device)
         self.optimizer = self._prepare(optimizer)
         self.average = None
         if ema is not None:
@@ -187,7 +189,7 @@ class Distiller:
         if isinstance(loader, Dataset):
             raise ValueError("Distiller.fit: loader: expected batches, got a Dataset: put it into a DataLoader")
         given = {"epochs": epochs, "test_every": test_every, "patience": patience}
-        check_values(Config, "Distiller.fit", given | {"checkpoint_minutes": checkpoint_minutes})
+        check_values(Options, "Distiller.fit", given | {"checkpoint_minutes": checkpoint_minutes})
         if patience is not None and test is None:
             raise ValueError("Distiller.fit: patience: expected images to test on, got none")
         make_schedule = self._schedule or partial(cosine_schedule, epochs=epochs)
@@ -232,23 +234,20 @@ class Distiller:
 
     def _prepare(self, optimizer: Optimizer | Callable[[list[dict[str, Any]]], Optimizer]) -> Optimizer:
         """Makes the optimizer, or adds the parameters of the matching to the one given."""
-        own = dict(self.task.match.named_parameters()) if self.task.match is not None else {}
-        widths = [p for name, p in own.items() if p.requires_grad and name.endswith("log_width")]
-        own = [p for name, p in own.items() if p.requires_grad and not name.endswith("log_width")]
+        match = self.task.match
+        own = [p for p in match.parameters() if p.requires_grad] if match is not None else []
         trained = {
             role: [p for p in network.parameters() if p.requires_grad] for role, network in self.task.networks.items()
         }
         if not isinstance(optimizer, Optimizer):
-            groups = [{"params": [*trained["teacher"], *trained["student"], *own]}]
-            return optimizer([*groups, {"params": widths, "weight_decay": 0.0}] if widths else groups)
+            return optimizer([{"params": [*trained["teacher"], *trained["student"], *own]}])
         held = {p for group in optimizer.param_groups for p in group["params"]}
         for role, parameters in trained.items():
             if parameters and held.isdisjoint(parameters):
                 remedy = ", or frozen=True" if role == "teacher" else ""
                 raise ValueError(f"Distiller: optimizer: expected one with parameters of the {role}{remedy}, got none")
-        for parameters in (own, widths):
-            if parameters and held.isdisjoint(parameters):
-                optimizer.add_param_group({"params": parameters, "weight_decay": 0.0})
+        if own and held.isdisjoint(own):
+            optimizer.add_param_group({"params": own, "weight_decay": 0.0})
         return optimizer
 
 

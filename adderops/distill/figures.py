@@ -44,7 +44,7 @@ def draw_accuracy(run: RunFolder) -> Figure:
             column = f"{name}_{part}_accuracy"
             if column in run.rows[0]:
                 values = [100 * value for value in run.curve(column)]
-                _line(axes, run.curve("epoch"), values, style, color=COLORS[name], label=f"{name}, {part}")
+                _line(axes, run.curve("epoch"), values, style, color=COLORS.get(name), label=f"{name}, {part}")
     _finish(axes, "accuracy (%)")
     return figure
 
@@ -58,7 +58,7 @@ def draw_losses(run: RunFolder) -> Figure:
         for column, part, style in ((f"{name}_test_loss", "test", "-"), (f"{name}_ce", "train", ":")):
             if column in run.rows[0]:
                 label = f"{name}, {part}"
-                _line(axes[0], run.curve("epoch"), run.curve(column), style, color=COLORS[name], label=label)
+                _line(axes[0], run.curve("epoch"), run.curve(column), style, color=COLORS.get(name), label=label)
     _finish(axes[0], "cross entropy with the labels", log=True)
     if distilled:
         terms = {
@@ -190,7 +190,7 @@ def draw_weights(networks: Mapping[str, nn.Module]) -> Figure:
         for axes, (kind, layers) in zip(row, kinds.items(), strict=False):
             weights = torch.cat([(w - w.mean()) / w.std(correction=0) for w in layers.values()])
             density = torch.histc(weights, BINS, -4, 4) * BINS / (8 * len(weights))
-            axes.stairs(density, torch.linspace(-4, 4, BINS + 1), fill=True, color=COLORS[name], alpha=0.4)
+            axes.stairs(density, torch.linspace(-4, 4, BINS + 1), fill=True, color=COLORS.get(name), alpha=0.4)
             gaussian, laplace = fit_gaussian(weights), fit_laplace(weights)
             z, scale = (x - gaussian.center) / gaussian.scale, gaussian.scale * math.sqrt(2 * math.pi)
             label = f"Gaussian: {gaussian.log_likelihood:.3f} nats"

@@ -21,7 +21,7 @@ from adderops.distill.batches import Batches, Part, seed_of
 from adderops.distill.checkpoint import restore
 from adderops.distill.data import ImageSet
 from adderops.distill.evaluate import autocast, correct, evaluate, to_device
-from adderops.distill.task import Losses, PKKDTask, SingleTask
+from adderops.distill.methods import Losses, Task
 from adderops.models import mark_adder_weights
 from adderops.optim import AdaptiveRateLayer
 
@@ -72,11 +72,10 @@ class Loop:
         schedule: of its learning rates.
         batches: to train on.
         epochs: to train for.
-        role: the network that the training is about: 'student' or 'teacher'.
         test: to test on, if at all.
         device: of the networks.
         per_step: the schedule moves on after each step in place of each epoch.
-        average: moving average of the network of `role`.
+        average: moving average of the main network.
         mix: makes (images, labels) of a batch, of which the labels may be shares (N, classes); mixup, for example.
         on_epoch_begin: called with the number of epochs done, before the first step of each.
         seed, amp, clip, channels_last, workers, test_every, patience, reestimate_batchnorm: the options of the same
@@ -86,12 +85,11 @@ class Loop:
         FloatingPointError: while it is iterated: a loss, a weight or a statistic became infinite or NaN.
     """
 
-    task: PKKDTask | SingleTask
+    task: Task
     optimizer: torch.optim.Optimizer
     schedule: LRScheduler
     batches: Batches
     epochs: int
-    role: str = "student"
     test: ImageSet | Iterable[tuple[Tensor, Tensor]] | None = None
     device: torch.device = torch.device("cpu")
     per_step: bool = False
@@ -149,13 +147,13 @@ class Loop:
     def tested(self) -> dict[str, nn.Module]:
         """The networks that are tested and saved, by name."""
         networks = dict(self.task.networks)
-        return networks if self.average is None else networks | {f"{self.role}_ema": self.average.module}
+        return networks if self.average is None else networks | {f"{self.task.main}_ema": self.average.module}
 
     @property
     def finished(self) -> bool:
         if self.epoch >= self.epochs:
             return True
-        if self.patience is None or self.step or not self.best or self.rows[-1][f"{self.role}_test_loss"] is None:
+        if self.patience is None or self.step or not self.best or self.rows[-1][f"{self.task.main}_test_loss"] is None:
             return False
         return self.epoch - max(of_network["epoch"] for of_network in self.best.values()) >= self.patience
 
@@ -202,7 +200,7 @@ class Loop:
         with warnings.catch_warnings():  # a resumed loop, or a scaler that skips its first step
             warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
             if isinstance(self.schedule, ReduceLROnPlateau):
-                column = f"{self.role}_test_loss"
+                column = f"{self.task.main}_test_loss"
                 values = [row[column] for row in self.rows if row.get(column) is not None]
                 self.schedule.step(values[-1] if values else math.inf)
             else:
@@ -243,7 +241,7 @@ class Loop:
         if self.per_step:
             self._move_schedule()
         if self.average is not None:
-            self.average.update_parameters(self.task.networks[self.role])
+            self.average.update_parameters(self.task.networks[self.task.main])
         count = sum(part.count for part in parts)
         self.sums.update(step_sums)
         return {name: value / count for name, value in step_sums.items()}, watched
@@ -253,9 +251,11 @@ class Loop:
         epoch, count = self.epoch + 1, self.batches.images or self.sums["images"]
         means = {name: value / count for name, value in self.sums.items() if name not in ("seconds", "images")}
         tested, improved = self._test(epoch)
-        extremes = {}
-        if watched:
-            extremes = {"gradient_ratio_max": max(watched["gradient_ratio"]), "var_yc_min": min(watched["var_yc"])}
+        extremes = {
+            f"{name}_{extreme.__name__}": extreme(watched[name])
+            for name, extreme in self.task.extremes.items()
+            if name in watched
+        }
         row = {
             "epoch": epoch,
             "lr": self.optimizer.param_groups[0]["lr"],
@@ -294,7 +294,7 @@ class Loop:
         improved = []
         for name in self.tested:
             accuracy = tested[f"{name}_test_accuracy"]
-            if name.startswith(self.role) and accuracy > self.best.get(name, {"accuracy": -1})["accuracy"]:
+            if name.startswith(self.task.main) and accuracy > self.best.get(name, {"accuracy": -1})["accuracy"]:
                 self.best[name] = {"accuracy": accuracy, "epoch": epoch}
                 improved.append(name)
         return tested, improved

@@ -26,18 +26,26 @@ _ACCEPTED = {
 }
 
 
-def option(default: Any = MISSING, help: str = "", group: str | None = None, **metadata: Any) -> Any:
+def option(
+    default: Any = MISSING, help: str | Callable[[], str] = "", group: str | None = None, **metadata: Any
+) -> Any:
     """Declares an option.
 
     Args:
-        default: None where something else decides; an option without it is one that the command needs.
-        help: what it is; the command line adds the default.
+        default: None where something else decides; an option without a default is required.
+        help: what it is; the command line adds the default.  A function where registered names are part of it.
         group: heading under which --help has it.
-        metadata: `type` of the value, for a default of None or none; `choices`; `least` and `most`, of a number;
+        metadata: `type` of the value, where the default is None or missing; `choices`; `least` and `most`, for numbers;
             `alone`, the value where the option is given without one; `needs`, {other option: values with which this has
-            an effect}; for the command line, `metavar`, `nargs` and `positional`.
+            an effect}; for the command line, `metavar`, `nargs` and `positional`.  Choices and values in `needs` may be
+            functions, too.
     """
     return field(default=default, metadata={"help": help, "group": group, **metadata})
+
+
+def now(value: Any) -> Any:
+    """Returns the value, or what a function returns: names may be registered after the declaration."""
+    return value() if callable(value) else value
 
 
 def kind_of(f: Field) -> type:
@@ -86,7 +94,7 @@ def _checked(f: Field, value: Any, label: str) -> Any:
     kind, metadata = kind_of(f), f.metadata
     if not isinstance(value, _ACCEPTED[kind]) or (kind is not bool and isinstance(value, bool)):
         raise ValueError(f"{label}: expected {_NAMES[kind]}, got {_shown(value)}")
-    choices = metadata.get("choices")
+    choices = now(metadata.get("choices"))
     if choices and value not in choices:
         raise ValueError(f"{label}: expected one of {', '.join(choices)}, got {_shown(value)}")
     if kind in (int, float):
@@ -107,12 +115,12 @@ def add_arguments(parser: argparse.ArgumentParser, options: type) -> None:
     """Adds the options of a dataclass to a parser, whose default must be `argparse.SUPPRESS`, each under its group."""
     groups: dict[str | None, Any] = {None: parser}
     for f in fields(options):
-        kind, metadata, text = kind_of(f), f.metadata, f.metadata["help"]
+        kind, metadata, text = kind_of(f), f.metadata, now(f.metadata["help"])
         title = metadata["group"]
         if title not in groups:
             groups[title] = parser.add_argument_group(title)
         group = groups[title]
-        settings = {name: metadata[name] for name in ("metavar", "nargs", "choices") if name in metadata}
+        settings = {name: now(metadata[name]) for name in ("metavar", "nargs", "choices") if name in metadata}
         if metadata.get("positional"):
             group.add_argument(f.name, type=kind, help=text, **settings)
             continue
@@ -131,9 +139,30 @@ def refuse_unused(options: Any, given: Iterable[str]) -> None:
     declared = {f.name: f for f in fields(options)}
     for name in given:
         for other, values in declared[name].metadata.get("needs", {}).items():
+            values = now(values)
             if getattr(options, other) not in values:
                 got = f"{flag(other)} {str(getattr(options, other)).lower()}"
                 wanted = " or ".join(str(value).lower() for value in values)
                 raise ValueError(
                     f"{name}: expected {flag(other)} {wanted} beside it, got {got}: it has no effect there"
                 )
+
+
+def parse_weights(text: str) -> list[float]:
+    """Returns the numbers of --class-weights.
+
+    Raises:
+        ValueError: not numbers of at least 0, one of them positive, with commas between.
+
+    >>> parse_weights("1,2.5")
+    [1.0, 2.5]
+    """
+    try:
+        weights = [float(word) for word in text.split(",")]
+    except ValueError:
+        weights = []
+    if not weights or not all(0 <= weight <= 1e6 for weight in weights) or not any(weights):
+        raise ValueError(
+            f"class_weights: expected balanced, or numbers from 0 to 1e6 with commas between, got {text!r}"
+        )
+    return weights

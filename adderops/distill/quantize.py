@@ -12,12 +12,16 @@ from torch import Tensor, nn
 
 from adderops.distill.data import calibration_batches
 from adderops.distill.evaluate import evaluate
-from adderops.distill.run_folder import SAVED, RunFolder
+from adderops.distill.run_folder import RunFolder, saved_networks
 from adderops.quant import Scheme, calibrate, convert, reestimate_batchnorm, save
 
-STUDENTS = tuple(name for name in SAVED if name.startswith("student"))
 TIMED_SECONDS = 0.2
 TIMED_ROUNDS = 7
+
+
+def students() -> tuple[str, ...]:
+    """Returns the names of the networks that can be quantized."""
+    return tuple(name for name in saved_networks() if name.startswith("student"))
 
 
 def quantize(run: RunFolder, options: Any, output: Path) -> None:

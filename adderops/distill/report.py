@@ -2,7 +2,6 @@
 
 import base64
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from adderops.atomic import write_atomically
 from adderops.distill.figures import (
     draw_accuracy,
     draw_layers,
@@ -21,7 +21,6 @@ from adderops.distill.figures import (
     png,
 )
 from adderops.distill.run_folder import RunFolder
-from adderops.files import write_atomically
 from adderops.models import classifier, create_model
 from adderops.operations import count_operations, energy
 
@@ -159,6 +158,6 @@ def _operations(run: RunFolder, network: nn.Module) -> str:
 
 
 def _configuration(run: RunFolder) -> str:
-    rows = [(name, "-" if value is None else value) for name, value in asdict(run.config).items()]
+    rows = [(name, "-" if value is None else value) for name, value in run.config.flat().items()]
     command = f"<pre>{escape(run.config.command())}</pre>"
     return _section("Command", command) + "\n" + _section("Configuration", _table(["option", "value"], rows))

@@ -3,7 +3,7 @@
 import csv
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -11,23 +11,29 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adderops.distill.build import KIND_OF_ROLE, arch_of, load_data_of
+from adderops.distill.build import load_data_of
 from adderops.distill.checkpoint import LOG_COLUMNS, load_state_dict, reading
-from adderops.distill.config import MACHINE, Config
+from adderops.distill.config import MACHINE, Config, Options
 from adderops.distill.data import Data
 from adderops.distill.data.facts import differences, read_facts
 from adderops.distill.data.idx import SIDE
 from adderops.distill.data.sources import find_source
+from adderops.distill.methods import METHODS, Distillation, Task
+from adderops.distill.networks import arch_of
 from adderops.models import classifier, create_model, input_size, mark_adder_weights
 from adderops.quant import Scheme, insert
 
-NETWORKS = ("student", "student_ema", "teacher", "teacher_ema")
-SAVED = (*NETWORKS, *(f"{name}_best" for name in NETWORKS))  # best: as it was at its best test
+COMPARED = ("pkkd", "plain")  # the methods that --method compare trains
 LAYER_COLUMNS = ("epoch", "layer", "l_mid", "gradient_ratio", "var_yc")
 # `root` is where the data lie, `recipe` no more than the values of other options, and frozen teachers are one a seed.
 NOT_COMPARED = {*MACHINE, "root", "recipe", "teacher_checkpoint"}
-# Options without effect on the runs of the other methods.
-OF_DISTILLATION = tuple(f.name for f in fields(Config) if "pkkd" in f.metadata.get("needs", {}).get("method", ()))
+
+
+def saved_networks() -> tuple[str, ...]:
+    """Returns the names of the networks that runs may save; best: as it was at its best test."""
+    roles = dict.fromkeys(role for task in METHODS.values() for role in sorted(task.roles))
+    names = [name for role in roles for name in (role, f"{role}_ema")]
+    return (*names, *(f"{name}_best" for name in names))
 
 
 @dataclass(frozen=True)
@@ -85,7 +91,14 @@ class RunFolder:
     @property
     def networks(self) -> list[str]:
         """Names of the networks that the run tests and saves, the one that it is about first."""
-        return [name for name in NETWORKS if f"{name}_test_accuracy" in self.rows[0]]
+        roles = sorted(self.task.roles, key=lambda role: role != self.task.main)
+        names = [name for role in roles for name in (role, f"{role}_ema")]
+        return [name for name in names if f"{name}_test_accuracy" in self.rows[0]]
+
+    @property
+    def task(self) -> type[Task]:
+        """The class of the run's method."""
+        return METHODS[self.config.method]
 
     def curve(self, name: str) -> list[float]:
         """Returns a column of log.csv, a number an epoch."""
@@ -99,9 +112,7 @@ class RunFolder:
         images_per_second (mean over the epochs), hours.  Accuracies are shares.  Options of distillation are None for
         the other methods.
         """
-        options = asdict(self.config)
-        if self.config.method != "pkkd":
-            options |= dict.fromkeys(OF_DISTILLATION)
+        options = self.config.flat()
         results = []
         for name in self.networks:
             column = f"{name}_test_accuracy"
@@ -151,8 +162,8 @@ class RunFolder:
         role = name.partition("_")[0]
         arch = arch_of(self.config, role)
         with reading(path, f"a state_dict of {arch}", "another"):
-            network = create_model(arch, KIND_OF_ROLE[role], *_sizes(arch, state))
-            if self.config.bits is not None and name.startswith("student"):
+            network = create_model(arch, self.task.roles[role], *_sizes(arch, state))
+            if self.config.bits is not None and role == self.task.main:
                 network = insert(network, Scheme(self.config.bits))
             network.load_state_dict(mark_adder_weights(state, network))  # runs of before there were marks
         return network.eval()
@@ -215,16 +226,16 @@ class RunFolder:
 def compared_runs(config: Config, folder: Path) -> dict[Path, Config]:
     """Returns the runs of a comparison, each with its folder: by seed, pkkd first.
 
-    >>> list(map(str, compared_runs(Config(seeds=2).resolve(), Path("runs"))))
+    >>> list(map(str, compared_runs(Options(seeds=2).resolve(), Path("runs"))))
     ['runs/seed0/pkkd', 'runs/seed0/plain', 'runs/seed1/pkkd', 'runs/seed1/plain']
-    >>> list(map(str, compared_runs(Config(seeds=1).resolve(), Path("runs"))))
+    >>> list(map(str, compared_runs(Options(seeds=1).resolve(), Path("runs"))))
     ['runs/pkkd', 'runs/plain']
     """
     seeds = config.seeds or 1  # None: written before there was the option
     return {
-        folder / (f"seed{seed}" if seeds > 1 else "") / method: replace(config, method=method, seed=seed, seeds=None)
+        folder / (f"seed{seed}" if seeds > 1 else "") / method: config.changed(method=method, seed=seed, seeds=None)
         for seed in range(config.seed, config.seed + seeds)
-        for method in ("pkkd", "plain")
+        for method in COMPARED
     }
 
 
@@ -236,8 +247,9 @@ def differing_options(rows: Sequence[dict[str, Any]]) -> list[str]:
     ['beta']
     """
     differing = []
-    for name in (f.name for f in fields(Config) if f.name not in NOT_COMPARED):
-        values = {row.get(name) for row in rows if name not in OF_DISTILLATION or row["method"] == "pkkd"}
+    of_distillation = {f.name for f in fields(Distillation)}
+    for name in (f.name for f in fields(Options) if f.name not in NOT_COMPARED):
+        values = {row.get(name) for row in rows if name not in of_distillation or METHODS[row["method"]].distills}
         if len(values) > 1:
             differing.append(name)
     return differing

@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +12,8 @@ from adderops.distill import distributed
 from adderops.distill.batches import ImageSetBatches
 from adderops.distill.build import (
     build_average,
-    build_label_loss,
     build_mix,
     build_optimizer,
-    build_task,
-    main_role,
     redraw_classifier,
 )
 from adderops.distill.checkpoint import (
@@ -29,12 +25,13 @@ from adderops.distill.checkpoint import (
     save_tensors,
     write_json,
 )
-from adderops.distill.config import Config
+from adderops.distill.config import Config, Options
 from adderops.distill.data import Data, calibration_batches
 from adderops.distill.interrupt import Interrupted, StopRequest, stop_request
 from adderops.distill.lock import own
 from adderops.distill.log import Log
 from adderops.distill.loop import Loop, Progress
+from adderops.distill.methods import METHODS
 from adderops.distill.schedule import cosine_schedule
 from adderops.quant import observe
 
@@ -59,7 +56,7 @@ OF_LOOP = (
 Callback = Callable[[Progress], None]
 
 
-def train(config: Config, data: Data, folder: Path, device: torch.device | None = None) -> dict[str, Any]:
+def train(config: Config | Options, data: Data, folder: Path, device: torch.device | None = None) -> dict[str, Any]:
     """Trains to the end in a run folder; continues where the folder holds a checkpoint of the same run.
 
     The folder gets config.json, data.json (`Data.facts`), log.csv (a row per epoch), layers.csv (a row per epoch and
@@ -88,12 +85,13 @@ def train(config: Config, data: Data, folder: Path, device: torch.device | None 
         FloatingPointError: a loss became infinite or NaN; the last checkpoint stays.
         Interrupted: SIGTERM or Ctrl-C; after a checkpoint.
     """
-    config = config.resolve()
+    if isinstance(config, Options):
+        config = config.resolve()
     torch.set_num_threads(config.threads)
     with own(folder), stop_request() as stop:
         loop = _build_loop(config, data, device or torch.device("cpu"))
         run = Run(loop, folder, config.method, data.held_out, config.checkpoint_minutes, config.tensorboard)
-        identity = {"config": asdict(config), "data": data.facts()}
+        identity = {"config": config.flat(), "data": data.facts()}
 
         def check(state: dict[str, Any]) -> None:
             require_same_configuration(folder, config.differences(state["config"]))
@@ -109,7 +107,7 @@ def train(config: Config, data: Data, folder: Path, device: torch.device | None 
                 write_json(folder / "config.json", identity["config"])
             if config.bits is not None:
                 batches = (images.to(loop.device) for images in calibration_batches(data.train))
-                observe(loop.task.networks["student"], batches)
+                observe(loop.task.networks[loop.task.main], batches)
         if run.writes and not (folder / "data.json").exists():  # older versions kept none
             write_json(folder / "data.json", identity["data"])
         if config.compile:
@@ -128,12 +126,12 @@ def _build_loop(config: Config, data: Data, device: torch.device) -> Loop:
     batches = ImageSetBatches(
         data.train, config.batch_size, config.accumulate, config.seed, workers=workers, pin_memory=pin_memory
     )
-    task = build_task(config, data.in_channels, data.num_classes, device, build_label_loss(config, data))
+    task = METHODS[config.method].build(config, data, device)
     optimizer = build_optimizer(config, task)
 
     def begin_epoch(epoch: int) -> None:
         if config.rifle and epoch > 0 and epoch % config.rifle == 0:
-            redraw_classifier(task.networks[main_role(config)], optimizer)
+            redraw_classifier(task.networks[task.main], optimizer)
 
     return Loop(
         task,
@@ -141,7 +139,6 @@ def _build_loop(config: Config, data: Data, device: torch.device) -> Loop:
         cosine_schedule(optimizer, config.epochs, config.warmup_epochs, config.rifle),
         batches,
         config.epochs,
-        role=main_role(config),
         test=data.test,
         device=device,
         average=build_average(config, task),
@@ -292,7 +289,7 @@ class Run:
         loop = self.loop
         accuracies = {name: row.get(f"{name}_test_accuracy") for name in loop.tested}
         accuracies = {name: value for name, value in accuracies.items() if value is not None}
-        loss = row.get(f"{loop.role}_loss", row.get(f"{loop.role}_ce"))
+        loss = row.get(f"{loop.task.main}_loss", row.get(f"{loop.task.main}_ce"))
         bar.set_description_str(self._epoch_shown(), refresh=False)
         bar.set_postfix_str(postfix(accuracies, loss))
         if bar.disable and not self.quiet and distributed.rank() == 0:  # not a terminal: a line per epoch

@@ -14,7 +14,7 @@ from torchvision.transforms import v2
 
 from adderops import AdderConv2d
 from adderops.distill import Distiller, Interrupted
-from adderops.distill.matching import layer_pairs, pair_channels
+from adderops.distill.methods.matching import layer_pairs, pair_channels
 from adderops.models import create_model, lenet5
 from distill.runs import TIMING, assert_same_state, rows_of
 

@@ -1,6 +1,6 @@
 """What the compiler made of the CUDA kernels, without a GPU: registers, spills, occupancy, instructions a term.
 
-    python tests/machine_code/cuda_budgets.py [--arch 80 90] [--scope budgets] [--kernel forward] [--mix] [--json FILE]
+    python tests/machine_code/cuda_budgets.py [--arch 80 90] [--scope budgets] [--kernel forward] [--mix]
 
 prints a table per architecture.  Compiles with NVRTC (part of a CUDA build of torch), else with nvcc; reads the code
 with nvdisasm (see sass.py).  A term is one |x - w| of forward and of int8, one product of grad_x and
@@ -15,7 +15,6 @@ convolution that would issue nothing but FFMAs.
 
 import argparse
 import functools
-import json
 import os
 import re
 import shutil
@@ -23,7 +22,7 @@ import subprocess
 import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
@@ -156,7 +155,7 @@ def _forward() -> Iterator[Instance]:
         for i, tile in enumerate(_tiles("forward.cu", Tile, element)):
             yield Instance(
                 "forward.cuh",
-                _name("forward_kernel", element, tile.text, _enum("Layout", layout), _enum("Form", form)),
+                _name("forward_kernel", element, tile.text, _enum("Layout", layout), _enum("Formula", form)),
                 f"forward {_ELEMENTS[element]} {form_name} {layout_name}",
                 str(tile),
                 ("FADD", 2) if form == 0 else ("FMNMX", 1),
@@ -232,10 +231,8 @@ def _others() -> Iterator[Instance]:
         yield Instance("grad_w.cuh", _name("grad_w_finish_kernel", element), f"grad_w finish {name}")
         yield Instance("grad_w.cuh", _name("channels_kernel", element), f"grad_w dense channels {name}")
     for element, name in {**_ELEMENTS, "double": "float64"}.items():
-        for gradient, purpose in enumerate(("forward", "grad_x")):
-            arguments = (element, _enum("Gradient", gradient))
-            yield Instance("direct.cuh", _name("direct_kernel", *arguments), f"{purpose} {name} direct.cuh")
-        yield Instance("direct.cuh", _name("direct_grad_w_kernel", element), f"grad_w {name} direct.cuh")
+        for purpose in ("forward", "grad_x", "grad_w"):
+            yield Instance("direct.cuh", _name(f"direct_{purpose}_kernel", element), f"{purpose} {name} direct.cuh")
 
 
 INSTANCES = [*_forward(), *_gradients(), *_int8(), *_others()]
@@ -435,7 +432,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--scope", choices=("all", "bfloat16", "budgets"), default="all", help="see units()")
     parser.add_argument("--kernel", default="", help="only kernels whose label contains this")
     parser.add_argument("--mix", action="store_true", help="also the opcodes of every hottest loop")
-    parser.add_argument("--json", type=Path, help="write the rows of all tables here")
     arguments = parser.parse_args(argv)
     rows: list[Row] = []
     try:
@@ -446,8 +442,6 @@ def main(argv: Sequence[str] | None = None) -> None:
                 print(f"  {row.kernel}, {row.tile}: " + " ".join(f"{o} {n}" for o, n in (row.mix or {}).items()))
     except (sass.Unavailable, nvrtc.Unavailable, nvrtc.CompileError) as reason:
         raise SystemExit(str(reason)) from None
-    if arguments.json:
-        arguments.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
     for row in rows:
         for violation in row.violations():
             print(violation)

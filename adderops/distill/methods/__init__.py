@@ -1,0 +1,23 @@
+"""What is trained, one class per method: networks, and what makes losses of a batch.
+
+`METHODS` lists the methods by name.  `register_method` adds a subclass of `Task` to them; it then works in
+`adderops.distill.train` and on the whole command line.
+"""
+
+from adderops.distill.methods.distillation import Distillation
+from adderops.distill.methods.matching import FeatureMatch
+from adderops.distill.methods.pkkd import PKKDTask
+from adderops.distill.methods.single import SingleTask
+from adderops.distill.methods.task import METHODS, LabelLoss, Losses, Task, register_method
+
+__all__ = [
+    "METHODS",
+    "Distillation",
+    "FeatureMatch",
+    "LabelLoss",
+    "Losses",
+    "PKKDTask",
+    "SingleTask",
+    "Task",
+    "register_method",
+]

@@ -1,0 +1,112 @@
+"""The networks of a run: built from a configuration, and their weights read from files."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from adderops.distill.checkpoint import load_state_dict
+from adderops.distill.distributed import synchronize_batchnorm
+from adderops.models import (
+    classifier,
+    create_model,
+    load_reference_checkpoint,
+    mark_adder_weights,
+    unwrap_state_dict,
+)
+from adderops.optim import AdaptiveRateLayer
+from adderops.quant import Scheme, insert
+
+if TYPE_CHECKING:
+    from adderops.distill.config import Config
+    from adderops.distill.data import Data
+
+SEEDS = {"teacher": 0, "student": 1}  # of other roles a checksum of the name
+
+
+def arch_of(config: Config, role: str) -> str:
+    """The architecture of a run's network."""
+    of_teacher = config.distillation.teacher_arch if config.distillation is not None else None
+    return of_teacher if role == "teacher" and of_teacher is not None else config.arch
+
+
+def build_networks(
+    config: Config, roles: Mapping[str, str], main: str, data: Data, device: torch.device
+) -> dict[str, nn.Module]:
+    """Builds the networks of a run, by role.
+
+    A network's initial weights depend on the seed and its role only: the student starts alike in all methods, and so
+    does the teacher.
+
+    Args:
+        config: of the run.
+        roles: role -> 'cnn' or 'adder'.
+        main: the role that starts from --initial.
+        data: has `in_channels` and `num_classes`.
+        device: of the networks.
+    """
+    networks = {}
+    for role, kind in roles.items():
+        entropy = np.random.SeedSequence([config.seed, SEEDS.get(role, zlib.crc32(role.encode()))])
+        torch.manual_seed(int(entropy.generate_state(1)[0]))
+        network = create_model(arch_of(config, role), kind, data.in_channels, data.num_classes)
+        for module in network.modules():
+            if isinstance(module, AdaptiveRateLayer):
+                module.set_eta(config.eta)
+        if role == main and config.initial is not None:
+            load_weights(network, Path(config.initial), any_classifier=True)
+        if role == main and config.bits is not None:
+            network = insert(network, Scheme(config.bits))
+        if config.sync_batchnorm:
+            network = synchronize_batchnorm(network, device)
+        memory_format = torch.channels_last if config.channels_last else torch.preserve_format
+        networks[role] = network.to(device, memory_format=memory_format)
+    return networks
+
+
+def load_weights(network: nn.Module, path: Path, any_classifier: bool = False) -> None:
+    """Loads a state_dict: of a run, of the AdderNet reference code, or of timm or torchvision, .safetensors too.
+
+    Args:
+        any_classifier: leave the classifier as it is where the file has one of another shape, for another task.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not a state_dict, or not one of this network.
+    """
+    found = _load_safetensors(path) if path.suffix == ".safetensors" else load_state_dict(path)
+    state = unwrap_state_dict(found, network)
+    if path.name.startswith("student") and (path.parent / "config.json").exists():
+        state = mark_adder_weights(state, network)  # a run of before there were marks
+    own = network.state_dict()
+    if any_classifier:
+        # what stands behind the classifier (a BatchNorm on the logits) goes with it
+        head = list(own)[list(own).index(classifier(network)[0] + ".weight") :]
+        other = [name for name in head if name in state and state[name].shape != own[name].shape]
+        if other:
+            print(f"{path}: the classifier is for another number of classes; ours starts anew")
+            state |= {name: own[name] for name in head}
+    try:
+        load_reference_checkpoint(network, state)
+    except RuntimeError as error:
+        raise ValueError(f"{path}: expected a state_dict of this network: {error}") from error
+
+
+def _load_safetensors(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no state_dict")
+    try:
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+    except ModuleNotFoundError as missing:
+        raise ModuleNotFoundError(f"{path} needs safetensors: pip install safetensors") from missing
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path}: expected a whole state_dict, got a damaged file ({error})") from error
