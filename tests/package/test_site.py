@@ -11,7 +11,7 @@ import pytest
 import adderops
 
 CHECKOUT = Path(__file__).resolve().parents[2]
-PAGES = [CHECKOUT / "README.md", *sorted((CHECKOUT / "docs").glob("*.md"))]
+PAGES = [CHECKOUT / "README.md", CHECKOUT / "CONTRIBUTING.md", *sorted((CHECKOUT / "docs").glob("*.md"))]
 MODULES = {"adderops", "adderops.batchnorm", "adderops.dataflow", *(f"adderops.{name}" for name in adderops._LAZY)}
 MODULES |= {f"adderops.{name}" for name in ("functional", "nn", "optim", "reference")}
 
@@ -71,8 +71,18 @@ def test_every_public_name_has_an_entry(module, entries):
     assert [name for name in names if not aliases(module, name) & entries] == []
 
 
+@pytest.fixture
+def registries():
+    """Undoes registrations after the test."""
+    before = [(registry, dict(registry)) for registry in (adderops.models.ARCHITECTURES, adderops.distill.METHODS)]
+    yield
+    for registry, entries in before:
+        registry.clear()
+        registry.update(entries)
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_the_examples_of_a_page_run(page, tmp_path, monkeypatch, set_threads):
+def test_the_examples_of_a_page_run(page, tmp_path, monkeypatch, set_threads, registries):
     """All Python blocks of a page, in order, as one program."""
     blocks = re.findall(r"^```python\n(.*?)^```$", page.read_text(), re.DOTALL | re.MULTILINE)
     monkeypatch.chdir(tmp_path)
@@ -86,4 +96,4 @@ def test_no_example_is_overlooked():
     """A fence of another spelling would go untested."""
     pages = "\n".join(page.read_text() for page in PAGES)
     fences = re.findall(r"^[ \t]*(?:```|~~~)[ \t]*(?:python|py).*", pages, re.MULTILINE | re.IGNORECASE)
-    assert set(fences) == {"```python"} and len(fences) >= 9
+    assert set(fences) == {"```python"} and len(fences) >= 11
