@@ -97,3 +97,14 @@ def test_no_example_is_overlooked():
     pages = "\n".join(page.read_text() for page in PAGES)
     fences = re.findall(r"^[ \t]*(?:```|~~~)[ \t]*(?:python|py).*", pages, re.MULTILINE | re.IGNORECASE)
     assert set(fences) == {"```python"} and len(fences) >= 11
+
+
+@pytest.mark.parametrize("page", [*PAGES, CHECKOUT / "csrc" / "README.md"], ids=lambda page: page.name)
+def test_files_that_a_page_names_exist(page):
+    text = page.read_text()
+    links = {link for link in re.findall(r"\]\(([^)#\s]+)[^)]*\)", text) if "://" not in link}
+    assert {link for link in links if not (page.parent / link).exists()} == set()
+    named = re.findall(r"(?:csrc|_build|adderops|tests|benchmarks|experiments|docs)/[\w./*{},<>-]+", text)
+    pattern = re.compile(r"[*{<]|/X\.|_X\.")  # several files; a file to be written
+    named = [path.rstrip(".,") for path in named]
+    assert {path for path in named if not pattern.search(path) and not (CHECKOUT / path).exists()} == set()
