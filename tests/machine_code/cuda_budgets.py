@@ -77,7 +77,7 @@ class Instance:
     """A kernel that the operators launch.
 
     `expression` is spelled as a demangler prints it.  If the kernel has a loop over terms, `marker` is an opcode with
-    its count per term, and `terms` is the number of terms per thread and slab.  A compiler may unroll the loop over slabs.
+    its count per term, and `terms` counts terms per thread and slab.  A compiler may unroll the loop over slabs.
     """
 
     header: str  # in csrc/cuda
