@@ -100,7 +100,9 @@ def test_the_build_asks_for_torch_where_none_is_new_enough(installed, monkeypatc
 
 def copied_sources(folder: Path) -> Path:
     """The files of the checkout that are not results of a build."""
-    ignored = shutil.ignore_patterns(".git", "*.so", "build", "dist", "*.egg-info", "__pycache__", ".*_cache", "runs")
+    ignored = shutil.ignore_patterns(
+        ".git", "*.so", "build", "dist", "*.egg-info", "__pycache__", ".*_cache", "runs", "site"
+    )
     return Path(shutil.copytree(CHECKOUT, folder / "tree", ignore=ignored))
 
 
