@@ -1,26 +1,27 @@
-"""Adder convolution for PyTorch: -sum|x - w| in place of sum x*w (AdderNet, arXiv 1912.13200)."""
+"""Adder convolution for PyTorch: -sum|x - w| instead of sum x*w (AdderNet, arXiv 1912.13200)."""
 
 import importlib
 import signal
 import sys
+from types import ModuleType
 
 __version__ = "0.1.0"
 
 if sys.argv[:1] == ["-m"] and "adderops.distill" in sys.orig_argv and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
-    # the command line is still importing, with nothing to save: Ctrl-C ends it without a traceback
+    # the command line is still importing and has nothing to save: Ctrl-C ends it without a traceback
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 from adderops import functional, nn, optim, reference
 from adderops.batchnorm import reestimate_batchnorm
 from adderops.nn import AdderConv2d, AdderLinear, convert
 
-# Imported when first used: they take time or need packages that `pip install adderops` alone does not bring.
+# Imported on first use: they are slow to import, or need packages that `pip install adderops` does not install.
 _LAZY = ("distill", "export", "info", "models", "operations", "quant")
 
 __all__ = ["AdderConv2d", "AdderLinear", "convert", "functional", "nn", "optim", "reestimate_batchnorm", "reference"]
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> ModuleType:
     if name in _LAZY:
         return importlib.import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,6 +1,7 @@
-"""The operators in ONNX, as functions of onnxscript, which must be installed to import this."""
+"""The operators in ONNX, as functions of onnxscript; importing this needs onnxscript."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from onnxscript import ir
 from onnxscript import opset18 as op
@@ -16,17 +17,17 @@ def adder_conv2d(
     dilation: Sequence[int],
     groups: int,
 ) -> TFloat:
-    """With x as (N, groups, C_in/groups, H, W), a Scan over the K terms of every output.
+    """The adder convolution as a Scan over the K terms of each output, with x as (N, groups, C_in/groups, H, W).
 
-    y (N, groups, M, OH, OW) starts as the bias; a step k = (ci, kh, kw) takes |x_k - w_k| off it, where x_k
-    (N, groups, 1, OH, OW) is a strided slice of x beginning at `begin_k`, and w_k (groups, M, 1, 1).  Written out as
-    a sequence of operators, tap by tap or filter by filter, it would be hundreds of nodes, slower and larger in memory.
-    N, H and W may be dynamic.
+    y (N, groups, M, OH, OW) starts as the bias. Step k = (ci, kh, kw) subtracts |x_k - w_k|, where x_k
+    (N, groups, 1, OH, OW) is the strided slice of x that begins at `begin_k`, and w_k is (groups, M, 1, 1). Unrolled
+    into operators, per tap or per filter, it would be hundreds of nodes, slower and larger in memory. N, H and W may
+    be dynamic.
     """
     C_out, K_in, KH, KW = w.shape
     top, bottom, left, right = padding
     dtype, dtype_of_y = x.dtype, x.dtype
-    if dtype != ir.DataType.DOUBLE:  # the halves are summed in float32, as by the operator
+    if dtype != ir.DataType.DOUBLE:  # float16 is summed in float32, as in the operator
         dtype = ir.DataType.FLOAT
         x, w, bias = (t if t is None else op.Cast(t, to=dtype) for t in (x, w, bias))
 
@@ -50,7 +51,7 @@ def adder_conv2d(
     return y if dtype_of_y == dtype else op.Cast(y, to=dtype_of_y)
 
 
-def _step_k(x, size, stride, axes, dtype) -> ir.Graph:
+def _step_k(x: ir.Value, size: ir.Value, stride: ir.Value, axes: ir.Value, dtype: ir.DataType) -> ir.Graph:
     y, w_k = (ir.Value(name=name, type=ir.TensorType(dtype)) for name in ("y", "w_k"))
     begin_k = ir.Value(name="begin_k", type=ir.TensorType(ir.DataType.INT64))
     tape = ir.tape.Tape()
@@ -61,5 +62,5 @@ def _step_k(x, size, stride, axes, dtype) -> ir.Graph:
     return ir.Graph([y, w_k, begin_k], [y_next], nodes=tape.nodes, name="step_k")
 
 
-def _integers(values) -> ir.Value:
+def _integers(values: Sequence[Any]) -> ir.Value:
     return op.Constant(value=ir.tensor(values, dtype=ir.DataType.INT64))

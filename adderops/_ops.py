@@ -8,9 +8,11 @@ import math
 from collections.abc import Sequence
 from importlib.util import find_spec
 from math import prod
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 
 from adderops._on_import import on_import
 from adderops._transforms import register_autograd, register_vmap
@@ -66,7 +68,9 @@ def _empty_in_format_of(like: Tensor, shape: Sequence[int]) -> Tensor:
     return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=memory_format)
 
 
-def output_shape(x, w, stride, padding, dilation) -> tuple[int, ...]:
+def output_shape(
+    x: Tensor, w: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
+) -> tuple[int, ...]:
     height, width = (
         (x.size(2 + i) + padding[2 * i] + padding[2 * i + 1] - dilation[i] * (w.size(2 + i) - 1) - 1) // stride[i] + 1
         for i in range(2)
@@ -74,18 +78,27 @@ def output_shape(x, w, stride, padding, dilation) -> tuple[int, ...]:
     return x.size(0), w.size(0), height, width
 
 
-def _checked_shape(operator: str, x, w, stride, padding, dilation, groups, **others) -> tuple[int, ...]:
+def _checked_shape(
+    operator: str,
+    x: Tensor,
+    w: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    **others: Tensor | None,
+) -> tuple[int, ...]:
     """output_shape, or an error of csrc/checks.cpp where it follows from plain integers: symbolic ones get no guard."""
 
-    def refuse(argument: str, expected: str, got: object):
+    def refuse(argument: str, expected: str, got: object) -> NoReturn:
         raise RuntimeError(f"{operator}: {argument}: expected {expected}, got {got}")
 
     for name, tensor in (("x", x), ("w", w)):
         if tensor.dim() != 4:
             refuse(name, "4 dimensions", f"shape {tuple(tensor.shape)}")
-    for name, tensor in (("w", w), *others.items()):
-        if tensor is not None and tensor.device != x.device:
-            refuse(name, f"the device of x, {x.device}", tensor.device)
+    for name, other in (("w", w), *others.items()):
+        if other is not None and other.device != x.device:
+            refuse(name, f"the device of x, {x.device}", other.device)
     for name, values, count, least in (
         ("stride", stride, 2, 1),
         ("padding", padding, 4, 0),
@@ -104,70 +117,82 @@ def _checked_shape(operator: str, x, w, stride, padding, dilation, groups, **oth
 
 
 @torch.library.register_fake("adderops::adder_conv2d")
-def _(x, w, bias, *geometry):
+def _(x: Tensor, w: Tensor, bias: Tensor | None, *geometry: Any) -> Tensor:
     return _empty_in_format_of(x, _checked_shape("adder_conv2d", x, w, *geometry, bias=bias))
 
 
 @torch.library.register_fake("adderops::adder_conv2d_int8")
-def _(x, w, scale, offset, residual, residual_scale, relu, quantize, zero_point, quant_max, padding_value, *geometry):
+def _(
+    x: Tensor,
+    w: Tensor,
+    scale: Tensor | None,
+    offset: Tensor | None,
+    residual: Tensor | None,
+    residual_scale: float,
+    relu: bool,
+    quantize: bool,
+    zero_point: int,
+    quant_max: int,
+    padding_value: int,
+    *geometry: Any,
+) -> Tensor:
     dtype = torch.int32 if scale is None else torch.uint8 if quantize else torch.float32
-    others = {"scale": scale, "offset": offset, "residual": residual}
-    shape = _checked_shape("adder_conv2d_int8", x, w, *geometry, **others)
+    shape = _checked_shape("adder_conv2d_int8", x, w, *geometry, scale=scale, offset=offset, residual=residual)
     return torch.empty(shape, dtype=dtype, device=x.device, memory_format=torch.channels_last)
 
 
 @torch.library.register_fake("adderops::quantize")
-def _(x, scale, zero_point, quant_max):
+def _(x: Tensor, scale: float, zero_point: int, quant_max: int) -> Tensor:
     if x.dim() != 4:
         raise RuntimeError(f"quantize: x: expected 4 dimensions, got shape {tuple(x.shape)}")
     return torch.empty(x.shape, dtype=torch.uint8, device=x.device, memory_format=torch.channels_last)
 
 
 @torch.library.register_fake("adderops::adder_conv2d_grad_x")
-def _(grad_y, x, w, *geometry):
+def _(grad_y: Tensor, x: Tensor, w: Tensor, *geometry: Any) -> Tensor:
     _checked_shape("adder_conv2d_grad_x", x, w, *geometry, grad_y=grad_y)
     return _empty_in_format_of(x, x.shape)
 
 
 @torch.library.register_fake("adderops::adder_conv2d_grad_w")
-def _(grad_y, x, w, *geometry):
+def _(grad_y: Tensor, x: Tensor, w: Tensor, *geometry: Any) -> Tensor:
     _checked_shape("adder_conv2d_grad_w", x, w, *geometry, grad_y=grad_y)
     return _empty_in_format_of(w, w.shape)
 
 
-def _require_images(operator: str, **tensors) -> None:
+def _require_images(operator: str, **tensors: Tensor) -> None:
     for name, tensor in tensors.items():
         if tensor.dim() != 4:
             raise RuntimeError(f"{operator}: {name}: expected 4 dimensions, got shape {tuple(tensor.shape)}")
 
 
 @torch.library.register_fake("adderops::_kernel_moments")
-def _(student, teacher, *_):
+def _(student: Tensor, teacher: Tensor, *_: Any) -> Tensor:
     _require_images("_kernel_moments", student=student, teacher=teacher)
     channels = student.size(1)
     return student.new_empty((2 * channels + 1, 2 * channels))
 
 
 @torch.library.register_fake("adderops::_kernel_moments_grad")
-def _(weights, student, teacher, *_):
+def _(weights: Tensor, student: Tensor, teacher: Tensor, *_: Any) -> Tensor:
     _require_images("_kernel_moments_grad", student=student, teacher=teacher)
     return _empty_in_format_of(student, student.shape)
 
 
 @torch.library.register_fake("adderops::_abs_sum")
-def _(x):
+def _(x: Tensor) -> Tensor:
     return x.new_empty(x.size(0))
 
 
 # --- autograd: the training gradients of AdderNet, on purpose not the derivative (see adderops.functional) ---
 
 
-def _save_for_backward(ctx, inputs, output):
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, w, _, *ctx.geometry = inputs
     ctx.save_for_backward(x, w)
 
 
-def _backward(ctx, grad_y):
+def _backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
     x, w = ctx.saved_tensors
     needs_x, needs_w, needs_bias, *_ = ctx.needs_input_grad
     return (
@@ -181,8 +206,8 @@ def _backward(ctx, grad_y):
 register_autograd(adder_conv2d, _backward, _save_for_backward)
 
 
-def _refuse_differentiation(op, reason: str) -> None:
-    def backward(ctx, grad):
+def _refuse_differentiation(op: OpOverload, reason: str) -> None:
+    def backward(ctx: Any, grad: Tensor) -> NoReturn:
         raise RuntimeError(
             f"{op._opname}: expected no differentiation of its result, got a backward pass through it; {reason}"
         )
@@ -218,11 +243,11 @@ for _device in ("cpu", "cuda"):
 # the subtraction and the accumulation, as PyTorch counts 2 per term of a convolution and of each of its gradients ---
 
 
-def _forward_flops(x_shape, w_shape, *_, out_shape, **__) -> int:
+def _forward_flops(x_shape: torch.Size, w_shape: torch.Size, *_: Any, out_shape: torch.Size, **__: Any) -> int:
     return 2 * math.prod(out_shape) * math.prod(w_shape[1:])
 
 
-def _gradient_flops(grad_y_shape, x_shape, w_shape, *_, **__) -> int:
+def _gradient_flops(grad_y_shape: torch.Size, x_shape: torch.Size, w_shape: torch.Size, *_: Any, **__: Any) -> int:
     return 2 * math.prod(grad_y_shape) * math.prod(w_shape[1:])
 
 

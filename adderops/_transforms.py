@@ -1,34 +1,38 @@
-"""How an operator takes part in the transformations of PyTorch: reverse and forward mode differentiation, vmap.
+"""Registers the rules of an operator for PyTorch's transformations: reverse- and forward-mode differentiation, vmap.
 
-`torch.library.register_autograd` gives an operator that `torch.func.grad` refuses and whose forward mode derivative is
-silently 0, hence `register_autograd` here.
+`register_autograd` replaces `torch.library.register_autograd`: with the latter `torch.func.grad` refuses the operator,
+and its forward-mode derivative is silently 0.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch._functorch.utils import enable_single_level_autograd_function
+from torch._ops import OpOverload
 from torch.autograd import forward_ad
 
-# Tensors with one entry per filter in their first dimension.  All others are (N, C, H, W).
+_Function = Callable[..., Any]
+
+# Tensors whose first dimension has one entry per filter.  All others are (N, C, H, W).
 _OF_FILTERS = ("w", "bias", "scale", "offset")
 
 
-def register_autograd(op, backward: Callable, setup_context: Callable | None = None) -> None:
-    """Makes `backward(ctx, grad)` the gradients of an operator, in ordinary autograd and in each level of torch.func.
+def register_autograd(op: OpOverload, backward: _Function, setup_context: _Function | None = None) -> None:
+    """Makes `backward(ctx, grad)` the gradient of an operator, in ordinary autograd and at each level of torch.func.
 
-    Arguments as in `torch.library.register_autograd`.  Forward mode is an error.
+    Arguments as in `torch.library.register_autograd`. Forward mode is refused with an error.
     """
 
-    def below_autograd(*args):
+    def below_autograd(*args: Any) -> Any:
         with torch._C._AutoDispatchBelowAutograd():
             return op(*args)
 
     class Differentiable(torch.autograd.function._SingleLevelFunction):
         @staticmethod
-        def forward(ctx, *args):
-            if _transformed():  # a Function has turned differentiation off, for the outer levels too
+        def forward(ctx: Any, *args: Any) -> Any:
+            if _transformed():  # a Function turns differentiation off, also for the outer levels
                 with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
                     result = below_autograd(*args)
             else:
@@ -37,28 +41,30 @@ def register_autograd(op, backward: Callable, setup_context: Callable | None = N
                 setup_context(ctx, args, result)
             return result
 
-    Differentiable.backward = staticmethod(backward)
+    Differentiable.backward = staticmethod(backward)  # type: ignore[method-assign]
 
-    def autograd(*args):
+    apply = Differentiable.apply  # type: ignore[attr-defined]  # which torch does not declare
+
+    def autograd(*args: Any) -> Any:
         transformed = _transformed()
         if transformed or forward_ad._current_level >= 0:
             _refuse_tangents(op, args)
         if not (torch.is_grad_enabled() and any(isinstance(arg, Tensor) and arg.requires_grad for arg in args)):
             return below_autograd(*args)
         if not transformed:
-            return Differentiable.apply(*args)
+            return apply(*args)
         with enable_single_level_autograd_function():
-            return Differentiable.apply(*args)
+            return apply(*args)
 
     torch.library.impl(op.name(), "Autograd")(autograd)
 
 
 def _transformed() -> bool:
-    """Whether this call is inside of a transformation of torch.func."""
+    """Returns whether this call is inside a transformation of torch.func."""
     return torch._C._functorch.peek_interpreter_stack() is not None
 
 
-def _refuse_tangents(op, args: tuple) -> None:
+def _refuse_tangents(op: OpOverload, args: tuple[Any, ...]) -> None:
     for argument, value in zip(op._schema.arguments, args, strict=True):
         if isinstance(value, Tensor) and forward_ad.unpack_dual(value, level=0).tangent is not None:
             raise RuntimeError(
@@ -67,16 +73,16 @@ def _refuse_tangents(op, args: tuple) -> None:
             )
 
 
-def register_vmap(op, *, gradient_of_filters: bool = False) -> None:
-    """Makes `torch.vmap` of a convolution one call: B samples are B times the images, or B times the groups.
+def register_vmap(op: OpOverload, *, gradient_of_filters: bool = False) -> None:
+    """Makes `torch.vmap` of a convolution one call: B samples become B times the images, or B times the groups.
 
-    As images where all samples have the same filters.  As groups, side by side in the channels, where they have not,
-    and for a gradient of the filters, which is one per sample.  One image and one group under B sets of filters is the
-    case of an ensemble: its channels need no copies, for all filters are filters of the one group.
+    They become images if all samples share the filters. They become groups, concatenated in the channels, if the
+    filters differ, and for the gradient of the filters, which is one per sample. In an ensemble, B sets of filters on
+    one input with one group, the input is not copied: all filters belong to the one group.
     """
     names = [argument.name for argument in op._schema.arguments]
 
-    def vmap(info, in_dims, *args):
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Tensor, int]:
         values, dims = dict(zip(names, args, strict=True)), dict(zip(names, in_dims, strict=True))
         tensors = [name for name in names if isinstance(values[name], Tensor)]
         as_images = not gradient_of_filters and all(dims[name] is None for name in tensors if name in _OF_FILTERS)
@@ -97,7 +103,7 @@ def register_vmap(op, *, gradient_of_filters: bool = False) -> None:
 
 
 def _fold(tensor: Tensor, batch_dim: int | None, dim: int, batch: int) -> Tensor:
-    """The samples of a vmapped tensor one after the other in dimension `dim` of one sample."""
+    """Concatenates the samples of a vmapped tensor in dimension `dim` of a sample."""
     if batch_dim is None:
         samples = tensor.unsqueeze(dim).expand(*tensor.shape[:dim], batch, *tensor.shape[dim:])
     else:

@@ -1,8 +1,9 @@
-"""BatchNorm statistics that do not lag behind the weights."""
+"""Re-estimation of BatchNorm statistics, which lag behind the weights of adder networks."""
 
 import sys
 from collections.abc import Iterable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,32 +12,32 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 @torch.no_grad()
 def reestimate_batchnorm(
-    model: nn.Module, batches: Iterable[Tensor | tuple | list], device: torch.device | str | None = None
+    model: nn.Module, batches: Iterable[Tensor | tuple[Any, ...] | list[Any]], device: torch.device | str | None = None
 ) -> nn.Module:
     """Re-estimates the running statistics of every BatchNorm of a model from batches of images, in place.
 
-    An adder layer takes weight steps of a fixed size, so at a constant learning rate the running averages lag behind
-    the weights, and the test accuracy can be at chance while the training accuracy is 1.  Call this before each test
-    and before saving, with some hundred training images.
+    The weight steps of an adder layer have a fixed size, so at a constant learning rate the running averages lag
+    behind the weights, and the test accuracy can be at chance while the training accuracy is 1. Call this before each
+    test and before saving, with a few hundred training images.
 
-    Unlike `torch.optim.swa_utils.update_bn` this leaves the mode of every module as it was, runs everything but the
-    BatchNorms in evaluation mode (no dropout), and changes nothing when it fails.  The new statistics are the means
-    over the batches.  In a model in training mode a BatchNorm in evaluation mode counts as frozen and stays.
+    Unlike `torch.optim.swa_utils.update_bn` this keeps the mode of every module, runs all modules but the BatchNorms in
+    evaluation mode (no dropout), and changes nothing if it fails. The new statistics are means over the batches. In a
+    model in training mode a BatchNorm in evaluation mode counts as frozen and is left alone.
 
     Args:
-        model: with or without BatchNorm; where there is none, `batches` is not read.
+        model: with or without BatchNorm; `batches` is not read without.
         batches: inputs of the model, or tuples whose first element is the input, as a DataLoader of (images, labels)
-            gives them.  Batches of equal size weigh every image alike.
-        device: where the batches go first; as they are if None.
+            returns them. Use batches of equal size: each batch has the same weight.
+        device: the device to move the batches to; None leaves them where they are.
 
     Returns:
         The model.
 
     Raises:
-        ValueError: there is no batch, or a batch gives statistics that are not finite.
-        Also what the model raises for a batch; the statistics are then those from before.
+        ValueError: no batch, or one that leads to statistics that are not finite.
+        Also what the model raises for a batch. The statistics are then unchanged.
 
-    Source: arXiv 2212.10200 does this behind quantized layers.
+    Source: arXiv 2212.10200 does this after quantized layers.
 
     >>> model = nn.Sequential(nn.BatchNorm2d(1)).eval()
     >>> model = reestimate_batchnorm(model, [torch.tensor([[[[1.0, 3.0]]]])])
@@ -67,7 +68,7 @@ def reestimate_batchnorm(
                 model(images if device is None else images.to(device))
             count += 1
             for norm in norms:
-                if not (norm.running_mean.isfinite().all() and norm.running_var.isfinite().all()):
+                if not all(norm.get_buffer(name).isfinite().all() for name in ("running_mean", "running_var")):
                     raise ValueError(f"batches: expected inputs with finite statistics, got others in batch {count}")
         if count == 0:
             raise ValueError("batches: expected at least one, got none")
@@ -84,6 +85,6 @@ def reestimate_batchnorm(
     return model
 
 
-def _eager():
-    """Where something may be compiled, it runs as it is: torch.compile refuses a BatchNorm without momentum."""
+def _eager() -> AbstractContextManager[Any]:
+    """Turns torch.compile off, if it is loaded: it refuses a BatchNorm without momentum."""
     return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()

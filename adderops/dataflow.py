@@ -1,8 +1,10 @@
-"""What stands before and behind each convolution of a model, from its graph where torch.fx can trace it."""
+"""Finds what comes before and after each convolution of a model, from its graph if torch.fx can trace it."""
 
 import copy
 import inspect
+from collections.abc import Callable
 from itertools import chain
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,12 +14,12 @@ from torch.nn.modules.conv import _ConvNd
 
 from adderops.optim import AdaptiveRateLayer
 
-# These subtract a mean.  A frozen BatchNorm, whose statistics are those of other weights, is not among them.
+# These subtract a mean.  A frozen BatchNorm is not among them: its statistics belong to other weights.
 _NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm)
 _NORM_FUNCTIONS = (F.batch_norm, F.instance_norm, F.group_norm, F.layer_norm)
 _WEIGHTED = (_ConvNd, nn.Linear, AdaptiveRateLayer)
 _WEIGHTED_FUNCTIONS = (F.linear, F.conv1d, F.conv2d, F.conv3d, torch.matmul, torch.bmm, torch.einsum)
-# These hand the values of a channel on to the normalisation as they are, or a mean or maximum of them.
+# These pass the values of a channel on to the normalisation unchanged, or a mean or maximum of them.
 _PASSING = (
     *(nn.Identity, nn.Flatten, nn.Unflatten, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d),
     *(nn.Dropout, nn.Dropout2d, nn.ChannelShuffle, nn.PixelShuffle, nn.PixelUnshuffle, nn.Upsample, nn.ZeroPad2d),
@@ -32,12 +34,16 @@ _GATE_NAMES = frozenset(("sigmoid", "sigmoid_", "hardsigmoid", "hard_sigmoid", "
 
 
 def reasons_to_stay(model: nn.Module) -> dict[nn.Module, str | None]:
-    """Returns for every convolution of a model why it should not become an adder layer, None where it should.
+    """Returns for each convolution of a model why it should not become an adder layer, or None if it should.
 
-    An adder layer needs a normalisation directly behind it, because its outputs are all <= 0 and large: a gate would
-    be shut for good, the output of a head would have one sign.  The first convolution and the classifier stay as in
-    AdderNet.  Where torch.fx cannot trace the whole model it traces the parts that it can, and the order in which the
-    rest is registered decides.
+    An adder layer needs a normalisation after it, because its outputs are all <= 0 and large: a gate would stay
+    closed, and the output of a head would have one sign. The first convolution and the classifier stay, as in
+    AdderNet. If torch.fx cannot trace the whole model, it traces the parts that it can, and the order of registration
+    decides on the rest.
+
+    >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 2, 1))
+    >>> [reason for reason in reasons_to_stay(model).values()]
+    ['first convolution', None, 'classifier']
     """
     weighted = [m for m in model.modules() if isinstance(m, _WEIGHTED)]
     reasons: dict[nn.Module, str | None] = {m: "not used by forward" for m in weighted if isinstance(m, _ConvNd)}
@@ -53,18 +59,18 @@ def reasons_to_stay(model: nn.Module) -> dict[nn.Module, str | None]:
 
 
 def _structure(model: nn.Module) -> tuple[nn.Module, dict[nn.Module, nn.Module]]:
-    """A copy that shares all tensors, in training mode, to be traced without a trace; and whose copy each module is."""
+    """Returns a copy in training mode that shares all tensors, for tracing, and the module that each part copies."""
     memo = {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())}
     try:
         shadow = copy.deepcopy(model, memo)
-    except Exception:  # it holds what cannot be copied
+    except Exception:  # something in it cannot be copied
         shadow = model
     original = dict(zip(shadow.modules(), model.modules(), strict=True))
     return (shadow if shadow is model else shadow.train()), original
 
 
 class _Tracer(fx.Tracer):
-    """Keeps as one node what the rule knows, and what cannot be traced."""
+    """Keeps a module as one node if the rule knows it, or if it cannot be traced."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -73,7 +79,9 @@ class _Tracer(fx.Tracer):
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
         return super().is_leaf_module(module, name) or isinstance(module, (*_NORMS, *_WEIGHTED))
 
-    def call_module(self, module, forward, args, kwargs):
+    def call_module(
+        self, module: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
         if self.is_leaf_module(module, self.path_of_module(module)):
             return super().call_module(module, forward, args, kwargs)
         last = next(reversed(self.graph.nodes), None)
@@ -91,29 +99,30 @@ class _Tracer(fx.Tracer):
 
 
 def _trace(module: nn.Module) -> tuple[fx.Graph, list[nn.Module]] | None:
-    """The graph of a module and the modules within that stay closed; None where its forward cannot be traced."""
+    """Returns the graph of a module and the submodules that cannot be traced; None if its own forward cannot."""
     try:
         parameters = inspect.signature(module.forward).parameters.values()
         defaults = {p.name: p.default for p in parameters if p.default is None or isinstance(p.default, bool)}
         tracer = _Tracer()
         return tracer.trace(module, concrete_args=defaults or None), tracer.closed
-    except Exception:  # whatever a forward raises when it is given proxies
+    except Exception:  # a forward may raise anything when called with proxies
         return None
 
 
 class _Examination:
-    """Writes down a reason, or None, for each convolution of a model."""
+    """Collects the reason to stay, or None, of each convolution of a model."""
 
     def __init__(self, reasons: dict[nn.Module, str | None], original: dict[nn.Module, nn.Module]) -> None:
         self.reasons, self.original = reasons, original
-        self.within_whole: set[nn.Module] = set()  # those of which the graph of the whole model has shown both sides
+        self.within_whole: set[nn.Module] = set()  # convolutions in the graph of the whole model
 
     def examine(self, module: nn.Module, behind: nn.Module | None = None, whole: bool = False) -> None:
         """Decides on the convolutions in a module by its graph, or else by its parts.
 
         Args:
-            behind: the module that is registered next, which counts as the reader of the output.
-            whole: nothing else of the model stands before or behind the module.
+            module: the module.
+            behind: the module registered next, taken for the reader of the output.
+            whole: the module is the whole model: nothing comes before or after it.
         """
         traced = None if isinstance(module, _WEIGHTED) else _trace(module)
         if traced is None:
@@ -124,14 +133,15 @@ class _Examination:
         before = _weights_before(graph, modules)
         found: dict[nn.Module, list[str | None]] = {}
         for node in graph.nodes:
-            if node.op == "call_module" and isinstance(modules[node.target], _ConvNd):
+            conv = _module_of(node, modules)
+            if isinstance(conv, _ConvNd):
                 reason = _lack_of_norm(node, modules, isinstance(behind, _NORMS))
                 if whole and node not in before:
                     reason = "first convolution"
                 elif whole and not _weights_behind(node, modules):
                     reason = "classifier"
-                found.setdefault(self.original[modules[node.target]], []).append(reason)
-        for conv, each in found.items():  # every use of a convolution must allow it
+                found.setdefault(self.original[conv], []).append(reason)
+        for conv, each in found.items():  # all uses of a convolution must allow it
             self.reasons[conv] = next((reason for reason in each if reason is not None), None)
         if whole:
             self.within_whole.update(found)
@@ -156,12 +166,16 @@ def _name_of(node: fx.Node) -> str:
     return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
 
 
+def _module_of(node: fx.Node, modules: dict[str, nn.Module]) -> nn.Module | None:
+    return modules[str(node.target)] if node.op == "call_module" else None
+
+
 def _lack_of_norm(node: fx.Node, modules: dict[str, nn.Module], output_is_normalized: bool) -> str | None:
-    """Which reader of a node's output is no normalisation; None where all are."""
+    """Returns which reader of a node's output is not a normalisation; None if all are."""
     readers, seen, read = [node], set(), False
     while readers:
         for user in readers.pop().users:
-            module = modules[user.target] if user.op == "call_module" else None
+            module = _module_of(user, modules)
             name = _name_of(user)
             if user in seen or (module is None and name in _SIZE_NAMES):
                 continue
@@ -180,17 +194,19 @@ def _lack_of_norm(node: fx.Node, modules: dict[str, nn.Module], output_is_normal
 
 
 def _is_gate(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
-    return isinstance(modules[node.target], _GATES) if node.op == "call_module" else _name_of(node) in _GATE_NAMES
+    module = _module_of(node, modules)
+    return _name_of(node) in _GATE_NAMES if module is None else isinstance(module, _GATES)
 
 
 def _has_weights(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
-    if node.op == "call_module":
-        return any(isinstance(m, _WEIGHTED) for m in modules[node.target].modules())
+    module = _module_of(node, modules)
+    if module is not None:
+        return any(isinstance(m, _WEIGHTED) for m in module.modules())
     return node.op == "call_function" and node.target in _WEIGHTED_FUNCTIONS
 
 
 def _weights_before(graph: fx.Graph, modules: dict[str, nn.Module]) -> set[fx.Node]:
-    """The nodes with a layer before them."""
+    """Returns the nodes that depend on a layer with weights."""
     found: set[fx.Node] = set()
     for node in graph.nodes:
         if any(source in found or _has_weights(source, modules) for source in node.all_input_nodes):

@@ -1,14 +1,15 @@
-"""A trained model with adder layers, taken out of PyTorch training: as `torch.export` program or as ONNX file.
+"""Exports trained models with adder layers: as a `torch.export` program or as an ONNX file.
 
-The adder convolution leaves in one of three forms:
-    the operator adderops::adder_conv2d   fast; `import adderops` must come before the program is loaded
-    pad, im2col, cdist                    plain aten operators, for torch alone
+The adder convolution is exported in one of three forms:
+    the operator adderops::adder_conv2d   fast; `import adderops` before the program is loaded
+    pad, im2col, cdist                    aten operators only; runs with torch alone
     an ONNX Scan over the terms k         Y <- Y - |X_k - W_k|, no tensor larger than the padded input or the output
 """
 
 import copy
 import io
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -18,34 +19,33 @@ from torch.export import Dim, ExportedProgram
 from torch.optim.swa_utils import AveragedModel
 
 from adderops import _ops
-from adderops.files import write_atomically
+from adderops.atomic import write_atomically
 
 _LEAST_OPSET = 18
 
 
 def export_program(
-    model: nn.Module, example: Tensor, path: str | os.PathLike | None = None, *, decompose: bool = False
+    model: nn.Module, example: Tensor, path: str | os.PathLike[str] | None = None, *, decompose: bool = False
 ) -> ExportedProgram:
-    """Exports a model in evaluation mode as a `torch.export` program of any batch size.
+    """Exports a model in evaluation mode as a `torch.export` program for any batch size.
 
     Args:
-        model: of one input; it is left as it is, and the program has weights of its own. Taken out of DataParallel,
-            DistributedDataParallel, AveragedModel and torch.compile.
-        example: an input (N, ...), N >= 1; the other dimensions are fixed by it.
-        path: where to save the program too (usually *.pt2), written atomically; None saves nothing.
-        decompose: replaces the operator adderops::adder_conv2d by pad, im2col and cdist of PyTorch, so that the
-            program loads and runs with torch alone.  Otherwise `import adderops` before `torch.export.load`, and, in a
-            process that runs a package that AOTInductor has made of the program, before
-            `torch._inductor.aoti_load_package`.
+        model: a model with one input; it is left unchanged, and the program gets its own weights. Wrappers are removed:
+            DataParallel, DistributedDataParallel, AveragedModel and torch.compile.
+        example: an input (N, ...), N >= 1; it fixes the other dimensions.
+        path: file to save the program to as well, usually *.pt2, written atomically; None saves nothing.
+        decompose: replaces the operator adderops::adder_conv2d by pad, im2col and cdist, so that the program loads and
+            runs with torch alone. Otherwise `import adderops` before `torch.export.load`, or, for a package that
+            AOTInductor has compiled from the program, before `torch._inductor.aoti_load_package`.
 
     Returns:
         The program; `program.module()` is callable.
 
     Raises:
-        TypeError: example is no tensor.
-        ValueError: example has no images.
+        TypeError: example is not a tensor.
+        ValueError: example is empty or has no dimension.
         FileNotFoundError: the folder of path does not exist.
-        Also what `torch.export.export` raises for a model that it cannot export, or not with any batch size.
+        Also what `torch.export.export` raises for a model that it cannot export for any batch size.
 
     >>> from adderops import AdderConv2d
     >>> model = nn.Sequential(AdderConv2d(3, 4, 3), nn.BatchNorm2d(4)).eval()
@@ -54,33 +54,33 @@ def export_program(
     >>> torch.allclose(program.module()(images), model(images), atol=1e-4)
     True
     """
-    path = _writable("export_program", path)
+    file = None if path is None else _writable("export_program", path)
     program = _trace("export_program", model, example)
     if decompose:
         program = program.run_decompositions({_ops.adder_conv2d: _adder_conv2d_by_cdist})
-    if path is not None:
+    if file is not None:
         buffer = io.BytesIO()
         torch.export.save(program, buffer)
-        write_atomically(path, buffer.getbuffer())
+        write_atomically(file, buffer.getbuffer())
     return program
 
 
-def export_onnx(model: nn.Module, example: Tensor, path: str | os.PathLike, *, opset: int = 20) -> None:
-    """Writes a model in evaluation mode as one ONNX file that needs no custom operators, of any batch size.
+def export_onnx(model: nn.Module, example: Tensor, path: str | os.PathLike[str], *, opset: int = 20) -> None:
+    """Writes a model in evaluation mode as one ONNX file for any batch size, without custom operators.
 
-    The file has the input `input`, of shape (batch, ...); it has passed `onnx.checker`, and is written atomically.
+    The file has one input, `input`, of shape (batch, ...). It has passed `onnx.checker` and is written atomically.
 
     Args:
-        model: of one input; it is left as it is. Taken out of DataParallel, DistributedDataParallel, AveragedModel and
-            torch.compile.
-        example: an input (N, ...), N >= 1; the other dimensions are fixed by it.
-        path: of the file (usually *.onnx), which holds the weights and so is limited to 2 GiB.
+        model: a model with one input; it is left unchanged. Wrappers are removed: DataParallel,
+            DistributedDataParallel, AveragedModel and torch.compile.
+        example: an input (N, ...), N >= 1; it fixes the other dimensions.
+        path: the file to write, usually *.onnx. It contains the weights, so it is limited to 2 GiB.
         opset: version of the ONNX operators, from 18 to the latest that onnx knows.
 
     Raises:
         ModuleNotFoundError: onnx or onnxscript is not installed.
-        TypeError: example is no tensor, or opset no integer.
-        ValueError: example has no images, or opset is out of range.
+        TypeError: example is not a tensor, or opset not an integer.
+        ValueError: example is empty or has no dimension, or opset is out of range.
         FileNotFoundError: the folder of path does not exist.
         Also what `torch.export.export` and `torch.onnx.export` raise for a model that they cannot export.
 
@@ -102,10 +102,10 @@ def export_onnx(model: nn.Module, example: Tensor, path: str | os.PathLike, *, o
         ) from error
     if not isinstance(opset, int):
         raise TypeError(f"export_onnx: opset: expected an integer, got {type(opset).__name__}")
-    if not _LEAST_OPSET <= opset <= onnx.defs.onnx_opset_version():  # beyond it the converter only warns
+    if not _LEAST_OPSET <= opset <= onnx.defs.onnx_opset_version():  # above it the converter only warns
         supported = f"{_LEAST_OPSET} to {onnx.defs.onnx_opset_version()}"
         raise ValueError(f"export_onnx: opset: expected {supported}, got {opset}")
-    path = _writable("export_onnx", path)
+    file = _writable("export_onnx", path)
     converted = torch.onnx.export(
         _trace("export_onnx", model, example),
         dynamo=True,
@@ -115,10 +115,11 @@ def export_onnx(model: nn.Module, example: Tensor, path: str | os.PathLike, *, o
         custom_translation_table={_ops.adder_conv2d: adder_conv2d},
         verbose=False,
     )
-    ClearMetadataAndDocStringPass()(converted.model)  # stack traces, with the paths of this machine
+    assert converted is not None  # with dynamo=True it is a program
+    ClearMetadataAndDocStringPass()(converted.model)  # removes stack traces, with paths of this machine
     content = converted.model_proto.SerializeToString()
     onnx.checker.check_model(content, full_check=True)
-    write_atomically(path, content)
+    write_atomically(file, content)
 
 
 def _trace(function: str, model: nn.Module, example: Tensor) -> ExportedProgram:
@@ -127,35 +128,41 @@ def _trace(function: str, model: nn.Module, example: Tensor) -> ExportedProgram:
     if example.dim() == 0 or len(example) == 0:
         raise ValueError(f"{function}: example: expected (N, ...) with N >= 1, got shape {tuple(example.shape)}")
     replica = copy.deepcopy(_unwrapped(model)).eval().requires_grad_(False)
-    # two images, because torch.export takes a batch of 1 for a constant; zeros, because a program is saved with them
+    # two images, because torch.export takes a batch of 1 for a constant; zeros, because the program file contains them
     images = example.new_zeros((2, *example.shape[1:]))
     return torch.export.export(replica, (images,), dynamic_shapes=({0: Dim("batch")},))
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside of what torch.compile, data parallelism and weight averaging put round it, in any order."""
+    """Returns a model without the wrappers of torch.compile, data parallelism and weight averaging, in any order."""
     wrappers = nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel
     while True:
-        if isinstance(getattr(model, "_orig_mod", None), nn.Module):
-            model = model._orig_mod
-        elif isinstance(model, wrappers):
-            model = model.module
-        else:
+        inner = model.module if isinstance(model, wrappers) else getattr(model, "_orig_mod", None)
+        if not isinstance(inner, nn.Module):
             return model
+        model = inner
 
 
 def _positions(padded: int, kernel: int, stride: int, dilation: int) -> int:
-    """How many windows there are along an axis."""
+    """Returns the number of windows along an axis."""
     return (padded - dilation * (kernel - 1) - 1) // stride + 1
 
 
-def _adder_conv2d_by_cdist(x, w, bias, stride, padding, dilation, groups) -> Tensor:
+def _adder_conv2d_by_cdist(
+    x: Tensor,
+    w: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
     """The operator in plain PyTorch: an L1 `cdist` of patches (groups, N*OH*OW, K) and filters (groups, M, K)."""
     top, bottom, left, right = padding
-    dtype = torch.promote_types(x.dtype, torch.float32)  # the halves are summed in float32, as by the operator
+    dtype = torch.promote_types(x.dtype, torch.float32)  # float16 is summed in float32, as in the operator
     x = F.pad(x.to(dtype), (left, right, top, bottom))
     OH, OW = map(_positions, x.shape[2:], w.shape[2:], stride, dilation)
-    patches = F.unfold(x, w.shape[2:], dilation, stride=stride)  # (N, groups*K, OH*OW)
+    patches = F.unfold(x, w.shape[2:], tuple(dilation), stride=tuple(stride))  # (N, groups*K, OH*OW)
     patches = patches.unflatten(1, (groups, -1)).permute(1, 0, 3, 2).flatten(1, 2)
     filters = w.to(dtype).unflatten(0, (groups, -1)).flatten(2)
     y = -torch.cdist(patches, filters, p=1.0).unflatten(1, (-1, OH, OW)).permute(1, 0, 4, 2, 3).flatten(1, 2)
@@ -164,8 +171,8 @@ def _adder_conv2d_by_cdist(x, w, bias, stride, padding, dilation, groups) -> Ten
     return y.to(w.dtype)
 
 
-def _writable(function: str, path: str | os.PathLike | None) -> Path | None:
-    """The path, known to be in a folder before minutes of work are lost for want of it."""
-    if path is not None and not Path(path).parent.is_dir():
+def _writable(function: str, path: str | os.PathLike[str]) -> Path:
+    """Returns the path; refuses one without a folder early, before minutes of work."""
+    if not Path(path).parent.is_dir():
         raise FileNotFoundError(f"{function}: path: expected a file in an existing folder, got {os.fspath(path)!r}")
-    return None if path is None else Path(path)
+    return Path(path)

@@ -1,7 +1,7 @@
-"""The adder convolution as functions, of floats and of bytes, with the argument rules of `F.conv2d`.
+"""Adder convolution as functions, in floating point and int8, with the argument rules of `F.conv2d`.
 
-Each begins like the functions of `torch.nn.functional`: an argument with a `__torch_function__` of its own (a proxy of
-`torch.fx`, a subclass of Tensor) decides what the call means; only tensors are checked.
+Like the functions of `torch.nn.functional` they first defer to arguments that define `__torch_function__` (proxies of
+`torch.fx`, subclasses of Tensor). Only plain tensors are checked here.
 """
 
 import math
@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from operator import index
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,9 +17,9 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from adderops import _ops
 
-_LARGEST = 2**31 - 1  # stride, padding and dilation, as the operators take them
-# The argument rules read sizes that a trace may take for constants: silent, as in PyTorch's own functions
-warnings.filterwarnings("ignore", category=torch.jit.TracerWarning, module=r"adderops\.functional")
+_LARGEST = 2**31 - 1  # of stride, padding and dilation: the limit of the operators
+# The checks read sizes, which a trace turns into constants; no warning, as in PyTorch's own functions
+warnings.filterwarnings("ignore", category=torch.jit._trace.TracerWarning, module=r"adderops\.functional")
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _INT8_DTYPES = {
@@ -39,23 +40,23 @@ def adder_conv2d(
     dilation: int | Sequence[int] = 1,
     groups: int = 1,
 ) -> Tensor:
-    r"""Returns the adder convolution of `input` with `weight`: minus the L1 distance of every window to every filter.
+    r"""Returns the adder convolution of `input` with `weight`: minus the L1 distance of each window to each filter.
 
     .. math:: Y[n,co,p] = -\sum_k |X[n,k,p] - W[co,k]| + b[co],  \quad k = (ci, kh, kw)
 
-    In training the gradients are those of AdderNet, deliberately not the derivatives (which hold only signs):
+    The training gradients are those of AdderNet, deliberately not the derivatives, which would be signs only:
 
     .. math:: dW[co,k] = \sum_p dY[co,p] (X[k,p] - W[co,k]), \quad
               dX[k,p] = \sum_{co} dY[co,p] \max(-1, \min(1, W[co,k] - X[k,p]))
 
     Args:
-        input: (N, C_in, H, W) or (C_in, H, W); float32, float64, bfloat16 or float16, contiguous or channels_last (the
-            output keeps the format) or any other view. Under autocast it is computed in float32.
+        input: (N, C_in, H, W) or (C_in, H, W); float32, float64, bfloat16 or float16; contiguous, channels_last (the
+            output keeps the format) or any other view. Autocast computes in float32.
         weight: (C_out, C_in/groups, KH, KW), same dtype and device.
         bias: (C_out), or None.
         stride, dilation: positive, in pixels; one number or (height, width).
-        padding: pixels of zeros on both sides, one number or (height, width); 'valid' is none, 'same' keeps the size
-            and puts the odd pixel below and to the right. A padded pixel takes part in the distance: it adds |W|.
+        padding: zeros added on both sides, in pixels; one number or (height, width); 'valid' is no padding, 'same'
+            keeps the size and puts an odd pixel at the bottom and right. A padded pixel counts: it adds |W|.
         groups: divides C_in and C_out.
 
     Returns:
@@ -65,9 +66,9 @@ def adder_conv2d(
     Raises:
         TypeError: wrong type or dtype of an argument.
         ValueError: sizes, shapes or devices that do not fit together.
-        RuntimeError: in a second differentiation, which is not defined.
+        RuntimeError: on second derivatives and forward-mode differentiation, which are not defined.
 
-    Source: AdderNet, arXiv 1912.13200, equations 2, 5 and 6.
+    Source: AdderNet, arXiv 1912.13200, equation 2; the gradients: section 3.2, equations 5 and 6.
 
     >>> import torch
     >>> from adderops.functional import adder_conv2d
@@ -87,7 +88,7 @@ def adder_conv2d(
 
 
 def adder_linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    r"""Returns minus the L1 distance of every vector to every filter: a 1x1 adder convolution, with its gradients.
+    r"""Returns minus the L1 distance of each vector to each filter: a 1x1 adder convolution, with its gradients.
 
     .. math:: y[co] = -\sum_{ci} |x[ci] - W[co,ci]| + b[co]
 
@@ -144,35 +145,36 @@ def adder_conv2d_int8(
     dilation: int | Sequence[int] = 1,
     groups: int = 1,
 ) -> Tensor:
-    r"""Returns the adder convolution of bytes, exactly, or what follows it in a network: an affine map, a sum, a ReLU.
+    r"""Returns the exact adder convolution of uint8 tensors, optionally with an epilogue: affine map, residual, ReLU.
 
     .. math:: Y[n,co,p] = -\sum_k |X[n,k,p] - W[co,k]|, \quad z = (b[co] + a[co] Y) + r R
 
-    One step of the grid must mean the same for `input` and `weight`: with x = s (X - Z) and w = s (W - Z),
-    `-sum |x - w| = s Y` whatever the zero point Z. A convolution has no such form in one instruction; bytes are what an
-    adder network is fastest on.  For inference: no gradient is defined.
+    Input and weight must share one grid: with x = s (X - Z) and w = s (W - Z), `-sum |x - w| = s Y` whatever the zero
+    point Z. One x86 instruction (psadbw) sums |a - b| over bytes, so uint8 is an adder network's fastest format. For
+    inference: no gradient is defined.
 
     Args:
-        input: X, uint8, (N, C_in, H, W); any strides, channels_last is what the kernels read without a copy.
+        input: X, uint8, (N, C_in, H, W); any strides, but the kernels copy what is not channels_last.
         weight: W, uint8, (C_out, C_in/groups, KH, KW).
         scale, offset: a and b, float32, (C_out); both or neither.
         residual: R, uint8 or float32, of the shape of the result.
         residual_scale: r.
-        relu: bounds the result from below by 0, or by `zero_point` in uint8.
-        dtype: of the result: int32 is Y (the default without scale), float32 is z (the default with scale), uint8 is
-            the nearest integer to z from 0 to `quant_max`, ties to even: the input of the next layer.
-        zero_point: which byte of the result stands for 0; only `relu` asks.
-        quant_max: largest byte of the result; less than 255 for a grid of fewer bits.
-        padding_value: which byte of `input` stands for 0: what is outside of it.
+        relu: clamps the result at 0, or at `zero_point` if it is uint8.
+        dtype: of the result: int32 is Y (the default without scale), float32 is z (the default with scale), uint8 is z
+            rounded to the nearest integer from 0 to `quant_max`, ties to even: the input of the next layer.
+        zero_point: the integer that stands for 0 in the result, 0 to `quant_max`; only `relu` uses it.
+        quant_max: largest integer of the result, 1 to 255; below 255 for a grid of fewer bits.
+        padding_value: the integer that stands for 0 in `input`, 0 to 255: the value of padded pixels.
         stride, padding, dilation, groups: as in `adder_conv2d`.
 
     Returns:
-        (N, C_out, OH, OW), channels_last.  The same bits for every instruction set, device and number of threads: sums
-        are exact, and z is computed in float32 in the order of the formula.
+        (N, C_out, OH, OW), channels_last. The bits are the same for every instruction set, device and number of
+        threads: sums are exact, and z is computed in float32 in the order of the formula.
 
     Raises:
         TypeError: wrong type or dtype of an argument.
         ValueError: sizes, shapes, devices or options that do not fit together.
+        RuntimeError: on differentiation.
 
     >>> import torch
     >>> from adderops.functional import adder_conv2d_int8
@@ -184,12 +186,24 @@ def adder_conv2d_int8(
     """
     inputs = (input, weight, scale, offset, residual)
     if has_torch_function(inputs):
-        options = dict(relu=relu, dtype=dtype, zero_point=zero_point, quant_max=quant_max, padding_value=padding_value)
-        geometry = dict(stride=stride, padding=padding, dilation=dilation, groups=groups)
-        return handle_torch_function(adder_conv2d_int8, inputs, *inputs, residual_scale, **options, **geometry)
+        return handle_torch_function(
+            adder_conv2d_int8,
+            inputs,
+            *inputs,
+            residual_scale,
+            relu=relu,
+            dtype=dtype,
+            zero_point=zero_point,
+            quant_max=quant_max,
+            padding_value=padding_value,
+            stride=stride,
+            padding=padding,
+            dilation=dilation,
+            groups=groups,
+        )
     bad = partial(_bad, operator="adder_conv2d_int8")
     floats = {"scale": scale, "offset": offset}
-    tensors = {"input": input, "weight": weight, **floats, "residual": residual}
+    tensors: dict[str, Tensor | None] = {"input": input, "weight": weight, **floats, "residual": residual}
     for name, tensor in tensors.items():
         if tensor is None and name not in ("input", "weight"):
             continue
@@ -198,7 +212,7 @@ def adder_conv2d_int8(
         expected = _INT8_DTYPES[name]
         if tensor.dtype not in expected:
             raise bad(name, f"dtype {' or '.join(map(str, expected))}", tensor.dtype, TypeError)
-    _check_dense("adder_conv2d_int8", **tensors)
+    _check_dense("adder_conv2d_int8", input=input, weight=weight, **floats, residual=residual)
     geometry = _geometry(input, weight, stride, padding, dilation, groups, "adder_conv2d_int8")
     if input.dim() != 4:
         raise bad("input", "shape (N, C_in, H, W)", tuple(input.shape))
@@ -230,18 +244,18 @@ def adder_conv2d_int8(
 
 
 def quantize(input: Tensor, scale: float, zero_point: int = 0, quant_max: int = 255) -> Tensor:
-    r"""Returns the bytes of a grid: X = round(x / scale) + zero_point, ties to even, from 0 to quant_max.
+    r"""Quantizes x to uint8: X = round(x / scale) + zero_point, ties to even, clamped to 0 ... quant_max.
 
-    x / scale is x times the inverse of scale in float32; a NaN becomes quant_max.
+    x / scale is computed as x * (1 / scale) in float32. NaN becomes quant_max.
 
     Args:
         input: x, (N, C, H, W), float32, bfloat16 or float16, any strides.
-        scale: what one step of the grid is in x; positive.
-        zero_point: which byte stands for 0.
-        quant_max: the largest byte; less than 255 for a grid of fewer bits.
+        scale: the step of the grid, in units of x; from 2^-126 to 2^126.
+        zero_point: the integer that stands for 0, 0 to `quant_max`.
+        quant_max: the largest integer, 1 to 255; below 255 for a grid of fewer bits.
 
     Returns:
-        uint8, channels_last: what `adder_conv2d_int8` reads.
+        uint8, (N, C, H, W), channels_last: what `adder_conv2d_int8` reads without a copy.
 
     Raises:
         TypeError: wrong type or dtype of an argument.
@@ -276,14 +290,14 @@ def _bad(
     return error(f"{operator}: {argument}: expected {expected}, got {got}")
 
 
-def _integer(value) -> int:
-    """The value of any integer, NumPy's too; TypeError for everything else, a bool included, as in `F.conv2d`."""
+def _integer(value: Any) -> int:
+    """Returns the value of any integer, NumPy's too; TypeError for anything else, bool included, as in `F.conv2d`."""
     if isinstance(value, bool):
         raise TypeError
     return index(value)
 
 
-def _byte(name: str, value, bad: Callable[..., Exception], least: int = 0, most: int = 255) -> int:
+def _byte(name: str, value: Any, bad: Callable[..., Exception], least: int = 0, most: int = 255) -> int:
     expected = f"an integer from {least} to {most}"
     try:
         byte = _integer(value)
@@ -294,12 +308,12 @@ def _byte(name: str, value, bad: Callable[..., Exception], least: int = 0, most:
     return byte
 
 
-def _number(name: str, value, bad: Callable[..., Exception]) -> float:
+def _number(name: str, value: Any, bad: Callable[..., Exception]) -> float:
     try:
         if isinstance(value, (str, bytes, bool)):
             raise TypeError
         return float(value)
-    except (TypeError, ValueError, RuntimeError):  # the last two from arrays and tensors of several numbers
+    except (TypeError, ValueError, RuntimeError):  # the last two come from arrays and tensors of several numbers
         raise bad(name, "a number", repr(value), TypeError) from None
 
 
@@ -313,7 +327,7 @@ def _check_floats(operator: str, input: Tensor, weight: Tensor, bias: Tensor | N
         if tensor.dtype not in _DTYPES:
             by_others = " of torch.ao: adder layers are quantized by adderops.quant" if tensor.is_quantized else ""
             raise bad(name, "dtype float32, float64, bfloat16 or float16", f"{tensor.dtype}{by_others}", TypeError)
-        # autocast brings the dtypes together behind this check
+        # autocast converts to a common dtype after this check
         if tensor.dtype != input.dtype and not _is_autocast_enabled(input.device.type):
             raise bad(name, f"the dtype of input, {input.dtype}", tensor.dtype, TypeError)
     _check_dense(operator, input=input, weight=weight, bias=bias)
@@ -339,9 +353,15 @@ def _check_dense(operator: str, *, input: Tensor, **others: Tensor | None) -> No
 
 
 def _geometry(
-    input: Tensor, weight: Tensor, stride, padding, dilation, groups: int, operator: str = "adder_conv2d"
-) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int]:
-    """stride, padding (top, bottom, left, right), dilation and groups as the operators take them."""
+    input: Tensor,
+    weight: Tensor,
+    stride: int | Sequence[int],
+    padding: int | Sequence[int] | str,
+    dilation: int | Sequence[int],
+    groups: int,
+    operator: str = "adder_conv2d",
+) -> tuple[tuple[int, int], tuple[int, int, int, int], tuple[int, int], int]:
+    """Returns stride, padding (top, bottom, left, right), dilation and groups as the operators take them."""
     bad = partial(_bad, operator=operator)
     if input.dim() not in (3, 4):
         raise bad("input", "shape (N, C_in, H, W) or (C_in, H, W)", tuple(input.shape))
@@ -368,7 +388,7 @@ def _geometry(
 
 
 def _pair(name: str, value: int | Sequence[int], least: int, bad: Callable[..., Exception]) -> tuple[int, int]:
-    """(height, width) of an argument given as one integer or as a sequence of one or two."""
+    """Returns (height, width) of an argument that is one integer or a sequence of one or two."""
     expected = f"an integer or a pair of integers, at least {least}"
     try:
         values = tuple(map(_integer, value)) if isinstance(value, (tuple, list)) else (_integer(value),)
@@ -381,8 +401,14 @@ def _pair(name: str, value: int | Sequence[int], least: int, bad: Callable[..., 
     return values[0], values[-1]
 
 
-def _four_sides(padding, weight: Tensor, stride, dilation, bad: Callable[..., Exception]) -> tuple[int, ...]:
-    """(top, bottom, left, right)."""
+def _four_sides(
+    padding: int | Sequence[int] | str,
+    weight: Tensor,
+    stride: tuple[int, int],
+    dilation: tuple[int, int],
+    bad: Callable[..., Exception],
+) -> tuple[int, int, int, int]:
+    """Returns the padding as (top, bottom, left, right)."""
     if not isinstance(padding, str):
         vertical, horizontal = _pair("padding", padding, 0, bad)
         return vertical, vertical, horizontal, horizontal

@@ -1,4 +1,4 @@
-"""`python -m adderops.info` prints what an answer to "it is slow" or "it does not work" needs to know."""
+"""`python -m adderops.info` prints what a bug report needs: versions, instruction sets, CUDA kernels and devices."""
 
 import platform
 from collections.abc import Callable
@@ -22,7 +22,7 @@ def _devices() -> str:
     return ", ".join(f"{device.name} ({_code_of(device)})" for device in found)
 
 
-def _code_of(device) -> str:
+def _code_of(device: torch.cuda._CudaDeviceProperties) -> str:
     capability = f"{device.major}.{device.minor}"
     if _ops.CUDA_KERNELS_MISSING:
         return capability
@@ -43,7 +43,7 @@ _LINES: dict[str, Callable[[], str]] = {
 
 
 def describe() -> dict[str, str]:
-    """Returns the lines of `python -m adderops.info`; a line that cannot be found out holds its error.
+    """Returns the lines of `python -m adderops.info`, by name; a line that fails holds its error.
 
     >>> describe()["CUDA kernels"].startswith(("for ", "none: "))
     True
@@ -52,7 +52,7 @@ def describe() -> dict[str, str]:
     for name, ask in _LINES.items():
         try:
             answers[name] = ask()
-        except Exception as error:  # a broken driver, a mistyped ADDEROPS_CPU_ISA: the other lines matter all the more
+        except Exception as error:  # a broken driver, a mistyped ADDEROPS_CPU_ISA: the report needs the other lines
             answers[name] = f"error: {error}"
     return answers
 

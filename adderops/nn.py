@@ -1,9 +1,10 @@
-"""Adder layers, and `convert`, which puts them into any model."""
+"""Adder layers, and `convert`, which replaces the convolutions of a model by them."""
 
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from numbers import Integral
 from operator import index
+from typing import Any, Literal, NoReturn
 
 import torch
 import torch.fx
@@ -15,28 +16,37 @@ from adderops.dataflow import reasons_to_stay
 from adderops.functional import adder_conv2d, adder_linear
 from adderops.optim import AdaptiveRateLayer
 
-_NAME_OF_CHECKPOINT_KEY = {"adder": "weight", "b": "bias"}  # the names in AdderNet's published checkpoints
+_NAME_OF_CHECKPOINT_KEY = {"adder": "weight", "b": "bias"}  # names in AdderNet's published checkpoints
 _MARK = "_extra_state"  # the key that PyTorch gives to what get_extra_state returns
 _FUSERS = (nn.utils.fuse_conv_bn_eval.__code__, nn.utils.fuse_linear_bn_eval.__code__)
 
 
 class _AdderLayer(AdaptiveRateLayer):
-    """What the adder layers share: initialisation, and what tells their weights from those of other layers.
+    """Base of the adder layers: initialisation, and a mark that tells their weights from those of other layers.
 
-    The weights of an adder layer and of a convolution have the same shapes and other meanings.  So an adder layer's
-    part of a state_dict has a mark beside the weight, `_extra_state`, and weights without it are refused, other than
-    AdderNet's published ones, which have a name of their own.
+    The weights of an adder layer and of a convolution have the same shape but another meaning. So the state_dict of an
+    adder layer has a mark next to the weight, `_extra_state`, and loading refuses weights without it. Exceptions are
+    AdderNet's published checkpoints, in which adder weights have a name of their own.
     """
 
-    bias: nn.Parameter | None
+    bias: Tensor | None
 
     def reset_parameters(self) -> None:
-        """Weights from N(0, 1), without a fan-in factor as in AdderNet; biases 0."""
+        """Draws the weights from N(0, 1), as AdderNet does without a fan-in factor; sets the bias to 0."""
         nn.init.normal_(self.weight)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
-    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors) -> None:
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        metadata: dict[str, Any],
+        strict: bool,
+        missing: list[str],
+        unexpected: list[str],
+        errors: list[str],
+    ) -> None:
         for old, new in _NAME_OF_CHECKPOINT_KEY.items():
             if prefix + old in state_dict and prefix + new not in state_dict:
                 state_dict[prefix + new] = state_dict.pop(prefix + old)
@@ -50,13 +60,19 @@ class _AdderLayer(AdaptiveRateLayer):
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
 
     def get_extra_state(self) -> Tensor:
-        return torch.ones((), dtype=torch.uint8)  # a tensor, which every file of weights can hold
+        """Returns the mark of adder weights; a tensor, because every file format for weights can hold one."""
+        return torch.ones((), dtype=torch.uint8)
 
     def set_extra_state(self, state: Tensor | None) -> None:
-        """It is a mark, not a state: that it is there is all it says."""
+        """Does nothing: the mark has no value, only its presence counts."""
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        # these two take any layer with weight and bias for a linear map, whose weights a BatchNorm can scale
+        """Registers a parameter, as `nn.Module` does.
+
+        Raises:
+            TypeError: torch's functions that fold a BatchNorm into a linear layer call it.
+        """
+        # they take any layer with weight and bias for a linear map, whose weights a BatchNorm can scale
         caller = sys._getframe(1).f_back
         if caller is not None and caller.f_code in _FUSERS:
             raise TypeError(
@@ -65,13 +81,14 @@ class _AdderLayer(AdaptiveRateLayer):
             )
         super().register_parameter(name, param)
 
-    def __prepare_scriptable__(self):
+    def __prepare_scriptable__(self) -> NoReturn:
         raise TypeError(
             f"{type(self).__name__}: expected torch.export or torch.jit.trace, got torch.jit.script, "
             "which cannot compile the argument rules of adder_conv2d"
         )
 
     def extra_repr(self) -> str:
+        """Returns the arguments that `repr` shows."""
         return f"{super().extra_repr()}, eta={self.eta}"
 
 
@@ -80,26 +97,26 @@ class AdderConv2d(_AdderLayer, _ConvNd):
 
     .. math:: Y[n,co,p] = -\sum_k |X[n,k,p] - W[co,k]| + b[co]
 
-    All outputs are <= 0 without a bias: put a `BatchNorm2d` behind each, without which AdderNets do not train.
-    Training gradients are AdderNet's, not the derivative; see `adderops.functional.adder_conv2d`.
+    Without a bias all outputs are <= 0: put a `BatchNorm2d` after each layer, AdderNets do not train without one. The
+    training gradients are AdderNet's, not the derivative; see `adderops.functional.adder_conv2d`.
 
     Args:
         in_channels, out_channels, kernel_size, stride, padding, dilation, groups, padding_mode, device, dtype: as in
-            `torch.nn.Conv2d`. A zero-padded pixel takes part in the distance.
-        bias: False unlike `torch.nn.Conv2d`, because a BatchNorm follows.
-        eta: every `torch.optim.Optimizer` steps with a weight gradient of root mean square `eta` (AdderNet's fixed
-            rate, `adderops.optim.normalize_gradient`); None leaves the raw gradient.  The layer hands over the raw
-            gradient and the start of `step` normalizes it, so that loss scaling, clipping, accumulation and averaging
-            over replicas change only its direction.  Under `torch.func` and in an exported training program the
-            backward pass normalizes.  Before updates of your own call `adderops.optim.normalize_gradients`; a warning
-            says so at the first one without.
+            `torch.nn.Conv2d`. A zero-padded pixel counts: it adds |W| to the distance.
+        bias: False by default, unlike `torch.nn.Conv2d`, because a BatchNorm follows.
+        eta: every `torch.optim.Optimizer` steps with a weight gradient of root mean square `eta` (AdderNet's adaptive
+            learning rate, `adderops.optim.normalize_gradient`); None leaves the raw gradient. The layer returns the raw
+            gradient and the start of `step` normalizes it, so loss scaling, clipping, accumulation and averaging over
+            replicas change only its direction. Under `torch.func` and in an exported training program the backward
+            pass normalizes. Before an update of your own call `adderops.optim.normalize_gradients`; the first update
+            without it gives a warning.
 
     Shape:
         (N, C_in, H, W) or (C_in, H, W) -> (N, C_out, OH, OW) or (C_out, OH, OW).
 
-    A state_dict has a mark beside the weight, `_extra_state`; `load_state_dict` refuses weights without it, because
-    those of a convolution have the same shape.  It also takes the keys `adder` and `b` of AdderNet's published
-    checkpoints for `weight` and `bias`.
+    A state_dict has a mark next to the weight, `_extra_state`. `load_state_dict` refuses weights without it, because
+    those of a convolution have the same shape. It accepts the keys `adder` and `b` of AdderNet's published checkpoints
+    for `weight` and `bias`.
 
     Raises:
         ValueError, TypeError: as `adderops.functional.adder_conv2d`.
@@ -123,13 +140,13 @@ class AdderConv2d(_AdderLayer, _ConvNd):
         self,
         in_channels: int,
         out_channels: int,
-        kernel_size: int | tuple[int, int],
-        stride: int | tuple[int, int] = 1,
-        padding: int | tuple[int, int] | str = 0,
-        dilation: int | tuple[int, int] = 1,
+        kernel_size: int | Sequence[int],
+        stride: int | Sequence[int] = 1,
+        padding: int | Sequence[int] | str = 0,
+        dilation: int | Sequence[int] = 1,
         groups: int = 1,
         bias: bool = False,
-        padding_mode: str = "zeros",
+        padding_mode: Literal["zeros", "reflect", "replicate", "circular"] = "zeros",
         eta: float | None = 0.2,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -143,7 +160,7 @@ class AdderConv2d(_AdderLayer, _ConvNd):
             _pair("dilation", dilation),
             transposed=False,
             output_padding=(0, 0),
-            groups=int(groups) if isinstance(groups, Integral) else groups,  # numpy's too
+            groups=int(groups) if isinstance(groups, Integral) else groups,  # also NumPy's
             bias=bias,
             padding_mode=padding_mode,
             device=device,
@@ -152,21 +169,22 @@ class AdderConv2d(_AdderLayer, _ConvNd):
         self.set_eta(eta)
 
     def forward(self, input: Tensor) -> Tensor:
+        """Returns the adder convolution of `input`."""
         padding = self.padding
         if self.padding_mode != "zeros":
-            input, padding = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode), 0
+            input, padding = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode), (0, 0)
         return adder_conv2d(input, self.rated_weight(), self.bias, self.stride, padding, self.dilation, self.groups)
 
 
 def _pair(name: str, value: int | Iterable[int]) -> tuple[int, int]:
-    """(height, width) of an argument that nn.Conv2d takes as one integer or two, numpy's among them."""
+    """Returns (height, width) of an argument that nn.Conv2d takes as one integer or two, also NumPy's."""
     try:
-        values = tuple(map(index, value)) if isinstance(value, Iterable) else (index(value),) * 2
+        values = list(map(index, value)) if isinstance(value, Iterable) else [index(value)] * 2
     except TypeError:
-        values = ()
+        values = []
     if len(values) != 2:
         raise TypeError(f"AdderConv2d: {name}: expected an integer or a pair of integers, got {value!r}")
-    return values
+    return values[0], values[1]
 
 
 class AdderLinear(_AdderLayer):
@@ -182,7 +200,7 @@ class AdderLinear(_AdderLayer):
         (*, in_features) -> (*, out_features), with any number of leading dimensions.
 
     Raises:
-        ValueError, TypeError: as `adderops.functional.adder_conv2d`; ValueError for a last dimension not in_features.
+        ValueError, TypeError: as `adderops.functional.adder_linear`.
 
     Source: AdderNet, arXiv 1912.13200.
 
@@ -212,9 +230,11 @@ class AdderLinear(_AdderLayer):
         self.set_eta(eta)
 
     def forward(self, input: Tensor) -> Tensor:
+        """Returns minus the L1 distances of `input` to the filters."""
         return adder_linear(input, self.rated_weight(), self.bias)
 
     def extra_repr(self) -> str:
+        """Returns the arguments that `repr` shows."""
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"eta={self.eta}"
@@ -230,27 +250,30 @@ def convert(
 ) -> nn.Module:
     """Replaces the `nn.Conv2d` of a model by `AdderConv2d` of the same geometry with new weights, in place.
 
-    Those become adder layers that a normalisation follows: directly, or behind a concatenation, pooling or change of
-    shape.  All others stay, because the outputs of an adder layer are all <= 0 and large: gates (squeeze-and-excitation
-    would be shut for good), heads, what is added to a shortcut unnormalised.  BatchNorm, InstanceNorm, GroupNorm and
-    LayerNorm count; a frozen BatchNorm does not, whose statistics are those of other weights.
+    A convolution is replaced if a normalisation follows it: directly, or after a concatenation, pooling or change of
+    shape. All others stay, because the outputs of an adder layer are all <= 0 and large: gates (squeeze-and-excitation
+    would stay closed), heads, and summands of a shortcut without normalisation. BatchNorm, InstanceNorm, GroupNorm and
+    LayerNorm count as normalisation. A frozen BatchNorm does not: its statistics belong to other weights.
 
-    As in AdderNet the first convolution stays (no layer stands before it), and so does a classifier with a BatchNorm on
-    its logits (no layer stands behind it).  The model's graph decides, by `torch.fx`; where its forward cannot be
-    traced, the graphs of its parts and the order of registration.
+    As in AdderNet the first convolution stays, because no layer precedes it, and so does the classifier, because no
+    layer follows it, even if a BatchNorm normalises its logits. `torch.fx` traces the model to find out. If it cannot,
+    it traces the parts of the model, and the order of registration decides.
 
-    A convolution also stays where its replacement would lose something: a `forward` of its own, hooks,
-    parametrizations, parameters not yet initialised.  Device, dtype, memory format and training mode are kept; a module
-    that occurs in several places is replaced by one.
+    A convolution also stays if its replacement would lose something: a custom `forward`, hooks, parametrizations, or
+    uninitialised parameters. Device, dtype, memory format and training mode are kept. A module that occurs in several
+    places is replaced by one layer.
 
     Args:
-        model: any module; where it is itself a `Conv2d` that gets replaced, use the return value.
-        filter: called with each candidate's name and module; decides in place of the rule.
+        model: any module; if it is itself a `Conv2d`, use the return value.
+        filter: called with name and module of each candidate; its result replaces the rule above.
         eta: of the new layers.
-        verbose: prints one line for each convolution: replaced, or kept and why.
+        verbose: prints one line per convolution: replaced, or kept and why.
 
     Returns:
         The model.
+
+    Raises:
+        ValueError: eta is not a positive finite number or None.
 
     >>> model = nn.Sequential(
     ...     *(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU()),
@@ -288,13 +311,13 @@ def convert(
 
 
 def _cannot_replace(conv: nn.Conv2d) -> str | None:
-    """The reason why an AdderConv2d cannot stand in for this convolution, or None."""
+    """Returns why an AdderConv2d cannot replace this convolution, or None."""
     kind = type(conv)
     if kind.forward is not nn.Conv2d.forward or kind._conv_forward is not nn.Conv2d._conv_forward:
         return f"{kind.__name__} has a forward of its own"
     if nn.utils.parametrize.is_parametrized(conv):
         return "parametrized"
-    if any(isinstance(p, nn.parameter.UninitializedTensorMixin) for p in conv.parameters()):
+    if any(map(nn.parameter.is_lazy, conv.parameters())):
         return "not yet initialised: run the model once first"
     if conv._forward_hooks or conv._forward_pre_hooks or conv._backward_hooks or conv._backward_pre_hooks:
         return "has hooks"

@@ -1,12 +1,13 @@
-"""How many multiplications and additions a network takes for one image, and what energy they stand for.
+"""Counts the multiplications and additions of a network per image, and estimates their energy.
 
-The convention is that of AdderNet (arXiv 1912.13200): a multiply-accumulate is one multiplication and one addition, a
-term |x - w| of an adder layer is two additions (the subtraction and the accumulation).  Convolutions and matrix
-products are counted, inside of layers or not; biases, BatchNorm, activations, pooling and residual sums are not.
+The convention is AdderNet's (arXiv 1912.13200): a multiply-accumulate is one multiplication and one addition, a term
+|x - w| of an adder layer is two additions (the subtraction and the accumulation).  Convolutions and matrix products
+count, inside layers or not; biases, BatchNorm, activations, pooling and residual sums do not.
 
-In these units the paper's ResNet-32 (69.12 M of each as a CNN) is the stem, the 3x3 layers, the two 1x1 shortcuts and
-the classifier.  Its ResNet-20 is not: 41.17 M are printed (81.89 M additions as adder network) where the same layers
-take 40.81 M (81.18 M).  The two networks differ by twelve layers of 2.36 M, so no other choice of layers gives both.
+By this convention the paper's ResNet-32 (69.12 M of each as a CNN) is the stem, the 3x3 layers, the two 1x1 shortcuts
+and the classifier.  Its ResNet-20 is not: the paper has 41.17 M (81.89 M additions as an adder network), and the same
+layers take 40.81 M (81.18 M).  The two networks differ by twelve layers of 2.36 M, so no other choice of layers gives
+both numbers.
 """
 
 import copy
@@ -22,13 +23,19 @@ from adderops import _ops
 
 _ADDERS = (_ops.adder_conv2d.overloadpacket, _ops.adder_conv2d_int8.overloadpacket)
 
-# pJ an operation (multiplication, addition), 45 nm, 0.9 V: M. Horowitz, "Computing's energy problem (and what we can
+# pJ per (multiplication, addition), 45 nm, 0.9 V: M. Horowitz, "Computing's energy problem (and what we can
 # do about it)", ISSCC 2014, figure 1.1.9, doi:10.1109/ISSCC.2014.6757323
 _PICOJOULES = {"float32": (3.7, 0.9), "float16": (1.1, 0.4), "int32": (3.1, 0.1), "int8": (0.2, 0.03)}
 
 
 class LayerOperations(NamedTuple):
-    """One row: the name in the model, the type of the layer, operations per image."""
+    """Operations of one layer.
+
+    Attributes:
+        name: of the layer in the model.
+        layer: its type.
+        multiplications, additions: per image.
+    """
 
     name: str
     layer: str
@@ -38,16 +45,27 @@ class LayerOperations(NamedTuple):
 
 @dataclass(frozen=True)
 class Operations:
-    """What `count_operations` returns: `layers` in the order of the model, the totals, and a table as `str`."""
+    """Operations per image of a model; `str()` is a table.
+
+    Attributes:
+        layers: one row per layer, in the order of the model.
+
+    >>> layer = LayerOperations("conv", "Conv2d", 100, 100)
+    >>> counted = Operations((layer, LayerOperations("add", "AdderLinear", 0, 50)))
+    >>> counted.multiplications, counted.additions
+    (100, 150)
+    """
 
     layers: tuple[LayerOperations, ...]
 
     @property
     def multiplications(self) -> int:
+        """Total of all layers."""
         return sum(layer.multiplications for layer in self.layers)
 
     @property
     def additions(self) -> int:
+        """Total of all layers."""
         return sum(layer.additions for layer in self.layers)
 
     def __str__(self) -> str:
@@ -59,26 +77,26 @@ class Operations:
 
 
 def count_operations(model: nn.Module, example: Tensor | Sequence[int]) -> Operations:
-    """Counts the multiplications and additions that `model` takes for one image.
+    """Counts the multiplications and additions of a model per image.
 
-    A layer of C_out filters of K weights (K = C_in/groups·KH·KW, or in_features) with P output pixels takes
+    A layer of C_out filters with K weights each (K = C_in/groups·KH·KW, or in_features) and P output pixels takes
 
         C_out·P·K multiplications and as many additions   (Conv2d, Linear, any other convolution or matrix product)
         0 multiplications and 2·C_out·P·K additions       (AdderConv2d, AdderLinear)
 
-    Nothing is computed: a copy of the model in evaluation mode runs on the meta device.
+    No values are computed: a copy of the model in evaluation mode runs on the meta device.
 
     Args:
-        model: of one input; it is left as it is.
-        example: the input (N, ...), or its shape for an input of the model's dtype.  N and the values do not matter.
+        model: a model with one input; it is left unchanged.
+        example: the input (N, ...), or its shape, for an input of the model's dtype. N and the values do not matter.
 
     Returns:
-        A row for every layer without layers inside that counts, of all its calls together; the row 'elsewhere', if
-        there is something in it, has the products that the model takes outside of them (attention for example).
+        One row per innermost layer with operations, summed over all its calls. A last row 'elsewhere', if needed, has
+        the products outside of these layers (attention, for example).
 
     Raises:
         TypeError: example is neither a tensor nor a sequence of integers.
-        ValueError: example has no dimension behind N.
+        ValueError: example has no dimension after N, or an empty one.
 
     Source: AdderNet, arXiv 1912.13200, section 4 (the counting); `torch.utils.flop_counter` (the products).
 
@@ -98,7 +116,7 @@ def count_operations(model: nn.Module, example: Tensor | Sequence[int]) -> Opera
 
     flops, root = counter.get_flop_counts(), type(model).__name__
     layers = []
-    for name, module in replica.named_modules(remove_duplicate=False):  # the counter knows a module by one of its names
+    for name, module in replica.named_modules(remove_duplicate=False):  # the counter knows one name per module
         key = f"{root}.{name}" if name else root
         if key in flops and not any(module.children()):
             layers.append(LayerOperations(name or root, type(module).__name__, *_split(flops[key])))
@@ -111,11 +129,11 @@ def count_operations(model: nn.Module, example: Tensor | Sequence[int]) -> Opera
 
 
 def _one_image(model: nn.Module, example: Tensor | Sequence[int]) -> Tensor:
-    """An input of batch size 1 on the meta device."""
+    """Returns an input of batch size 1 on the meta device."""
     if isinstance(example, Tensor):
-        shape, dtype = example.shape, example.dtype
+        shape, dtype = tuple(example.shape), example.dtype
     elif isinstance(example, Sequence) and all(isinstance(size, int) for size in example):
-        shape = example
+        shape = tuple(example)
         dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     else:
         raise TypeError(f"count_operations: example: expected a tensor or the shape of one, got {example!r}")
@@ -125,7 +143,7 @@ def _one_image(model: nn.Module, example: Tensor | Sequence[int]) -> Tensor:
 
 
 def _split(flops: Mapping[Any, int]) -> tuple[int, int]:
-    """(multiplications, additions), from floating-point operations by operator."""
+    """Returns (multiplications, additions), given the floating-point operations per operator."""
     of_adders = sum(flops.get(adder, 0) for adder in _ADDERS)
     of_products = sum(flops.values()) - of_adders
     return of_products // 2, of_products // 2 + of_adders
@@ -134,11 +152,11 @@ def _split(flops: Mapping[Any, int]) -> tuple[int, int]:
 def energy(operations: Operations, precision: str = "float32") -> float:
     """Returns the energy of the arithmetic for one image, in pJ.
 
-    multiplications · e_mul + additions · e_add, with the energies of 45 nm circuits of one precision for all of them;
-    memory accesses, which often cost more, are not in it.
+    It is multiplications · e_mul + additions · e_add, with the energies of 45 nm circuits of one precision.
+    Memory accesses, which often cost more, are not included.
 
     Args:
-        operations: of `count_operations`.
+        operations: what `count_operations` returned.
         precision: 'float32', 'float16', 'int32' or 'int8'.
 
     Raises:

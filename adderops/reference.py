@@ -1,26 +1,34 @@
-"""The definition of the operators in plain PyTorch: slow, readable, any floating dtype, any device.
+"""The definition of the operators in plain PyTorch: slow, readable, for any floating dtype and any device.
 
-Every backend is tested against the first three functions run in float64, and against the last two bit for bit.
-Arguments are those of the compiled operators: `stride` (h, w), `padding` (top, bottom, left, right), `dilation` (h, w).
-One tap k = (ci, kh, kw) is taken at a time, so that no temporary is larger than the output.  None of them records a
-graph.
+Every backend is tested against the first three functions in float64, and against the last two bit for bit. Arguments
+are those of the compiled operators: `stride` (h, w), `padding` (top, bottom, left, right), `dilation` (h, w). The
+functions loop over the taps k = (ci, kh, kw), so that no temporary is larger than the output, and record no graph.
 """
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+_Index = tuple[Any, ...]
+
 
 def _taps(
-    x: Tensor, w: Tensor, stride, padding, dilation, groups, padding_value: int = 0
-) -> Iterator[tuple[tuple, tuple, Tensor, Tensor]]:
-    """Yields (where in x, where in w, x_k, w_k) for every tap k.
+    x: Tensor,
+    w: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    padding_value: int = 0,
+) -> Iterator[tuple[_Index, _Index, Tensor, Tensor]]:
+    """Yields (index into x, index into w, x_k, w_k) for every tap k.
 
-    x_k (N, groups, 1, OH, OW) and w_k (groups, C_out/groups, 1, 1) broadcast to the output, which is
-    (N, groups, C_out/groups, OH, OW); the two `where` index x, padded and seen as (N, groups, C_in/groups, H, W), and
-    w, seen as (groups, C_out/groups, C_in/groups, KH, KW).
+    x_k (N, groups, 1, OH, OW) and w_k (groups, C_out/groups, 1, 1) broadcast to the output
+    (N, groups, C_out/groups, OH, OW). The indices are for padded x, viewed as (N, groups, C_in/groups, H, W), and for
+    w, viewed as (groups, C_out/groups, C_in/groups, KH, KW).
     """
     top, bottom, left, right = padding
     x = F.pad(x, (left, right, top, bottom), value=padding_value).unflatten(1, (groups, -1))
@@ -46,7 +54,7 @@ def adder_conv2d(
     dilation: Sequence[int] = (1, 1),
     groups: int = 1,
 ) -> Tensor:
-    """Returns Y[n,co,p] = -sum_k |X[n,k,p] - W[co,k]| (+ bias[co]); a padded tap contributes |W[co,k]|.
+    """Returns Y[n,co,p] = -sum_k |X[n,k,p] - W[co,k]| (+ bias[co]); a padded tap contributes -|W[co,k]|.
 
     Shapes: x (N, C_in, H, W), w (C_out, C_in/groups, KH, KW), bias (C_out) -> (N, C_out, OH, OW).
     Source: AdderNet, arXiv 1912.13200, equation 2.
@@ -54,7 +62,7 @@ def adder_conv2d(
     >>> adder_conv2d(torch.tensor([[[[1.0, 5.0]]]]), torch.tensor([[[[3.0, 3.0]]]]))
     tensor([[[[-4.]]]])
     """
-    y = 0
+    y = x.new_zeros(())
     for _, _, x_k, w_k in _taps(x, w, stride, padding, dilation, groups):
         y = y - (x_k - w_k).abs()
     y = y.flatten(1, 2)
@@ -73,7 +81,7 @@ def adder_conv2d_grad_x(
 ) -> Tensor:
     """Returns the training gradient of x: dX[k,p] = sum_co dY[co,p] * clamp(W[co,k] - X[k,p], -1, 1).
 
-    Deliberately not the derivative, which has sgn(W - X) in place of the clamp.
+    Deliberately not the derivative, which has sgn(W - X) instead of the clamp.
     Shapes: grad_y (N, C_out, OH, OW), x (N, C_in, H, W), w (C_out, C_in/groups, KH, KW) -> (N, C_in, H, W).
     Source: AdderNet, arXiv 1912.13200, section 3.2.
 
@@ -101,7 +109,7 @@ def adder_conv2d_grad_w(
 ) -> Tensor:
     """Returns the training gradient of w: dW[co,k] = sum_p dY[co,p] * (X[k,p] - W[co,k]); a padded tap has X = 0.
 
-    Deliberately not the derivative, which has sgn(X - W) in place of the difference ("full-precision gradient").
+    Deliberately not the derivative, which has sgn(X - W) instead of the difference ("full-precision gradient").
     Shapes: grad_y (N, C_out, OH, OW), x (N, C_in, H, W), w (C_out, C_in/groups, KH, KW) -> shape of w.
     Source: AdderNet, arXiv 1912.13200, section 3.2.
 
@@ -134,21 +142,22 @@ def adder_conv2d_int8(
     dilation: Sequence[int] = (1, 1),
     groups: int = 1,
 ) -> Tensor:
-    """Returns Y[n,co,p] = -sum_k |X[n,k,p] - W[co,k]| of uint8, in int32, or what `scale` and `offset` make of it.
+    """Returns Y[n,co,p] = -sum_k |X[n,k,p] - W[co,k]| of uint8 tensors, int32; with `scale` and `offset`, z of it.
 
-    z = (offset[co] + scale[co] * Y) + residual_scale * residual, in float32 in this order; `relu` bounds it from below
-    by 0, or by `zero_point` where `quantize` turns it into the nearest integer up to
-    `quant_max`, ties to even.
-    Shapes: x (N, C_in, H, W), w (C_out, C_in/groups, KH, KW), scale and offset (C_out) -> (N, C_out, OH, OW).
+    z = (offset[co] + scale[co] * Y) + residual_scale * residual, in float32 and in this order. With `quantize`, z is
+    rounded to the nearest integer from 0 to `quant_max`, ties to even, NaN to `quant_max`. `relu` clamps at 0, or at
+    `zero_point` with `quantize`.
+    Shapes: x (N, C_in, H, W), w (C_out, C_in/groups, KH, KW), scale and offset (C_out), residual like the result
+    -> (N, C_out, OH, OW).
 
     >>> adder_conv2d_int8(torch.tensor([[[[1, 5]]]], dtype=torch.uint8), torch.tensor([[[[3, 3]]]], dtype=torch.uint8))
     tensor([[[[-4]]]], dtype=torch.int32)
     """
-    y = 0
+    y = x.new_zeros((), dtype=torch.int32)
     for _, _, x_k, w_k in _taps(x.int(), w.int(), stride, padding, dilation, groups, padding_value):
         y = y - (x_k - w_k).abs()
     y = y.flatten(1, 2)
-    if scale is None:
+    if scale is None or offset is None:
         return y
     z = offset[:, None, None] + scale[:, None, None] * y.float()
     if residual is not None:
@@ -160,7 +169,9 @@ def adder_conv2d_int8(
 
 @torch.no_grad()
 def quantize(x: Tensor, scale: float, zero_point: int, quant_max: int = 255) -> Tensor:
-    """Returns the nearest integer to x * (1/scale), plus zero_point, from 0 to quant_max; quant_max for NaN.
+    """Returns round(x * (1/scale)) + zero_point, ties to even, clamped to 0 ... quant_max; quant_max for NaN; uint8.
+
+    Shapes: x of any shape -> the same.
 
     >>> quantize(torch.tensor([[[[-1.0, 0.0, 0.3, 100.0]]]]), 0.1, 5)
     tensor([[[[  0,   5,   8, 255]]]], dtype=torch.uint8)

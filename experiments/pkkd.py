@@ -31,8 +31,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from adderops.atomic import write_atomically
 from adderops.distill.paired import compare_groups, group_rows, paired_difference
-from adderops.files import write_atomically
 
 RESULTS = Path(__file__).parent / "results"
 RUNS = Path("runs/pkkd")

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from adderops.atomic import write_atomically
 from adderops.distill.data.facts import check_facts, differences
-from adderops.files import write_atomically
 from adderops.models.checkpoints import find_state_dict
 
 FORMAT = 2

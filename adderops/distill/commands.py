@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from adderops.atomic import write_atomically
 from adderops.batchnorm import reestimate_batchnorm
 from adderops.distill.build import device_type
 from adderops.distill.checkpoint import write_csv, write_json
@@ -29,7 +30,6 @@ from adderops.distill.quantize import quantize, students
 from adderops.distill.run_folder import RunFolder, compared_runs, differing_options, saved_networks
 from adderops.distill.text_table import text_table
 from adderops.export import export_onnx, export_program
-from adderops.files import write_atomically
 from adderops.models import classifier
 from adderops.quant.scheme import ENDS, METHODS
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from adderops.atomic import write_atomically
 from adderops.distill import distributed
 from adderops.distill.checkpoint import write_csv, write_json
 from adderops.distill.config import Config
@@ -22,7 +23,6 @@ from adderops.distill.quantize import images_per_second
 from adderops.distill.run_folder import COMPARED, RunFolder, compared_runs
 from adderops.distill.text_table import text_table
 from adderops.distill.trainer import train
-from adderops.files import write_atomically
 from adderops.operations import count_operations, energy
 from adderops.quant import Scheme, calibrate, convert, reestimate_batchnorm
 

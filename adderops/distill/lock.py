@@ -13,9 +13,9 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from adderops.atomic import is_temporary
 from adderops.distill import distributed
 from adderops.distill.config import Config
-from adderops.files import is_temporary
 
 LOCK = ".lock"
 # What a run leaves that ended before its first checkpoint.

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from adderops.atomic import write_atomically
 from adderops.distill.figures import (
     draw_accuracy,
     draw_layers,
@@ -20,7 +21,6 @@ from adderops.distill.figures import (
     png,
 )
 from adderops.distill.run_folder import RunFolder
-from adderops.files import write_atomically
 from adderops.models import classifier, create_model
 from adderops.operations import count_operations, energy
 

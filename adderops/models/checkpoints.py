@@ -1,4 +1,4 @@
-"""Weights from files: what training tools put around a state_dict, and whose weights they are."""
+"""Weights from checkpoints: finds the state_dict that training tools wrap, and checks whose weights it holds."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,24 +8,28 @@ from torch import Tensor, nn
 from adderops.optim import AdaptiveRateLayer
 
 _HOLDERS = ("state_dict", "model_state_dict", "model")  # keys of a checkpoint under which trainers keep the weights
-# path components that wrappers put into names, at any depth: torch.compile, FSDP, activation checkpointing
+# components that wrappers insert into names, at any depth: torch.compile, FSDP, activation checkpointing
 _OF_WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 _OUTERMOST = ("module", "model", "net")  # attributes of DistributedDataParallel and of Lightning modules
 
 
 def unwrap_state_dict(content: Mapping[str, Any], model: nn.Module) -> dict[str, Tensor]:
-    """Returns the state_dict within a checkpoint, under the names of a model that no tool has wrapped.
+    """Returns the state_dict in a checkpoint, under the names of the unwrapped model.
 
-    Takes the weights out of `{"state_dict": ...}`, `{"model_state_dict": ...}` and `{"model": ...}`, and off their
-    names `_orig_mod.` (torch.compile) and its like wherever it stands, and `module.` (DistributedDataParallel),
-    `model.` or `net.` (Lightning) where every name starts with it and none of the model's does; in any order.
+    The checkpoint is the state_dict, or holds it as `state_dict`, `model_state_dict` or `model`. Prefixes of wrappers
+    are removed from the names: `_orig_mod.` (torch.compile), FSDP's and activation checkpointing's at any depth;
+    `module.` (DistributedDataParallel), `model.` and `net.` (Lightning) if all names start with it, but no name of the
+    model does; in any order.
 
     Args:
-        content: of a file; it is not changed.
-        model: that the weights are meant for.
+        content: content of a checkpoint file; it is not changed.
+        model: the model that the weights are for.
+
+    Returns:
+        The tensors by name.
 
     Raises:
-        ValueError: there are no weights in it.
+        ValueError: the checkpoint holds no weights.
 
     >>> layer = nn.Linear(2, 1, bias=False)
     >>> list(unwrap_state_dict({"model": {"module._orig_mod.weight": layer.weight}}, layer))
@@ -43,10 +47,13 @@ def unwrap_state_dict(content: Mapping[str, Any], model: nn.Module) -> dict[str,
 
 
 def find_state_dict(content: Any) -> Mapping[str, Tensor]:
-    """Returns the state_dict that a checkpoint is or holds, names as they are.
+    """Returns the state_dict that a checkpoint is or holds, with unchanged names.
 
     Raises:
-        ValueError: there is none.
+        ValueError: it is or holds none.
+
+    >>> list(find_state_dict({"epoch": 3, "model": {"module.weight": nn.Linear(2, 1).weight}}))
+    ['module.weight']
     """
     while not (
         isinstance(content, Mapping) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in content.items())
@@ -61,14 +68,17 @@ def find_state_dict(content: Any) -> Mapping[str, Tensor]:
 
 
 def mark_adder_weights(state_dict: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """Returns a state_dict in which the weights of a model's adder layers are marked as such.
+    """Returns a state_dict with the weights of a model's adder layers marked as adder weights.
 
-    An adder layer refuses weights without the mark, because those of an ordinary layer have the same shape.  This is
-    for adder weights that were saved before there were marks.
+    An adder layer refuses weights without the mark, because those of an ordinary layer have the same shape. Use this
+    for adder weights that were saved before marks existed.
 
     Args:
-        state_dict: with the names of the model; it is not changed.
+        state_dict: weights under the names of the model; it is not changed.
         model: an adder network.
+
+    Returns:
+        The marks and the weights by name.
 
     >>> from adderops import AdderLinear
     >>> old = {"weight": AdderLinear(2, 1).weight.detach()}
@@ -84,18 +94,18 @@ def mark_adder_weights(state_dict: Mapping[str, Tensor], model: nn.Module) -> di
 
 
 def load_reference_checkpoint(model: nn.Module, state_dict: Mapping[str, Any]) -> None:
-    """Loads a checkpoint strictly into `model`: one of the AdderNet reference code, or of any trainer.
+    """Loads a checkpoint of the AdderNet reference code, or of any trainer, strictly into a model.
 
-    `unwrap_state_dict` finds the weights in it; the adder layers take the key `adder` for their `weight` by themselves.
+    `unwrap_state_dict` finds the weights; adder layers accept the key `adder` for their `weight`.
 
     Args:
         model: a network of the same architecture, `resnet20()` for example.
         state_dict: as the reference code publishes it, or a checkpoint that holds one; it is not changed.
 
     Raises:
-        RuntimeError: missing, unexpected or misshapen entries; weights of ordinary layers for adder layers, or the
-            other way round.
-        ValueError: there are no weights in it.
+        RuntimeError: missing, unexpected or misshapen entries; weights of ordinary layers for adder layers, or vice
+            versa.
+        ValueError: the checkpoint holds no weights.
 
     >>> from adderops.models import resnet20
     >>> student, published = resnet20(), resnet20().state_dict()

@@ -1,4 +1,4 @@
-"""Networks of torchvision and timm, as they are or with adder layers."""
+"""Networks of torchvision and timm, unchanged or with adder layers."""
 
 import difflib
 import importlib
@@ -11,20 +11,20 @@ from adderops.models.intermediates import matched_layers
 from adderops.models.kinds import layer_of_kind
 from adderops.nn import AdderConv2d, convert
 
-# in training these two return more than logits unless told otherwise; the rest of their arguments is their default
+# in training these two return more than logits by default
 _TORCHVISION_OPTIONS = dict.fromkeys(("googlenet", "inception_v3"), {"aux_logits": False, "init_weights": True})
 
 
 def create_foreign_model(arch: str, kind: str, in_channels: int, num_classes: int) -> nn.Module:
-    """Builds 'torchvision/NAME' or 'timm/NAME', untrained; kind='adder' puts it through `adderops.convert`.
+    """Builds 'torchvision/NAME' or 'timm/NAME', untrained; kind='adder' applies `adderops.convert`.
 
     Raises:
         ModuleNotFoundError: the package is not installed.
-        ValueError: unknown name or kind; in_channels other than 3 for torchvision; kind='adder' for a network of which
+        ValueError: unknown name or kind; in_channels other than 3 for torchvision; kind='adder' for a network in which
             no convolution can become an adder layer.
 
     Warns:
-        UserWarning: kind='adder', and matched layers stay ordinary convolutions.
+        UserWarning: with kind='adder', if matched layers stay ordinary convolutions.
     """
     layer_of_kind(kind)
     model = _BUILDERS[arch.partition("/")[0]](arch, in_channels, num_classes)
@@ -54,7 +54,7 @@ def _torchvision(arch: str, in_channels: int, num_classes: int) -> nn.Module:
 
 def _timm(arch: str, in_channels: int, num_classes: int) -> nn.Module:
     timm = _import("timm", arch)
-    # with the tag of pretrained weights too: resnet18.a1_in1k
+    # also with the tag of pretrained weights: resnet18.a1_in1k
     name = _known_name(arch, timm.list_models() + timm.list_pretrained())
     return timm.create_model(name, pretrained=False, in_chans=in_channels, num_classes=num_classes)
 

@@ -1,7 +1,8 @@
-"""The layers that teacher and student share, and their raw outputs during an ordinary forward."""
+"""The layers that PKKD matches between teacher and student, and their raw outputs in an ordinary forward pass."""
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,7 @@ def _weighted_layers(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def classifier(model: nn.Module) -> tuple[str, nn.Module]:
-    """Returns name and module of the classifier: the convolution or linear layer that is registered last.
+    """Returns name and module of the classifier: the convolution or linear layer registered last.
 
     Raises:
         ValueError: the model has no such layer.
@@ -30,10 +31,10 @@ def classifier(model: nn.Module) -> tuple[str, nn.Module]:
 
 
 def matched_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Returns the layers that PKKD matches, by name: all 2-d convolutions but the first and the classifier.
+    """Returns the layers that PKKD matches, by name: all 2-d convolutions except the first and the classifier.
 
-    These are `AdderConv2d` and `nn.Conv2d` in the order in which they are registered, so the CNN and the adder network
-    of one architecture have the same names.  A layer that occurs twice is listed once.
+    These are `AdderConv2d` and `nn.Conv2d` in the order of registration, so the CNN and the adder network of one
+    architecture have the same names. A layer that occurs twice is listed once.
 
     >>> from adderops.models import lenet5
     >>> list(matched_layers(lenet5("adder"))), list(matched_layers(lenet5("cnn")))
@@ -46,17 +47,16 @@ def matched_layers(model: nn.Module) -> dict[str, nn.Module]:
 
 
 class IntermediateOutputs:
-    """Keeps the raw outputs of the matched layers of each forward of a model, before BatchNorm and ReLU.
+    """Records the raw outputs of the matched layers in each forward pass of a model, before BatchNorm and ReLU.
 
-    Forward hooks write them down; the model's own output stays as it is.  Activations that work in place (`inplace`
-    modules) would overwrite what is kept, so they are told not to, for good; this changes no value.
+    Forward hooks record them; the output of the model is unchanged. In-place activations would overwrite them, so
+    `inplace` of all modules is set to False, for good; this changes no value.
 
-    Each forward drops what the one before has left.  What is kept costs memory until `take()`: set `enabled` to False
-    where nobody takes, in evaluation for example.  Hooks run under `torch.compile` too, without graph breaks.
+    Each forward pass drops the outputs of the last one. They take memory until `take()`: set `enabled` to False if they
+    are not needed, as in evaluation. The hooks also run under `torch.compile`, without graph breaks.
 
-    The hooks are part of the model when it is copied or pickled, and carry a copy of this object along, without
-    outputs: the copy of something that holds both works like the original.  Call `remove()` before copying, exporting
-    or converting the model alone.
+    The hooks are copied and pickled with the model, and with them this object, without outputs: a copy of something
+    that contains both works like the original. Call `remove()` before you copy, export or convert the model alone.
 
     Args:
         model: any module; hooks are registered on it and on the layers.
@@ -65,11 +65,11 @@ class IntermediateOutputs:
     Attributes:
         names: names of the layers, in order.
         layers: the layers.
-        enabled: whether a forward keeps outputs; True.
+        enabled: whether a forward pass records outputs; True by default.
 
     Raises:
-        ValueError: the model has no matched layer, or no layer of a name.
-        RuntimeError: in a forward that runs a matched layer twice.
+        ValueError: the model has no matched layer, or a name is not one of its layers.
+        RuntimeError: in a forward pass that runs a matched layer twice.
 
     >>> from adderops.models import lenet5
     >>> network = lenet5("adder")
@@ -95,35 +95,36 @@ class IntermediateOutputs:
         self._handles += [layer.register_forward_hook(partial(self._keep, i)) for i, layer in enumerate(self.layers)]
         for module in model.modules():
             if getattr(module, "inplace", False) is True:
-                module.inplace = False
+                setattr(module, "inplace", False)  # noqa: B010  (nn.Module declares no such attribute)
 
     def take(self) -> list[Tensor]:
-        """Returns the outputs of the last forward in the order of `names`, with graph, and forgets them.
+        """Returns the outputs of the last forward pass in the order of `names`, with graph, and drops them.
 
         Raises:
-            RuntimeError: a layer was not run, or its output was changed in place after it.
+            RuntimeError: a layer was not run, or its output was changed in place.
         """
-        outputs = list(self._outputs)
+        kept, outputs = list(self._outputs), []
         self._forget()
-        for name, output in zip(self.names, outputs, strict=True):
+        for name, output in zip(self.names, kept, strict=True):
             if output is None:
                 raise RuntimeError(f"IntermediateOutputs: layer {name!r} was not run in the last forward")
-            # the layer itself hands over version 0; inside a compiled region versions cannot be asked for
+            # the layer returns version 0; a compiled region does not know versions
             if not torch.compiler.is_compiling() and not output.is_inference() and output._version:
                 raise RuntimeError(f"IntermediateOutputs: the output of layer {name!r} was changed in place after it")
+            outputs.append(output)
         return outputs
 
     def remove(self) -> None:
-        """Takes the hooks away and forgets the outputs; calling it again does nothing."""
+        """Removes the hooks and drops the outputs; a second call does nothing."""
         for handle in self._handles:
             handle.remove()
         self._forget()
 
-    def _forget(self, *_) -> None:
+    def _forget(self, *_: object) -> None:
         for i in range(len(self._outputs)):
             self._outputs[i] = None
 
-    def _keep(self, i: int, layer: nn.Module, inputs: tuple, output: Tensor) -> None:
+    def _keep(self, i: int, layer: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
         if not self.enabled:
             return
         if self._outputs[i] is not None:
@@ -132,5 +133,5 @@ class IntermediateOutputs:
             )
         self._outputs[i] = output
 
-    def __getstate__(self) -> dict:
+    def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_outputs": [None] * len(self._outputs)}

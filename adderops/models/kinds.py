@@ -1,4 +1,4 @@
-"""What a network is made of: the one place where 'adder' and 'cnn' become a layer."""
+"""The kinds of networks: the one place that maps 'adder' and 'cnn' to a layer class."""
 
 from torch import nn
 
@@ -12,6 +12,9 @@ def layer_of_kind(kind: str) -> type[nn.Module]:
 
     Raises:
         ValueError: any other kind.
+
+    >>> layer_of_kind("adder")(16, 32, kernel_size=3, bias=False).weight.shape
+    torch.Size([32, 16, 3, 3])
     """
     if kind not in _LAYERS:
         raise ValueError(f"kind: expected one of {', '.join(map(repr, _LAYERS))}, got {kind!r}")

@@ -1,25 +1,30 @@
-"""LeNet-5 with batch normalisation, the network of the MNIST experiment of AdderNet (arXiv 1912.13200, section 4.1)."""
+"""LeNet-5 with BatchNorm, the network of AdderNet's MNIST experiment (arXiv 1912.13200, section 4.1)."""
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from adderops.models.kinds import layer_of_kind
+from adderops.models.registry import register_model
 
 
 class LeNet5BN(nn.Module):
-    """LeNet-5-BN for 32x32 images, its fully connected layers written as convolutions.
+    """LeNet-5-BN for 32x32 images, with its fully connected layers as convolutions.
 
     conv 5x5 -> 6, layer 5x5 -> 16, layer 5x5 -> 120, layer 1x1 -> 84, linear -> num_classes; BatchNorm and ReLU after
-    each but the last, 2x2 max pooling after the first two.  `layer` is the operation that `kind` names; the first
-    convolution and the classifier are ordinary in both kinds.  None has a bias but the classifier: BatchNorm follows.
+    each but the last, 2x2 max pooling after the first two. `layer` is an adder layer or a convolution, by `kind`; the
+    first convolution and the classifier are ordinary in both kinds. Only the classifier has a bias: BatchNorm follows
+    the others.
 
     Args:
         kind: 'adder' or 'cnn'.
-        in_channels: of the images.
+        in_channels: channels of the images.
         num_classes: number of logits.
 
     Raises:
         ValueError: another kind, or in `forward` images of another size.
+
+    >>> LeNet5BN("adder")(torch.zeros(2, 1, 32, 32)).shape
+    torch.Size([2, 10])
     """
 
     def __init__(self, kind: str = "adder", in_channels: int = 1, num_classes: int = 10) -> None:
@@ -46,10 +51,11 @@ class LeNet5BN(nn.Module):
         return self.fc(x.flatten(1))
 
 
+@register_model(image_size=32)
 def lenet5(kind: str = "adder", in_channels: int = 1, num_classes: int = 10) -> LeNet5BN:
-    """Builds LeNet-5-BN as adder network (kind='adder') or as CNN (kind='cnn').
+    """Builds LeNet-5-BN as an adder network (kind='adder') or as a CNN (kind='cnn').
 
-    61,932 parameters with one input channel; 416,520 multiply-accumulates, of which 298,080 in the 3 layers of `kind`.
+    61,932 parameters with one input channel; 416,520 multiply-accumulates, 298,080 of them in the 3 layers of `kind`.
 
     >>> lenet5(kind="cnn")(torch.zeros(2, 1, 32, 32)).shape
     torch.Size([2, 10])

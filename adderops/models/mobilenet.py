@@ -1,4 +1,4 @@
-"""MobileNet (arXiv 1704.04861) for small images: depthwise separable layers, both halves of the network's kind."""
+"""MobileNet (arXiv 1704.04861) for small images: depthwise separable layers, both of them of the network's kind."""
 
 from collections.abc import Callable
 
@@ -6,14 +6,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from adderops.models.kinds import layer_of_kind
+from adderops.models.registry import register_model
 
-# of the pointwise and of the depthwise layer
+# per block: channels of the pointwise layer, stride of the depthwise layer
 _CHANNELS = (64, 128, 128, 256, 256, 512, 512, 512, 512, 512, 512, 1024, 1024)
 _STRIDES = (1, 2, 1, 2, 1, 2, 1, 1, 1, 1, 1, 2, 1)
 
 
 class DepthwiseSeparable(nn.Module):
-    """A 3x3 layer on each channel alone, then a 1x1 layer across them; BatchNorm and ReLU after each."""
+    """A 3x3 layer per channel, then a 1x1 layer across the channels; BatchNorm and ReLU after each."""
 
     def __init__(self, layer: Callable[..., nn.Module], in_channels: int, channels: int, stride: int) -> None:
         super().__init__()
@@ -28,19 +29,22 @@ class DepthwiseSeparable(nn.Module):
 
 
 class MobileNet(nn.Module):
-    """MobileNet of 13 depthwise separable blocks, with a stem of stride 1 where the paper has 2.
+    """MobileNet with 13 depthwise separable blocks and a stem of stride 1; the paper's stem has stride 2.
 
-    So an image of 32x32 goes through the stages at 32, 16, 8, 4 and 2 pixels.  Stem conv 3x3, the blocks, average pool,
-    linear classifier `fc`.  Depthwise and pointwise layers are of `kind`; stem and classifier are ordinary in both.
+    So the stages see a 32x32 image at 32, 16, 8, 4 and 2 pixels. Stem conv 3x3, the blocks, average pooling, linear
+    classifier `fc`. Depthwise and pointwise layers are of `kind`; stem and classifier are ordinary in both kinds.
 
     Args:
         kind: 'adder' or 'cnn'.
-        in_channels: of the images.
+        in_channels: channels of the images.
         num_classes: number of logits.
-        width: multiplies the channels of every layer (the paper's alpha: 1, 0.75, 0.5, 0.25), rounded down.
+        width: factor of the channels of every layer (the paper's alpha: 1, 0.75, 0.5, 0.25), rounded down.
 
     Raises:
-        ValueError: another kind, or a width that leaves the stem's 32 channels none.
+        ValueError: another kind, or a width that leaves none of the stem's 32 channels.
+
+    >>> MobileNet("adder", width=0.25)(torch.zeros(1, 3, 32, 32)).shape
+    torch.Size([1, 10])
     """
 
     def __init__(self, kind: str = "adder", in_channels: int = 3, num_classes: int = 10, width: float = 1.0) -> None:
@@ -63,10 +67,11 @@ class MobileNet(nn.Module):
         return self.fc(F.adaptive_avg_pool2d(x, 1).flatten(1))
 
 
+@register_model(image_size=32)
 def mobilenet(kind: str = "adder", in_channels: int = 3, num_classes: int = 10, width: float = 1.0) -> MobileNet:
-    """Builds MobileNet as adder network (kind='adder') or as CNN (kind='cnn').
+    """Builds MobileNet as an adder network (kind='adder') or as a CNN (kind='cnn').
 
-    With width 1: 3,217,226 parameters; 46.35 M multiply-accumulates on a 32x32 image, of which 45.46 M in the 26 layers
+    With width 1: 3,217,226 parameters; 46.35 M multiply-accumulates on a 32x32 image, 45.46 M of them in the 26 layers
     of `kind`.
 
     >>> sum(p.numel() for p in mobilenet(width=0.25).parameters())

@@ -1,24 +1,28 @@
-"""VGG-small, the VGG of the papers on binary networks, with which AdderNet compares on CIFAR (arXiv 1912.13200)."""
+"""VGG-small, the VGG of the literature on binary networks and of AdderNet's CIFAR experiments (arXiv 1912.13200)."""
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from adderops.models.kinds import layer_of_kind
+from adderops.models.registry import register_model
 
 
 class VGGSmall(nn.Module):
     """VGG-small for 32x32 images: six 3x3 layers of 128, 128, 256, 256, 512, 512 channels, and a linear classifier.
 
-    BatchNorm and ReLU after each of the six, 2x2 max pooling after the second, fourth and sixth.  The first layer is an
-    ordinary convolution in both kinds, the five others are of `kind`.  None has a bias: BatchNorm follows.
+    BatchNorm and ReLU after each of the six, 2x2 max pooling after the second, fourth and sixth. The first layer is an
+    ordinary convolution in both kinds, the other five are of `kind`. They have no bias: BatchNorm follows.
 
     Args:
         kind: 'adder' or 'cnn'.
-        in_channels: of the images.
+        in_channels: channels of the images.
         num_classes: number of logits.
 
     Raises:
         ValueError: another kind, or in `forward` images of another size.
+
+    >>> VGGSmall("cnn")(torch.zeros(1, 3, 32, 32)).shape
+    torch.Size([1, 10])
     """
 
     def __init__(self, kind: str = "adder", in_channels: int = 3, num_classes: int = 10) -> None:
@@ -51,10 +55,11 @@ class VGGSmall(nn.Module):
         return self.fc(x.flatten(1))
 
 
+@register_model(image_size=32)
 def vgg_small(kind: str = "adder", in_channels: int = 3, num_classes: int = 10) -> VGGSmall:
-    """Builds VGG-small as adder network (kind='adder') or as CNN (kind='cnn').
+    """Builds VGG-small as an adder network (kind='adder') or as a CNN (kind='cnn').
 
-    4,660,106 parameters; 607.6 M multiply-accumulates on a 32x32 image, of which 604.0 M in the 5 layers of `kind`.
+    4,660,106 parameters; 607.6 M multiply-accumulates on a 32x32 image, 604.0 M of them in the 5 layers of `kind`.
 
     >>> with torch.device("meta"):
     ...     sum(p.numel() for p in vgg_small().parameters())

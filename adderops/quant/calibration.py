@@ -1,7 +1,8 @@
-"""From a trained network to one whose layers know their grids."""
+"""Calibration: makes the layers of a trained network fake-quantized, on grids that fit their inputs."""
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -9,17 +10,17 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from adderops.nn import AdderConv2d
-from adderops.quant.layers import FLOAT_BITS, QuantAdderConv2d, QuantConv2d, Quantized, QuantLinear
+from adderops.quant.fake_quantized import FLOAT_BITS, QuantAdderConv2d, QuantConv2d, Quantized, QuantLinear
 from adderops.quant.scheme import Scheme
 
 
 def quantized_layers(model: nn.Module) -> dict[str, Quantized]:
-    """Returns the layers that `calibrate` put into a model, by name."""
+    """Returns the fake-quantized layers of a model by name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, Quantized)}
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """Returns a model without what torch.compile, DataParallel and DistributedDataParallel put round it."""
+    """Returns a model without the wrappers of torch.compile, DataParallel and DistributedDataParallel."""
     while True:
         if isinstance(model, (DataParallel, DistributedDataParallel)):
             model = model.module
@@ -30,31 +31,46 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def insert(model: nn.Module, scheme: Scheme | None = None) -> nn.Module:
-    """Makes every `AdderConv2d` of a model a `QuantAdderConv2d`, the same object otherwise; not yet calibrated.
+    """Turns every `AdderConv2d` of a model into a `QuantAdderConv2d`, in place and not yet calibrated.
 
-    With `scheme.ends == 'int8'` every `nn.Conv2d` and `nn.Linear` becomes a layer of that kind too.  For loading the
+    With `scheme.ends == 'int8'` every `nn.Conv2d` and `nn.Linear` becomes fake-quantized too. Use this to load the
     state_dict of a calibrated model; otherwise call `calibrate`.
+
+    Args:
+        model: with `AdderConv2d`.
+        scheme: bits and method; `Scheme()` if None.
 
     Returns:
         The model, without the wrappers of torch.compile and DataParallel.
 
     Raises:
-        ValueError: the model has no `AdderConv2d`, one of a subclass or with a weight that is computed (pruned, say), a
-            BatchNorm without running statistics, or has been through this before.  It is then as it was.
+        ValueError: the model has no `AdderConv2d`, a subclass of it, a layer whose weight is computed (by pruning, for
+            example), a BatchNorm without running statistics, or fake-quantized layers already. The model is then
+            unchanged.
+
+    >>> from adderops.models import lenet5
+    >>> from adderops.quant import calibrate, reestimate_batchnorm
+    >>> images = torch.randn(8, 1, 32, 32)
+    >>> model = calibrate(reestimate_batchnorm(lenet5(), [images]), [images])
+    >>> restored = insert(lenet5())
+    >>> restored.load_state_dict(model.state_dict())
+    <All keys matched successfully>
     """
     scheme = scheme or Scheme()
     model = unwrapped(model)
-    used = [QuantAdderConv2d] + [QuantConv2d, QuantLinear] * (scheme.ends == "int8")
+    used: list[type[Quantized]] = [QuantAdderConv2d]
+    if scheme.ends == "int8":
+        used += [QuantConv2d, QuantLinear]
     kinds = {kind.plain_kind: kind for kind in used}
     if quantized_layers(model):
         raise ValueError("model: expected a network of floats, got one that is quantized already")
     adders = {name: module for name, module in model.named_modules() if isinstance(module, AdderConv2d)}
     if not adders:
         raise ValueError("model: expected a network with AdderConv2d, got one without")
-    for name, module in adders.items():
-        if type(module) is not AdderConv2d:
+    for name, adder in adders.items():
+        if type(adder) is not AdderConv2d:
             raise ValueError(
-                f"model: {name}: expected AdderConv2d itself, got {type(module).__name__}, which may compute something "
+                f"model: {name}: expected AdderConv2d itself, got {type(adder).__name__}, which may compute something "
                 "else (of a parametrization: torch.nn.utils.parametrize.remove_parametrizations)"
             )
     for name, module in model.named_modules():
@@ -71,33 +87,41 @@ def insert(model: nn.Module, scheme: Scheme | None = None) -> nn.Module:
                 "on the rest of the batch"
             )
     for module in list(model.modules()):
-        if type(module) in kinds:
-            kinds[type(module)].take_over(module, scheme)
+        kind = kinds.get(type(module))
+        if kind is not None:
+            kind.take_over(module, scheme)
     return model
 
 
-def calibrate(model: nn.Module, batches: Iterable[Tensor | tuple | list], scheme: Scheme | None = None) -> nn.Module:
-    """Quantizes the adder layers of a trained model to grids that fit the inputs they get, in place.
+_Batches = Iterable[Tensor | tuple[Any, ...] | list[Any]]
 
-    The layers become `QuantAdderConv2d`, which compute in floats what the integers will give.  Test the result like any
-    model, re-estimate its BatchNorm (`adderops.reestimate_batchnorm`), train it further (its gradients go straight
-    through the rounding), or make it integer by `adderops.quant.convert`.
+
+def calibrate(model: nn.Module, batches: _Batches, scheme: Scheme | None = None) -> nn.Module:
+    """Makes the adder layers of a trained model fake-quantized, on grids that fit their inputs, in place.
+
+    The layers become `QuantAdderConv2d`, which compute in floating point what the integer network will. The result is
+    an ordinary model: test it, re-estimate its BatchNorm (`adderops.reestimate_batchnorm`), fine-tune it with
+    straight-through gradients, or convert it to integers (`adderops.quant.convert`).
 
     Args:
-        model: with `AdderConv2d`; its mode is kept, the batches go through in evaluation mode.
-        batches: inputs of the model, as in testing, or tuples whose first element is the input, as a DataLoader of
-            (images, labels) gives them; they go to the model's device.  A few hundred images of the training set do.
-        scheme: bits and method; 8 bits by redistribution if None.
+        model: with `AdderConv2d`. The batches run in evaluation mode; the mode of the model is kept.
+        batches: inputs of the model, preprocessed as in testing, or tuples whose first element is the input, as a
+            DataLoader of (images, labels) returns them. They are moved to the device of the model. A few hundred
+            images of the training set are enough.
+        scheme: bits and method; `Scheme()`, 8 bits by redistribution, if None.
 
     Returns:
-        The model, without the wrappers of torch.compile and DataParallel.  Layers that no batch reaches, those of
-        auxiliary heads that run in training only, stay in floats; a layer that gets nothing but zeros takes its grid
-        from its weights.  Warnings name both.
+        The model, without the wrappers of torch.compile and DataParallel. Layers that no batch reaches, such as
+        auxiliary heads that run in training only, are not quantized. A layer whose inputs are all 0 takes its grid from
+        its weights. A warning names the layers in both cases.
 
     Raises:
-        TypeError: batches of something else.
-        ValueError: no batch, one with NaN or infinity, or nothing but zeros in all layers; and as `insert`.
-        Whatever is raised, also by the model, leaves it as it was.
+        TypeError: batches of another type.
+        ValueError: no batch, a batch with NaN or infinity, only zeros in all layers; and as `insert`.
+        Any error, also one raised by the model, leaves the model unchanged.
+
+    Warns:
+        UserWarning: layers that no batch reaches, or that only zeros reach.
 
     >>> from adderops import reestimate_batchnorm
     >>> from adderops.models import lenet5
@@ -117,8 +141,18 @@ def calibrate(model: nn.Module, batches: Iterable[Tensor | tuple | list], scheme
 
 
 @torch.no_grad()
-def observe(model: nn.Module, batches: Iterable[Tensor | tuple | list]) -> nn.Module:
-    """Gives the layers of `insert` their grids; see `calibrate`."""
+def observe(model: nn.Module, batches: _Batches) -> nn.Module:
+    """Calibrates the layers of `insert`: observes their inputs, which determine the grids.
+
+    Arguments, result, errors and warnings as `calibrate`, which is `insert` and `observe`.
+
+    >>> from adderops.models import lenet5
+    >>> from adderops.quant import reestimate_batchnorm
+    >>> images = torch.randn(8, 1, 32, 32)
+    >>> model = observe(insert(reestimate_batchnorm(lenet5(), [images])), [images])
+    >>> model.conv2.calibrated
+    True
+    """
     if isinstance(batches, Tensor):
         raise TypeError("batches: expected an iterable of batches, got one tensor")
     model = unwrapped(model)
@@ -126,8 +160,8 @@ def observe(model: nn.Module, batches: Iterable[Tensor | tuple | list]) -> nn.Mo
     ranges: dict[str, tuple[Tensor, Tensor]] = {}
     count = 0
 
-    def observing(name: str, layer: Quantized):
-        """The layer's forward in floats, which notes the range of its inputs."""
+    def observing(name: str, layer: Quantized) -> Callable[[Tensor], Tensor]:
+        """Returns the unquantized forward of a layer that also records the range of its inputs."""
 
         def forward(input: Tensor) -> Tensor:
             if input.numel() > 0:
@@ -138,7 +172,8 @@ def observe(model: nn.Module, batches: Iterable[Tensor | tuple | list]) -> nn.Mo
                     )
                 low, high = ranges.get(name, found)
                 ranges[name] = torch.minimum(low, found[0]), torch.maximum(high, found[1])
-            return layer.plain_kind.forward(layer, input)
+            output: Tensor = layer.plain_kind.forward(layer, input)
+            return output
 
         return forward
 
@@ -173,7 +208,7 @@ def observe(model: nn.Module, batches: Iterable[Tensor | tuple | list]) -> nn.Mo
     dead = [name for name, (low, high) in ranges.items() if low == high]
     if len(dead) == len(ranges):
         raise ValueError(f"batches: expected inputs that reach layer {dead[0]!r}, got none but zeros there")
-    for name in dead:  # whatever the grid, zeros are on it; this one suits others too
+    for name in dead:  # 0 is on every grid; this one also suits other inputs
         largest = layers[name].weight.abs().amax().float()
         ranges[name] = torch.zeros_like(largest), largest if largest > 0 else torch.ones_like(largest)
     for name, (low, high) in ranges.items():

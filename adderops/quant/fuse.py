@@ -1,7 +1,7 @@
-"""From a calibrated network to one that computes in bytes: `convert`.
+"""`convert`: from a calibrated network to an integer network.
 
-The network is traced by `torch.export`; each adder layer takes what follows it - BatchNorm, a sum, ReLU - into its
-epilogue, and where another adder layer follows, its output leaves as bytes on that layer's grid:
+`torch.export` traces the network. The operations after each adder layer - BatchNorm, a sum, ReLU - become the layer's
+epilogue. If adder layers alone read the result, and on one grid, the epilogue also quantizes it to that grid:
 
     conv -> bn -> relu ->            adder -> bn -> (+ residual) -> relu ->            pool -> classifier
     F.conv2d (bn in its weights)     adder_conv2d_int8 (one call)                      floats
@@ -10,19 +10,19 @@ epilogue, and where another adder layer follows, its output leaves as bytes on t
 
 import operator
 from dataclasses import asdict
-from itertools import count
 
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
+from torch.fx.node import Argument
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from adderops import _ops
 from adderops.quant.calibration import quantized_layers, unwrapped
+from adderops.quant.fake_quantized import QuantAdderConv2d, Quantized, QuantizedEnd
 from adderops.quant.grid import Grid, excess
-from adderops.quant.layers import Quantized, QuantizedEnd
 from adderops.quant.network import IntegerNetwork, assemble, in_memory_format, tensor_name
-from adderops.quant.tracing import trace
+from adderops.quant.tracing import node_argument, trace
 
 aten = torch.ops.aten
 _ADDER = _ops.adder_conv2d
@@ -33,26 +33,26 @@ _NORM = aten.batch_norm.default
 
 @torch.no_grad()
 def convert(model: nn.Module, example: Tensor) -> IntegerNetwork:
-    """Returns the network of bytes that a calibrated model stands for; the model is left as it is.
+    """Returns the integer network of a calibrated model, for inference; the model is left unchanged.
 
-    Sums are exact integers; scale, BatchNorm, residual sum, ReLU and the rounding to the next layer's grid are the
-    epilogue of the same call, so that activations stay bytes from adder layer to adder layer.  What is not an adder
-    layer stays in floats: the first convolution and the classifier (on their 8-bit grids with `ends='int8'`), pooling,
-    and whatever else the network has.
+    The sums are exact integers. Scale, BatchNorm, residual sum, ReLU and rounding to the next layer's grid form the
+    epilogue of the same call, so activations stay uint8 from adder layer to adder layer. Everything else computes in
+    float32: the first convolution and the classifier (on their 8-bit grids with `ends='int8'`), pooling, and any other
+    layer.
 
     Args:
-        model: what `calibrate` returned, possibly trained further; of any floating dtype, its own or wrapped.
-        example: an input (N, ...); the size of the batch may differ later.
+        model: what `calibrate` returned, possibly fine-tuned; of any floating dtype, and possibly wrapped by
+            torch.compile or DataParallel.
+        example: an input (N, ...), N >= 1; other batch sizes work later.
 
     Returns:
-        The network for inference: its `code` is readable, its buffers are the bytes of the weights with scale and
-        offset, under the names of the layers.  It takes inputs of the dtype of `example`, and computes in bytes and
-        float32.
+        The integer network; it takes inputs of the dtype of `example`. Its `code` is readable. Its buffers hold weights
+        (uint8), scales and offsets under the names of the layers.
 
     Raises:
-        TypeError: example is no tensor of floats.
-        ValueError: the model is not calibrated, or example is no input of it.
-        RuntimeError: a layer that has seen no input.
+        TypeError: example is not a floating-point tensor.
+        ValueError: the model is not calibrated, or does not take the example.
+        RuntimeError: a layer that has not observed any inputs.
         Also what `torch.export.export` raises for a model that it cannot trace.
 
     >>> from adderops.models import lenet5
@@ -66,10 +66,10 @@ def convert(model: nn.Module, example: Tensor) -> IntegerNetwork:
     torch.uint8
     """
     model = unwrapped(model)
-    layers = quantized_layers(model).values()
-    if not layers:
+    calibrated = quantized_layers(model).values()
+    if not calibrated:
         raise ValueError("model: expected a calibrated one (adderops.quant.calibrate), got none of its layers")
-    for layer in layers:
+    for layer in calibrated:
         if not layer.in_floats:
             layer.input_grid()  # or an error
     if not isinstance(example, Tensor) or not example.is_floating_point():
@@ -82,28 +82,31 @@ def convert(model: nn.Module, example: Tensor) -> IntegerNetwork:
 
 
 class _Fusion:
-    """One conversion: the graph of floats, and beside it the bytes that its nodes become.
+    """One conversion: rewrites the float graph, and keeps track of the values that exist as integers.
 
     Attributes:
-        bytes: (node, grid) -> the node that computes its value as bytes.
-        grid_of: the nodes whose value exists as bytes only.
+        bytes: (node, grid) -> the node that computes the value of the former on the grid, as uint8.
+        grid_of: the nodes whose value exists as uint8 only, with their grids.
         constants: the tensors of the new network by name.
-        converted: the quantized layers that the network computes with integers, by the names of their tensors.
+        converted: the layers that the network computes in integers, by the names of their tensors.
+        made: the nodes that read `constants`.
     """
 
     def __init__(self, traced: GraphModule, layers: dict[str, Quantized]) -> None:
         self.traced, self.graph, self.layers = traced, traced.graph, layers
-        self.graph.owning_module = None  # it will name tensors that the traced module does not have
+        self.graph.owning_module = None  # the graph will name tensors that the traced module does not have
         self.bytes: dict[tuple[Node, Grid], Node] = {}
         self.grid_of: dict[Node, Grid] = {}
         self.constants: dict[str, Tensor] = {}
         self.converted: dict[str, Quantized] = {}
-        self.made: set[Node] = set()  # of get_attr, by `_constant`
+        self.made: set[Node] = set()
 
     def run(self, shape: tuple[int, ...], dtype: torch.dtype) -> IntegerNetwork:
+        """Converts the graph for inputs (N, *shape) of a dtype."""
         for node in list(self.graph.nodes):
-            if node.target == _ADDER and self._layer(node) is not None:
-                self._adder(node)
+            layer = self._layer(node)
+            if node.target == _ADDER and isinstance(layer, QuantAdderConv2d):
+                self._adder(node, layer)
             elif node.target in (*_CONVOLUTIONS, aten.linear.default):
                 self._multiplying(node)
         self.graph.eliminate_dead_code()
@@ -131,7 +134,7 @@ class _Fusion:
         return assemble(self.graph, {name: self.constants[name] for name in read}, knowledge)
 
     def _cast_input(self) -> None:
-        """Takes inputs of another dtype than float32."""
+        """Casts inputs of another dtype to float32."""
         [image] = [node for node in self.graph.nodes if node.op == "placeholder"]
         readers = list(image.users)
         with self.graph.inserting_after(image):
@@ -141,25 +144,26 @@ class _Fusion:
 
     # --- the parts of a network ---
 
-    def _adder(self, node: Node) -> None:
-        """An adder layer and what its epilogue takes in."""
-        layer, name = self._layer(node), self._name(node)
+    def _adder(self, node: Node, layer: QuantAdderConv2d) -> None:
+        """Converts an adder layer together with its epilogue."""
+        name = self._name(node)
         norm, residual, relu, last = self._chain(node)
         wanted = self._wanted(last)
         a, b = self._affine(norm, len(layer.weight), layer.bias)  # y = a * (- sum |x - w|) + b + r * residual
         r = 1.0
         if residual is not None:
-            stored = next((grid for other, grid in self.bytes if other is residual), None)
-            if stored is not None:
-                r, b = stored.scale, b - stored.scale * stored.zero_point
-                residual = self.bytes[residual, stored]
+            of_residual = next((grid for other, grid in self.bytes if other is residual), None)
+            if of_residual is not None:
+                r, b = of_residual.scale, b - of_residual.scale * of_residual.zero_point
+                residual = self.bytes[residual, of_residual]
         bounds = (0, 255)
         if wanted is not None:
             a, b = a / wanted.scale, b / wanted.scale + wanted.zero_point
             r = r if residual is None else r / wanted.scale
             bounds = (wanted.zero_point, wanted.quant_max)
-        source = self._bytes(node.args[0], layer.input_grid(), before=node)
-        outputs, grids, stored = [], layer.grids(), layer.input_grid()
+        grids, stored = layer.grids(), layer.input_grid()
+        source = self._bytes(node_argument(node, 0), stored, before=node)
+        outputs: list[Node] = []
         self.converted[tensor_name(name)] = layer
         with self.graph.inserting_before(last):
             for i, (filters, grid) in enumerate(grids):
@@ -168,8 +172,11 @@ class _Fusion:
                     part = f"{name}.group{i}".removeprefix(".")
                     if residual is not None:
                         added = self._channels(residual, f"{part}.filters", filters)
-                    if grid.beyond(stored) is not None:
-                        lost = self._lost_by_inputs(source, layer, grid, part, a[filters], node.args[3:])
+                    beyond = grid.beyond(stored)
+                    if beyond is not None:
+                        clipped = _clipped(_values(stored), grid)
+                        table = self._regrid(source, beyond.bytes(clipped), f"{part}.beyond")
+                        lost = self._lost_by_inputs(table, layer, beyond, part, a[filters], node.args[3:])
                         if added is not None:
                             added = self.graph.call_function(aten.to.dtype, (added, torch.float32))
                             added = self.graph.call_function(aten.mul.Tensor, (added, r))
@@ -201,15 +208,16 @@ class _Fusion:
         else:
             self.bytes[last, wanted], self.grid_of[last] = result, wanted
 
-    def _lost_by_inputs(self, source: Node, layer: Quantized, grid: Grid, part: str, a: Tensor, geometry) -> Node:
-        """What clipping the inputs to a group's grid takes off each distance, by the scale a of each filter.
+    def _lost_by_inputs(
+        self, lost: Node, layer: QuantAdderConv2d, beyond: Grid, part: str, a: Tensor, geometry: tuple[Argument, ...]
+    ) -> Node:
+        """Returns what clipping the inputs to a group's grid takes off each distance, times the scale a of each filter.
 
-        |x - w| = |clip(x) - w| + |x - clip(x)| for w on the grid: a convolution of the latter with one filter of zeros.
+        |x - w| = |clip(x) - w| + |x - clip(x)| for w on the grid, so it is the convolution of `lost`, which is
+        |x - clip(x)| on the grid `beyond`, with one filter of zeros.
         """
-        stored = layer.input_grid()
-        beyond, x = grid.beyond(stored), _values(stored)
         args = (
-            self._regrid(source, beyond.bytes((x - x.clamp(grid.low, grid.high)).abs()), f"{part}.beyond"),
+            lost,
             self._constant(f"{part}.beyond.weight", torch.zeros_like(layer.weight[:1], dtype=torch.uint8)),
             self._constant(f"{part}.beyond.scale", torch.tensor([beyond.scale])),
             self._constant(f"{part}.beyond.offset", torch.zeros(1)),
@@ -221,22 +229,20 @@ class _Fusion:
         return self.graph.call_function(aten.mul.Tensor, (distances, factors))
 
     def _multiplying(self, node: Node) -> None:
-        """A convolution or linear layer: a BatchNorm behind it goes into its weights, which keep their 8 bits."""
+        """Converts a convolution or linear layer: a BatchNorm after it is folded into its weights, still of 8 bits."""
         layer, name = self._layer(node), self._name(node)
         convolution = node.target in _CONVOLUTIONS
         norm = self._norm_after(node) if convolution else None
         if norm is None and not isinstance(layer, QuantizedEnd):
             return
-        weight = self._value(node.args[1].target)
-        bias = self._value(node.args[2].target) if len(node.args) > 2 and node.args[2] is not None else None
+        weight = self._required(node, 1)
+        bias = self._optional(node, 2)
         factor = weight.new_ones(len(weight))
         if norm is not None:
-            _, gain, beta, mean, var, _, _, eps, _ = norm.args
-            mean, var, gain, beta = (None if n is None else self._value(n.target) for n in (mean, var, gain, beta))
-            factor, bias = fuse_conv_bn_weights(factor[:, None, None, None], bias, mean, var, eps, gain, beta)
-            factor, bias = factor.detach().flatten(), bias.detach()
+            fused, shift = fuse_conv_bn_weights(factor[:, None, None, None], bias, *self._batch_norm(norm))
+            factor, bias = fused.detach().flatten(), shift.detach()
         filters = (-1, *(1,) * (weight.dim() - 1))
-        source = node.args[0]
+        source = node_argument(node, 0)
         with self.graph.inserting_before(node):
             if isinstance(layer, QuantizedEnd):
                 self.converted[tensor_name(name)] = layer
@@ -257,16 +263,16 @@ class _Fusion:
             else:
                 new_weight = self._constant(_join(name, "weight"), weight * factor.view(filters))
             new_bias = None if bias is None else self._constant(_join(name, "bias"), bias)
-            if convolution:  # bytes are channels last
+            if convolution:  # uint8 activations are channels_last
                 source = self.graph.call_function(aten.contiguous.default, (source,), {"memory_format": _LAST})
         node.args = (source, new_weight, new_bias, *node.args[3:])
         if norm is not None:
             norm.replace_all_uses_with(node)
 
-    # --- what follows a layer ---
+    # --- the operations after a layer ---
 
     def _chain(self, node: Node) -> tuple[Node | None, Node | None, bool, Node]:
-        """What an adder layer's epilogue takes in: BatchNorm, residual, whether a ReLU; and the last node of it."""
+        """Returns the epilogue of an adder layer: BatchNorm, residual, whether there is a ReLU, and its last node."""
         norm = self._norm_after(node)
         last, residual, relu = norm or node, None, False
         user = _only_user(last)
@@ -280,44 +286,50 @@ class _Fusion:
         return norm, residual, relu, last
 
     def _norm_after(self, node: Node) -> Node | None:
-        """The BatchNorm that alone reads the node."""
+        """Returns the BatchNorm that is the only reader of a node."""
         norm = _only_user(node)
         return norm if norm is not None and norm.target == _NORM and norm.args[0] is node else None
 
     def _wanted(self, node: Node) -> Grid | None:
-        """The grid on which all adder layers read the node's value; None where they differ, or there is none."""
+        """Returns the grid on which all adder layers read a node; None if they differ, or there are none."""
         readers = [user for user in node.users if user.target == _ADDER and user.args[0] is node]
         grids = {layer.input_grid() for user in readers if (layer := self._layer(user)) is not None}
         return grids.pop() if len(grids) == 1 else None
 
     def _affine(self, norm: Node | None, channels: int, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Scale and shift (C_out), in float64, of what a layer's distances go through: its bias, the BatchNorm."""
+        """Returns scale and shift (C_out), in float64, of bias and BatchNorm together."""
         scale = torch.ones(channels, dtype=torch.float64)
         shift = torch.zeros(channels, dtype=torch.float64) if bias is None else bias.detach().double()
         if norm is not None:
-            _, gain, beta, mean, var, _, _, eps, _ = norm.args
-            scale = (self._value(var.target).double() + eps).rsqrt()
+            mean, var, eps, gain, beta = self._batch_norm(norm)
+            scale = (var.double() + eps).rsqrt()
             if gain is not None:
-                scale = scale * self._value(gain.target).double()
-            shift = (shift - self._value(mean.target).double()) * scale
+                scale = scale * gain.double()
+            shift = (shift - mean.double()) * scale
             if beta is not None:
-                shift = shift + self._value(beta.target).double()
+                shift = shift + beta.double()
         return scale, shift
 
-    # --- values as bytes and as floats ---
+    def _batch_norm(self, norm: Node) -> tuple[Tensor, Tensor, float, Tensor | None, Tensor | None]:
+        """Returns mean, variance, eps, gain and bias of a BatchNorm, whose arguments are x, gain, bias, mean, ..."""
+        eps = norm.args[7]
+        assert isinstance(eps, (int, float))
+        return self._required(norm, 3), self._required(norm, 4), eps, self._optional(norm, 1), self._optional(norm, 2)
+
+    # --- values as integers and as floats ---
 
     def _bytes(self, node: Node, grid: Grid, before: Node) -> Node:
-        """The node's value as bytes of the grid."""
+        """Returns the node's value on the grid, as uint8."""
         if (node, grid) not in self.bytes:
-            # rounding to bytes from 0 on is a ReLU
-            source = node.args[0] if node.target == aten.relu.default and grid.zero_point == 0 else node
+            # rounding to integers from 0 on is a ReLU
+            source = node_argument(node, 0) if node.target == aten.relu.default and grid.zero_point == 0 else node
             with self.graph.inserting_before(before):
                 args = (source, grid.scale, grid.zero_point, grid.quant_max)
                 self.bytes[node, grid] = self.graph.call_function(_ops.quantize, args)
         return self.bytes[node, grid]
 
     def _floats_for(self, node: Node, grid: Grid) -> None:
-        """Gives the users of a node what its bytes stand for."""
+        """Dequantizes a value for those users of a node that need floats."""
         made = self.bytes[node, grid]
         for target, argument in (
             (aten.to.dtype, torch.float32),
@@ -329,7 +341,7 @@ class _Fusion:
         node.replace_all_uses_with(made)
 
     def _regrid(self, source: Node, bytes_: Tensor, name: str) -> Node:
-        """Bytes as others, by a table."""
+        """Maps integers to other integers, by a table of 256."""
         indices = self.graph.call_function(aten.to.dtype, (source, torch.int64))
         return self.graph.call_function(aten.take.default, (self._constant(f"{name}.table", bytes_), indices))
 
@@ -339,26 +351,35 @@ class _Fusion:
     # --- the traced network ---
 
     def _constant(self, name: str, value: Tensor) -> Node:
-        """A tensor of the new network; a layer that runs twice has two of those that differ."""
+        """Returns a node that reads a tensor of the new network; a layer that runs twice may need two values."""
         value = in_memory_format(value.detach())
-        for i in count(1):
-            found = tensor_name(name if i == 1 else f"{name}_{i}")
-            known = self.constants.setdefault(found, value)
-            if known.dtype == value.dtype and torch.equal(known, value):
-                node = self.graph.create_node("get_attr", found)
-                self.made.add(node)
-                return node
+        found, i = tensor_name(name), 1
+        while not _same(self.constants.setdefault(found, value), value):
+            i += 1
+            found = tensor_name(f"{name}_{i}")
+        node = self.graph.create_node("get_attr", found)
+        self.made.add(node)
+        return node
 
     def _name(self, node: Node) -> str:
-        """Of the layer whose operator this is."""
-        return _without_root(str(node.args[1].target)).removesuffix("weight").removesuffix(".")
+        """Returns the name of the layer whose operator this is."""
+        return _without_root(str(node_argument(node, 1).target)).removesuffix("weight").removesuffix(".")
 
     def _layer(self, node: Node) -> Quantized | None:
-        """The quantized layer whose operator this is."""
-        name = str(node.args[1].target).removesuffix(".weight") if isinstance(node.args[1], Node) else None
-        return self.layers.get(name)
+        """Returns the quantized layer whose operator this is."""
+        weight = node.args[1] if len(node.args) > 1 else None
+        return self.layers.get(str(weight.target).removesuffix(".weight")) if isinstance(weight, Node) else None
+
+    def _required(self, node: Node, i: int) -> Tensor:
+        """Returns the tensor that argument i of a node reads."""
+        return self._value(str(node_argument(node, i).target))
+
+    def _optional(self, node: Node, i: int) -> Tensor | None:
+        """Returns the tensor that argument i of a node reads; None if there is none."""
+        return None if len(node.args) <= i or node.args[i] is None else self._required(node, i)
 
     def _value(self, name: str) -> Tensor:
+        """Returns a tensor of the traced network."""
         return operator.attrgetter(name)(self.traced).detach()
 
 
@@ -370,8 +391,17 @@ def _shape(node: Node) -> torch.Size:
     return node.meta["val"].shape
 
 
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a.dtype == b.dtype and torch.equal(a, b)
+
+
+def _clipped(x: Tensor, grid: Grid) -> Tensor:
+    """Returns by how much x exceeds the grid."""
+    return (x - x.clamp(grid.low, grid.high)).abs()
+
+
 def _values(grid: Grid) -> Tensor:
-    """What the bytes of a grid stand for, in their order."""
+    """Returns the numbers of a grid in ascending order."""
     return grid.floats(torch.arange(grid.quant_max + 1))
 
 
@@ -380,5 +410,5 @@ def _join(layer: str, tensor: str) -> str:
 
 
 def _without_root(name: str) -> str:
-    """A name of the model's own, without that of the Sequential round it."""
+    """Returns a name in the model itself, without the Sequential that `trace` puts around it."""
     return name.removeprefix("0").removeprefix(".")

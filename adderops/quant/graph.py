@@ -1,28 +1,31 @@
-"""The graph of an integer network as data: JSON of a closed list of operations, checked before it is a graph again.
+"""The graph of an integer network as data: JSON with a closed list of operations, checked before it becomes a graph.
 
     {"input": {"name": "input", "shape": [-1, 3, 32, 32], "dtype": "float32"},
      "nodes": [{"name": "relu", "op": "relu", "layer": "stem", "inputs": {"input": "conv2d"}, "attributes": {},
                 "shape": [-1, 16, 32, 32], "dtype": "float32"}, ...],
      "output": "linear"}
 
-Nodes stand in the order of their computation.  An input is the name of an earlier node, of the network's input or of a
-tensor; a list of names for `cat` and `stack`; null for one that is left out.  An attribute is a number, a boolean, a
-list of numbers or one of a few words.  -1 in a shape is the batch, which is the first dimension throughout.  The names
-of inputs and attributes are those of PyTorch's operators (`self` is called `input`).
+Nodes are in the order of computation. An input is the name of an earlier node, of the network's input or of a tensor; a
+list of names for `cat` and `stack`; null if omitted. An attribute is a number, a boolean, a list of numbers or one of a
+few words. -1 in a shape is the batch, which is always the first dimension. The names of inputs and attributes are those
+of PyTorch's operators (`self` is called `input`).
 """
 
 import math
 import re
 from collections.abc import Callable, Mapping
+from functools import partial
 from itertools import count
+from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 from torch.fx import Graph, GraphModule, Node
 
 from adderops import _ops
-from adderops.quant.checks import ARGUMENTS, INDICES, LEAST, MOST, check, check_keys
+from adderops.quant.checks import ARGUMENTS, INDICES, LEAST, MOST, check, check_keys, invalid
 
 aten = torch.ops.aten
 
@@ -30,7 +33,7 @@ _SIMPLE = "abs amax avg_pool2d batch_norm cat clamp clamp_min clone contiguous c
 _SIMPLE += " hardsigmoid hardswish hardtanh index_select layer_norm leaky_relu linear matmul max_pool2d maximum minimum"
 _SIMPLE += " mish neg pad permute pixel_shuffle prelu relu relu6 reshape round sigmoid silu softplus sqrt squeeze stack"
 _SIMPLE += " take tanh unsqueeze adaptive_avg_pool2d channel_shuffle"
-OPERATIONS: dict[str, torch._ops.OpOverload] = {
+OPERATIONS: dict[str, OpOverload] = {
     "adder_conv2d_int8": _ops.adder_conv2d_int8,
     "quantize": _ops.quantize,
     "adder_conv2d": _ops.adder_conv2d,
@@ -67,8 +70,8 @@ _FORMATS = {
 }
 _WORDS = ("same", "valid", "none", "tanh", "constant", "reflect", "replicate", "circular")
 
-MOST_VALUES = 2**28  # of a node per image
-_BATCHES = (5, 7)  # a dimension that follows them is the batch
+MOST_VALUES = 2**28  # per node and image
+_BATCHES = (5, 7)  # batch sizes to try: a dimension that changes with them is the batch
 TENSOR_NAME = re.compile(r"\w+(\.\w+)*", re.ASCII)
 _NODE_NAME = re.compile(r"[A-Za-z_]\w*", re.ASCII)
 
@@ -77,20 +80,16 @@ _NODE_NAME = re.compile(r"[A-Za-z_]\w*", re.ASCII)
 
 
 def tensors_of(network: GraphModule) -> dict[str, Tensor]:
-    """The tensors that a network's graph reads, by name."""
+    """Returns the tensors that the graph of a network reads, by name."""
     names = sorted({str(node.target) for node in network.graph.nodes if node.op == "get_attr"})
-    values = {name: network for name in names}
-    for name in names:
-        for part in name.split("."):
-            values[name] = getattr(values[name], part)
-    return {name: value.detach() for name, value in values.items()}
+    return {name: attrgetter(name)(network).detach() for name in names}
 
 
 def describe(network: GraphModule, shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, Any]:
     """Returns input, nodes and output of a network whose input has this shape per image.
 
     Raises:
-        ValueError: a node that is not of the closed list, by name and layer.
+        ValueError: an operation that is not in the closed list, with name and layer of the node.
     """
     tensors = tensors_of(network)
     names: dict[Node, str] = {}
@@ -122,12 +121,13 @@ def describe(network: GraphModule, shape: tuple[int, ...], dtype: torch.dtype) -
 def _entry(node: Node, names: Mapping[Node, str]) -> dict[str, Any]:
     layer = node.meta.get("layer")
     where = f"node {node.name!r}" + (f" of layer {layer!r}" if layer else "")
-    op = _NAMES.get(node.target)
-    check(op is not None, where, "an operation of the closed list (docs/int8.md)", str(node.target))
-    positional = [a for a in node.target._schema.arguments if not a.kwarg_only]
+    if not isinstance(node.target, OpOverload) or node.target not in _NAMES:
+        raise invalid(where, "an operation of the closed list (docs/int8.md)", str(node.target))
+    schema = node.target._schema.arguments
+    positional = [a for a in schema if not a.kwarg_only]
     given = {a.name: value for a, value in zip(positional, node.args, strict=False)} | node.kwargs
     inputs, attributes = {}, {}
-    for argument in node.target._schema.arguments:
+    for argument in schema:
         value = given.get(argument.name, argument.default_value)
         name = "input" if argument.name == "self" else argument.name
         if "Tensor" in str(argument.real_type) and not isinstance(value, (int, float)):
@@ -136,7 +136,7 @@ def _entry(node: Node, names: Mapping[Node, str]) -> dict[str, Any]:
             attributes[name] = _attribute(value, f"{where}: {name}")
     if attributes.get("stride") == [] and "kernel_size" in attributes:
         attributes["stride"] = attributes["kernel_size"]
-    return {"op": op, "layer": layer, "inputs": inputs, "attributes": attributes}
+    return {"op": _NAMES[node.target], "layer": layer, "inputs": inputs, "attributes": attributes}
 
 
 def _attribute(value: object, where: str) -> Any:
@@ -158,7 +158,7 @@ def _word(value: object, words: Mapping[str, object]) -> str:
 
 
 def _output(value: Any, of: Callable[[Any], Any]) -> Any:
-    """A structure of names from one of nodes, or the other way round."""
+    """Maps a structure of nodes to one of names, or vice versa."""
     if isinstance(value, (list, tuple)):
         return [_output(item, of) for item in value]
     if isinstance(value, dict):
@@ -172,15 +172,15 @@ def _output(value: Any, of: Callable[[Any], Any]) -> Any:
 
 @torch.no_grad()
 def build(document: dict[str, Any], tensors: Mapping[str, Tensor], *, declare: bool = False) -> Graph:
-    """Returns the graph of a document, every node of which has been tried on the meta device.
+    """Returns the graph of a document, after a trial of each node on the meta device.
 
     Args:
-        document: with input, nodes and output; of others' making.
-        tensors: what the nodes read, by name.
-        declare: writes shape and dtype into each node, instead of comparing them.
+        document: input, nodes and output; not trusted.
+        tensors: the tensors that the nodes read, by name.
+        declare: write shape and dtype into each node instead of comparing them.
 
     Raises:
-        ValueError: not the document of a graph, or of one that cannot run with every batch size.
+        ValueError: not the document of a graph, or a graph that cannot run with every batch size.
     """
     graph, source = Graph(), document["input"]
     check_keys("input", source, {"name", "shape", "dtype"})
@@ -193,19 +193,19 @@ def build(document: dict[str, Any], tensors: Mapping[str, Tensor], *, declare: b
 
     unread = set(tensors)
     nodes: dict[str, Node] = {}
-    probes: dict[str, list[Tensor]] = {}  # by name: a value on the meta device for each of _BATCHES
+    probes: dict[str, list[Tensor]] = {}  # by name: one value on the meta device per batch size
     for name, tensor in tensors.items():
         check(TENSOR_NAME.fullmatch(name) is not None, "tensor", "names joined by dots", name)
         probes[name] = [tensor.to("meta")] * len(_BATCHES)
 
-    def named(name: object, where: str) -> str:
+    def named(name: Any, where: str) -> str:
         check(isinstance(name, str) and _NODE_NAME.fullmatch(name) is not None, where, "an identifier", name)
         check(name not in probes, where, "a name that nothing else has", name)
         return name
 
-    def probe_of(name: str) -> list[Tensor]:
+    def probe_of(k: int, name: str) -> Tensor:
         check(name in probes, "input", "the name of an earlier value", name)
-        return probes[name]
+        return probes[name][k]
 
     def node_of(name: str) -> Node:
         check(name in probes, "output", "the name of a value", name)
@@ -231,12 +231,12 @@ def build(document: dict[str, Any], tensors: Mapping[str, Tensor], *, declare: b
         arguments = _arguments(entry, where)
         made = []
         for k in range(len(_BATCHES)):
-            values = [_replaced(kind, value, lambda ref, k=k: probe_of(ref)[k]) for kind, value in arguments]
+            values = [_replaced(kind, value, partial(probe_of, k)) for kind, value in arguments]
             if k == 0 and op in ARGUMENTS:
                 ARGUMENTS[op](where, *values)
             made.append(_tried(op, values, where))
         if op in INDICES:
-            INDICES[op](where, entry, tensors, document["nodes"][:i], made[0])
+            INDICES[op](where, entry, tensors, document["nodes"][:i])
         found = _shape(made, where), _word(made[0].dtype, _DTYPES_OF_NODES)
         if declare:
             entry["shape"], entry["dtype"] = found
@@ -272,7 +272,7 @@ _KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
 
 
 def _arguments(entry: dict[str, Any], where: str) -> list[tuple[str, Any]]:
-    """The arguments of a node in the order of its operator: (kind, value), tensors by name."""
+    """Returns the arguments of a node in the order of its operator: (kind, value), tensors by name."""
     inputs, attributes = entry["inputs"], entry["attributes"]
     check(isinstance(inputs, dict), f"{where}: inputs", "an object", inputs)
     check(isinstance(attributes, dict), f"{where}: attributes", "an object", attributes)
@@ -314,7 +314,7 @@ def _arguments(entry: dict[str, Any], where: str) -> list[tuple[str, Any]]:
 
 
 def _meaning(kind: str, value: Any, where: str) -> Any:
-    """The value of an attribute of a type of PyTorch's schemas."""
+    """Returns the value of an attribute, given its type in PyTorch's schema."""
     if kind.startswith("List["):
         kind = kind.removeprefix("List[").removesuffix("]")
         check(isinstance(value, list) and len(value) <= 16, where, "a list", value)
@@ -331,7 +331,7 @@ def _replaced(kind: str, value: Any, of: Callable[[str], Any]) -> Any:
 
 
 def _split(op: str, values: list[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Positional and keyword arguments."""
+    """Returns positional and keyword arguments."""
     arguments = OPERATIONS[op]._schema.arguments
     positional = [value for argument, value in zip(arguments, values, strict=True) if not argument.kwarg_only]
     named = {argument.name: value for argument, value in zip(arguments, values, strict=True) if argument.kwarg_only}
@@ -361,7 +361,7 @@ def _shape(made: list[Tensor], where: str) -> list[int]:
 
 
 def _tuples(value: Any) -> Any:
-    """A graph's output: lists come as tuples."""
+    """Returns the output of a graph, with tuples for lists."""
     if isinstance(value, list):
         return tuple(_tuples(item) for item in value)
     return {key: _tuples(item) for key, item in value.items()} if isinstance(value, dict) else value

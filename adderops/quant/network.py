@@ -1,7 +1,7 @@
-"""The integer network as an object: what `convert` returns and `load` reads."""
+"""The integer network: what `convert` returns, and `load` reads from a file."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import fields
 from typing import Any
 
@@ -9,57 +9,69 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule
 
-from adderops.quant.checks import check, check_keys
+from adderops.quant.checks import check, check_keys, invalid
 from adderops.quant.graph import DTYPES, build, describe, tensors_of
 from adderops.quant.grid import Grid
 from adderops.quant.scheme import Scheme
 
-_KEY = "adderops.quant"  # of what a network knows of itself, in `meta`
+_KEY = "adderops.quant"  # of `meta`: scheme and layers, as in a file, and shape and dtype of the input
 _KNOWLEDGE = {"scheme", "layers"}
 
 
 class IntegerNetwork(GraphModule):
-    """A network whose adder layers compute in bytes, for inference with any batch size.
+    """A quantized network for inference with any batch size: its adder layers compute in uint8.
 
-    Its `graph` and `code` are readable, its buffers are the bytes of the weights with scale and offset, under the names
-    of the layers.  It deep-copies, pickles as data, moves between devices, and is the same in training and evaluation.
-    Made by `convert` and `load`.
+    `convert` and `load` return one. It maps images of the shape and dtype that it was converted for to what the
+    original network returns. Its `graph` and `code` are readable; its buffers hold weights (uint8), scales and offsets
+    under the names of the layers. It can be deep-copied, pickled (as data) and moved between devices, and computes the
+    same in training and evaluation mode.
+
+    Raises:
+        TypeError: a conversion to another dtype, such as `half()`.
+
+    >>> from adderops.models import lenet5
+    >>> from adderops.quant import calibrate, convert, reestimate_batchnorm
+    >>> images = torch.randn(8, 1, 32, 32)
+    >>> model = reestimate_batchnorm(lenet5(), [images]).eval()  # stands for training
+    >>> integer = convert(calibrate(model, [images]), images)
+    >>> isinstance(integer, IntegerNetwork), integer(images).shape
+    (True, torch.Size([8, 10]))
     """
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Any, ...]:
         return restore, (document_of(self), tensors_of(self), self.training)
 
-    def _apply(self, fn, recurse=True):
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "IntegerNetwork":
         if fn(torch.empty(0)).dtype != torch.float32:
             raise TypeError("IntegerNetwork: expected to keep its dtypes (bytes, with scales in float32), got another")
         return super()._apply(fn, recurse)
 
 
 def assemble(graph: Graph, tensors: Mapping[str, Tensor], knowledge: dict[str, Any]) -> IntegerNetwork:
-    """The network of a graph, its tensors by name, and what `document_of` adds to them."""
+    """Returns the network of a graph and its tensors by name; `knowledge` is described at `_KEY`."""
     network = IntegerNetwork({name: in_memory_format(tensor) for name, tensor in tensors.items()}, graph)
     network.meta[_KEY] = knowledge
     return network
 
 
 def document_of(network: nn.Module) -> dict[str, Any]:
-    """The network but for its tensors as JSON holds it: `input`, `nodes`, `output`, `scheme`, `layers`.
+    """Returns a network without its tensors, as JSON holds it: `input`, `nodes`, `output`, `scheme`, `layers`.
 
     Raises:
-        ValueError: not a network of `convert` or `load`, or one with operations that have no place in a file.
+        ValueError: not a network of `convert` or `load`, or one with operations that a file cannot hold.
     """
     knowledge = network.meta.get(_KEY) if isinstance(network, GraphModule) else None
-    if knowledge is None:
+    if not isinstance(network, GraphModule) or knowledge is None:
         raise ValueError("integer: expected what adderops.quant.convert returned, got another module")
     graph = describe(network, knowledge["shape"], knowledge["dtype"])
     return graph | {key: knowledge[key] for key in sorted(_KNOWLEDGE)}
 
 
 def restore(document: dict[str, Any], tensors: Mapping[str, Tensor], training: bool = False) -> IntegerNetwork:
-    """Makes a network of data: the inverse of `document_of`.
+    """Builds a network from data: the inverse of `document_of`.
 
     Raises:
-        ValueError: the document of no network, or tensors that do not fit it.
+        ValueError: not the document of a network, or tensors that do not fit it.
     """
     check_keys("document", document, {"input", "nodes", "output"} | _KNOWLEDGE)
     for name, tensor in tensors.items():
@@ -76,7 +88,7 @@ def restore(document: dict[str, Any], tensors: Mapping[str, Tensor], training: b
 
 
 def _check_layers(scheme: Any, layers: Any, tensors: Mapping[str, Tensor]) -> None:
-    """Every quantized layer has the weights that its grids speak of."""
+    """Checks that every quantized layer has weights on its grids."""
     check_keys("scheme", scheme, {field.name for field in fields(Scheme)})
     Scheme(**scheme)
     check(isinstance(layers, dict), "layers", "an object", layers)
@@ -92,24 +104,26 @@ def _check_layers(scheme: Any, layers: Any, tensors: Mapping[str, Tensor]) -> No
             valid = type(grid.scale) is float and 0 < grid.scale < float("inf")
             check(valid, f"{where}: scale", "a positive number", grid.scale)
             weight = tensors.get(f"{part}.weight" if part else "weight")
-            check(weight is not None, where, f"the weights of {part!r}", "none")
+            if weight is None:
+                raise invalid(where, f"the weights of {part!r}", "none")
             if weight.dtype == torch.int8:
-                continue  # of a layer that multiplies
+                continue  # a layer that multiplies
             check(weight.dtype == torch.uint8 and weight.numel() > 0, where, "bytes", weight.dtype)
             check(int(weight.max()) <= grid.quant_max, where, f"bytes up to {grid.quant_max}", int(weight.max()))
 
 
 def in_memory_format(tensor: Tensor) -> Tensor:
-    """As the operators read it: what has four dimensions channels last, the rest contiguous."""
+    """Returns a copy as the operators read it: channels_last if it has four dimensions, otherwise contiguous."""
     last = torch.channels_last if tensor.dim() == 4 else torch.contiguous_format
     return torch.empty_like(tensor, memory_format=last).copy_(tensor)
 
 
 def tensor_name(name: str) -> str:
-    """The name of a layer's tensor in the integer network: identifiers that are no attributes of a module."""
+    """Returns the name of a layer's tensor in the integer network: identifiers that are not attributes of a module."""
     parts = [re.sub(r"\W", "_", part, flags=re.ASCII) for part in name.split(".")]
     return ".".join(part + "_" if hasattr(_EMPTY, part) else part for part in parts)
 
 
 _EMPTY = GraphModule({}, Graph())
-torch.serialization.add_safe_globals([restore])  # which checks what it is given: torch.load(weights_only=True) does
+# so that torch.load(weights_only=True) takes a pickled network; safe, because `restore` checks its arguments
+torch.serialization.add_safe_globals([restore])

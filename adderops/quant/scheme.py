@@ -1,4 +1,4 @@
-"""How a network is quantized."""
+"""The options of quantization."""
 
 import operator
 from dataclasses import dataclass
@@ -10,23 +10,28 @@ ENDS = ("float", "int8")
 
 @dataclass(frozen=True)
 class Scheme:
-    """What `calibrate` decides the grids by.
+    """How `calibrate` chooses the grids.
 
     Attributes:
-        bits: of inputs and weights of the adder layers, 2 to 8; they are computed in bytes whatever the bits.
-        method: 'redistribution' clips the inputs at the `rank` of their magnitude, and to that range the weights, which
-            loses nothing but beyond the rank; 'shared' takes the range of inputs and weights together, unclipped.
-        rank: share of the inputs of a batch that the grid covers; the largest of all batches counts.
-        filter_groups: redistribution: k-means clusters of filters by max |w|, each with a grid of its own no wider than
-            its weights.  More than one costs an input of its own for each, and where inputs reach beyond the grid a
-            convolution with one filter for what they lose by it.
-        ends: the first convolution and the classifier, which multiply: 'float', or 'int8' with 8-bit inputs and, filter
-            by filter, 8-bit weights.
+        bits: of inputs and weights of the adder layers, 2 to 8; they are stored as uint8 whatever the bits.
+        method: 'redistribution' clips the inputs at the `rank` of their magnitude and the weights to the range of the
+            inputs, which is exact except for inputs beyond the rank; 'shared' takes the common range of inputs and
+            weights, unclipped.
+        rank: fraction of the inputs of a batch that the grid covers, by magnitude; the batch with the largest range
+            counts.
+        filter_groups: with redistribution, the number of k-means clusters of filters by max |w|, each with a grid no
+            wider than its weights. Every group beyond the first needs its own copy of the input, and, if inputs
+            exceed its grid, a convolution with one filter for what they lose.
+        ends: the first convolution and the classifier, which multiply: 'float', or 'int8' with 8-bit inputs and 8-bit
+            weights, one weight grid per filter.
 
     Raises:
         ValueError: a value of another type, or out of range.
 
     Source of redistribution, rank and filter groups: arXiv 2212.10200.
+
+    >>> Scheme(bits=4).rank
+    0.9997
     """
 
     bits: int = 8
@@ -43,7 +48,7 @@ class Scheme:
             except TypeError:
                 number = least - 1
             self._check(name, least <= number <= most, f"an integer from {least} to {most}")
-            object.__setattr__(self, name, number)  # of NumPy, say
+            object.__setattr__(self, name, number)  # an int also if it came as NumPy's
         valid = isinstance(self.rank, Real) and not isinstance(self.rank, bool) and 0 < self.rank <= 1
         self._check("rank", valid, "a number above 0, at most 1")
         object.__setattr__(self, "rank", float(self.rank))

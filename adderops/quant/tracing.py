@@ -1,31 +1,39 @@
-"""From a calibrated model to a graph of floats that is plain: one tensor per node, no computed sizes, no containers."""
+"""Traces a calibrated model to a simple float graph: one tensor per node, no computed sizes, no containers."""
 
 import copy
 import operator
 import sys
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._ops import OpOverload
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.graph import CodeGen
+from torch.fx.node import Argument
 from torch.utils._pytree import TreeSpec, tree_leaves, tree_unflatten
 
 from adderops.export import export_program
 from adderops.quant.calibration import unwrapped
-from adderops.quant.layers import Quantized
+from adderops.quant.fake_quantized import Quantized
 
 aten = torch.ops.aten
 _SPLITS = (aten.split.Tensor, aten.split_with_sizes.default)
 _NORM = aten._native_batch_norm_legit_no_training.default
 
 
+def node_argument(node: Node, i: int) -> Node:
+    """Returns argument i of a node, which must be a node, that is, a tensor."""
+    argument = node.args[i]
+    assert isinstance(argument, Node)
+    return argument
+
+
 def trace(model: nn.Module, example: Tensor) -> tuple[GraphModule, dict[str, Quantized]]:
-    """Returns the graph of a calibrated model with its layers in floats, and the layers by their names in the graph.
+    """Returns the graph of a calibrated model with unquantized layers, and its quantized layers by name in the graph.
 
     Raises:
-        ValueError: example is no input of the model.
+        ValueError: the model does not take the example.
         Also what `torch.export.export` raises.
     """
     root = _replica(model)
@@ -41,14 +49,16 @@ def trace(model: nn.Module, example: Tensor) -> tuple[GraphModule, dict[str, Qua
         layers = _make_plain(root)
         program = export_program(root, images).run_decompositions({})  # nothing in place
     traced = program.module(check_guards=False)
+    assert isinstance(traced, GraphModule) and program.call_spec.out_spec is not None
     _tidy(traced, program.call_spec.out_spec)
     return traced, layers
 
 
 def _replica(model: nn.Module) -> nn.Module:
-    """The model in a Sequential, so that it may itself be a layer; in evaluation mode, in float32, never compiled."""
+    """Returns a float32 copy of the model in evaluation mode, in a Sequential, so that it may itself be a layer."""
     kept = {id(t): t.detach().clone() for m in model.modules() for t in vars(m).values() if isinstance(t, Tensor)}
-    root = nn.Sequential(copy.deepcopy(model, kept)).eval().float()  # deepcopy refuses results that a hook has kept
+    # `kept`: deepcopy refuses tensors with a graph, which a hook may have stored in a module
+    root = nn.Sequential(copy.deepcopy(model, kept)).eval().float()
     for module in root.modules():
         module._compiled_call_impl = None
     while wrapped := [name for name, module in root.named_modules() if unwrapped(module) is not module]:
@@ -57,7 +67,7 @@ def _replica(model: nn.Module) -> nn.Module:
 
 
 def _drop_watching_hooks(root: nn.Module, images: Tensor, result: Any) -> None:
-    """Drops all hooks, if nothing changes by it: they would watch the trace, whose tensors have no values."""
+    """Removes all hooks if the result does not depend on them: they would see tensors of the trace, without values."""
     hooks = [hooks for m in root.modules() for hooks in (m._forward_hooks, m._forward_pre_hooks) if hooks]
     kept = [dict(some) for some in hooks]
     for some in hooks:
@@ -69,7 +79,7 @@ def _drop_watching_hooks(root: nn.Module, images: Tensor, result: Any) -> None:
 
 
 def _make_plain(root: nn.Module) -> dict[str, Quantized]:
-    """Replaces the quantized layers of a model by those of floats, and returns them by all of their names."""
+    """Replaces the quantized layers of a model by ordinary ones, and returns them under all of their names."""
     names: dict[Quantized, list[str]] = {}
     for name, module in root.named_modules(remove_duplicate=False):
         if isinstance(module, Quantized):
@@ -82,7 +92,7 @@ def _make_plain(root: nn.Module) -> dict[str, Quantized]:
 
 
 def _tidy(traced: GraphModule, out_spec: TreeSpec) -> None:
-    """Rewrites the graph of a `torch.export` program's module in place; the values that it computes stay the same.
+    """Simplifies the graph of an exported program in place; it computes the same values.
 
     Each node gets `meta['layer']`, the name of the layer that it came from.
     """
@@ -91,7 +101,9 @@ def _tidy(traced: GraphModule, out_spec: TreeSpec) -> None:
     for node in list(graph.nodes):
         node.meta["layer"] = _layer_of(node)
         if node.op == "output":
-            node.args = (_plain(tree_unflatten(list(node.args[0]), out_spec)),)
+            [results] = node.args
+            assert isinstance(results, (tuple, list))
+            node.args = (_plain(tree_unflatten(list(results), out_spec)),)
         elif node.target == aten._assert_tensor_metadata.default:
             graph.erase_node(node)
         elif node.target == operator.getitem:
@@ -99,7 +111,7 @@ def _tidy(traced: GraphModule, out_spec: TreeSpec) -> None:
         elif node.target == aten.slice.Tensor:
             _replace_slice(node)
         elif node.target in (aten.view.default, aten.reshape.default, aten.expand.default):
-            # traced on contiguous tensors; bytes come channels last
+            # the trace saw contiguous tensors; uint8 activations are channels_last, where `view` may fail
             node.target = aten.reshape.default if node.target == aten.view.default else node.target
             _name_sizes(node)
         elif node.target == aten._to_copy.default and node.kwargs.keys() == {"dtype"}:
@@ -108,7 +120,7 @@ def _tidy(traced: GraphModule, out_spec: TreeSpec) -> None:
 
 
 def _layer_of(node: Node) -> str | None:
-    """The module in whose forward the node was traced, without the Sequential round the model."""
+    """Returns the name of the module in whose forward the node was traced, without the Sequential of `_replica`."""
     stack = node.meta.get("nn_module_stack")
     if not stack:
         return None
@@ -117,7 +129,7 @@ def _layer_of(node: Node) -> str | None:
 
 
 def _plain(value: Any) -> Any:
-    """Outputs in tuples and dicts of PyTorch's own making only."""
+    """Returns the outputs in plain tuples and dicts."""
     if isinstance(value, (list, tuple)):
         return tuple(_plain(item) for item in value)
     if isinstance(value, dict):
@@ -128,18 +140,20 @@ def _plain(value: Any) -> Any:
 
 
 def _replace_item(graph: Graph, node: Node) -> None:
-    """An item of an operator with several results by an operator with one."""
-    source, i = node.args
-    new: tuple[Callable[..., Any], Sequence[Any]] | None = None
+    """Replaces an item of an operator with several results by an operator with one."""
+    source, (_, i) = node_argument(node, 0), node.args
+    assert isinstance(i, int)
+    x, *rest = source.args
+    new: tuple[OpOverload, tuple[Argument, ...]] | None = None
     if source.target in _SPLITS:
-        dim = source.args[2] if len(source.args) > 2 else source.kwargs.get("dim", 0)
+        dim = rest[1] if len(rest) > 1 else source.kwargs.get("dim", 0)
         sizes = [value.shape[dim] for value in source.meta["val"]]
         if all(isinstance(size, int) for size in sizes):
-            new = aten.slice.Tensor, (source.args[0], dim, sum(sizes[:i]), sum(sizes[: i + 1]))
+            new = aten.slice.Tensor, (x, dim, sum(sizes[:i]), sum(sizes[: i + 1]))
     elif source.target == aten.unbind.int:
-        new = aten.select.int, (source.args[0], *(source.args[1:] or (0,)), i)
+        new = aten.select.int, (x, *(rest or (0,)), i)
     elif source.target == _NORM and i == 0:
-        x, weight, bias, mean, variance, momentum, eps = source.args
+        weight, bias, mean, variance, momentum, eps = rest
         new = aten.batch_norm.default, (x, weight, bias, mean, variance, False, momentum, eps, False)
     if new is not None:
         with graph.inserting_before(node):
@@ -150,8 +164,10 @@ def _replace_item(graph: Graph, node: Node) -> None:
 
 
 def _replace_slice(node: Node) -> None:
-    """x[:] by x, and the end that Python means by none."""
-    x, dim, start, end, step = (*node.args, *(None,) * (5 - len(node.args)))
+    """Replaces x[:] by x, and an end of sys.maxsize by None."""
+    x = node_argument(node, 0)
+    arguments: list[Argument] = [*node.args, *[None] * (5 - len(node.args))]
+    dim, start, end, step = arguments[1:]
     if isinstance(end, int) and end == sys.maxsize:
         end = None
     if not start and end is None and step in (None, 1):
@@ -161,10 +177,10 @@ def _replace_slice(node: Node) -> None:
 
 
 def _name_sizes(node: Node) -> None:
-    """The size of the batch by -1: what is left over, or, of `expand`, as it is."""
+    """Replaces the size of the batch by -1: the remaining size in `reshape`, the unchanged size in `expand`."""
     shape = node.meta["val"].shape
     following = [i for i, size in enumerate(shape) if not isinstance(size, int)]
-    source = node.args[0].meta["val"].shape
+    source = node_argument(node, 0).meta["val"].shape
     if following == [0] and (node.target != aten.expand.default or not isinstance(source[0], int)):
         node.args = (node.args[0], [-1, *shape[1:]], *node.args[2:])
     elif not following:

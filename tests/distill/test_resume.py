@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from adderops.atomic import write_atomically
 from adderops.distill import Interrupted, log, train, trainer
 from adderops.distill.__main__ import main
-from adderops.files import write_atomically
 from distill.runs import TIMING, assert_same_state, rows_of
 
 COMMAND = [sys.executable, "-m", "adderops.distill"]
@@ -174,7 +174,7 @@ def test_a_write_killed_at_any_moment_leaves_the_old_file_or_the_new(tmp_path):
     size = 20_000_000
     program = f"""
 from pathlib import Path
-from adderops.files import write_atomically
+from adderops.atomic import write_atomically
 path, i = Path({str(tmp_path / "file")!r}), 0
 while True:
     write_atomically(path, bytes([i % 256]) * {size})

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from adderops.files import write_atomically
+from adderops.atomic import write_atomically
 
 WRITER = """
 import sys
 from pathlib import Path
-from adderops.files import write_atomically
+from adderops.atomic import write_atomically
 for i in range(150):
     write_atomically(Path(sys.argv[1]), sys.argv[2].encode() * 200_000)
 """

@@ -1,12 +1,12 @@
-"""An integer network as a file that is data: tensors and a graph in the safetensors format, nothing that is run.
+"""An integer network as a safetensors file: tensors and a graph, data only, with nothing that is executed.
 
     8 bytes      length of the header, little endian
-    header       JSON: the tensors' dtypes, shapes and places, and under `__metadata__` one text, `adderops.quant`
+    header       JSON: dtype, shape and position of each tensor, and in `__metadata__` one text, `adderops.quant`
     tensors      contiguous, in the order of the header
 
-The text is JSON again: `format`, `input`, `nodes`, `output` (adderops/quant/graph.py), `scheme`, `layers` (the grids),
-`facts`, and the `sha256` of all of it and the tensors.  The checksum finds damage; what a stranger may have made up is
-found by the checks of `graph` and `network`.
+The text is JSON as well: `format`, `input`, `nodes`, `output` (adderops/quant/graph.py), `scheme`, `layers` (the
+grids), `facts`, and the `sha256` of all of these and the tensors.  The checksum finds damage; the checks of `graph` and
+`network` find what somebody may have forged.
 """
 
 import hashlib
@@ -14,41 +14,58 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import safetensors.torch
 import torch
 from torch import Tensor, nn
+from torch.fx import GraphModule
 
-from adderops.files import write_atomically
+from adderops.atomic import write_atomically
 from adderops.quant.calibration import unwrapped
 from adderops.quant.checks import check, check_keys
+from adderops.quant.graph import tensors_of
 from adderops.quant.network import IntegerNetwork, document_of, restore
-from adderops.quant.network import tensors_of as tensors_of_network
 
 FORMAT = 2
 _KEY = "adderops.quant"
-_LONGEST_HEADER = 2**23  # bytes; that of ResNet-50 has 2**17
+_LONGEST_HEADER = 2**23  # bytes; ResNet-50 takes 2**17
 _SIZES = {"F32": 4, "U8": 1, "I8": 1, "I64": 8}
 
 
-def save(integer: nn.Module, example: Tensor, path: str | os.PathLike, facts: dict[str, Any] | None = None) -> None:
-    """Saves what `convert` returned as a safetensors file: tensors, and the graph as JSON; atomically.
+def save(
+    integer: nn.Module, example: Tensor, path: str | os.PathLike[str], facts: dict[str, Any] | None = None
+) -> None:
+    """Saves an integer network as a safetensors file, written atomically: tensors, and the graph as JSON.
 
     Args:
-        integer: the integer network.
-        example: an input (N, ...), of the shape and dtype that the network was converted for.
-        path: of the file (usually *.safetensors).
-        facts: what else shall be known of it (how images are normalized, say); anything that JSON can hold.
+        integer: what `convert` or `load` returned.
+        example: an input (N, ...) of the shape and dtype that the network was converted for.
+        path: the file to write, usually *.safetensors.
+        facts: anything else to keep with the network, such as the normalization of images; JSON must be able to
+            represent it.
 
     Raises:
-        TypeError: example is no tensor.
-        ValueError: a module that `convert` did not make, one with an operation outside of the closed list, an example
-            of another shape, or facts that JSON cannot hold.
+        TypeError: example is not a tensor.
+        ValueError: a module that `convert` did not return, an operation outside the closed list of docs/int8.md, an
+            example of another shape or dtype, or facts that JSON cannot hold.
         FileNotFoundError: the folder of path does not exist.
+
+    >>> import tempfile
+    >>> from adderops.models import lenet5
+    >>> from adderops.quant import calibrate, convert, reestimate_batchnorm
+    >>> images = torch.randn(8, 1, 32, 32)
+    >>> model = reestimate_batchnorm(lenet5(), [images]).eval()  # stands for training
+    >>> integer = convert(calibrate(model, [images]), images)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save(integer, images, f"{folder}/int8.safetensors", {"classes": 10})
+    ...     loaded, known = load(f"{folder}/int8.safetensors")
+    >>> torch.equal(loaded(images), integer(images)), known["facts"], known["scheme"]["bits"]
+    (True, {'classes': 10}, 8)
     """
     integer = unwrapped(integer)
     document = document_of(integer)
+    assert isinstance(integer, GraphModule)  # or it has been refused
     if not isinstance(example, Tensor):
         raise TypeError(f"save: example: expected a tensor, got {type(example).__name__}")
     source = document["input"]
@@ -62,7 +79,7 @@ def save(integer: nn.Module, example: Tensor, path: str | os.PathLike, facts: di
     except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"save: facts: expected what JSON can hold, got {error}") from error
     check(same and isinstance(document["facts"], dict), "save: facts", "a dict of what JSON gives back", facts)
-    tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors_of_network(integer).items()}
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors_of(integer).items()}
     restore({key: value for key, value in document.items() if key not in ("format", "facts")}, tensors)
     document["sha256"] = _checksum(document, tensors)
     content = safetensors.torch.save(tensors, {_KEY: _json(document)})
@@ -71,12 +88,14 @@ def save(integer: nn.Module, example: Tensor, path: str | os.PathLike, facts: di
     write_atomically(Path(path), content)
 
 
-def load(path: str | os.PathLike) -> tuple[IntegerNetwork, dict[str, Any]]:
-    """Loads what `save` wrote.  The file is data: nothing of it is run, whoever made it.
+def load(path: str | os.PathLike[str]) -> tuple[IntegerNetwork, dict[str, Any]]:
+    """Loads a network that `save` wrote; an example is at `save`.
+
+    The file is data: nothing in it is executed, whoever wrote it.
 
     Returns:
-        The network, and what is known of it: `input` (shape per image, dtype), `scheme`, `layers` (the grids by layer)
-        and `facts`.
+        The network, and a dict of what is known about it: `input` (name, shape with -1 for the batch, dtype), `scheme`,
+        `layers` (the grids per layer) and `facts`.
 
     Raises:
         FileNotFoundError: no such file.
@@ -98,8 +117,8 @@ def load(path: str | os.PathLike) -> tuple[IntegerNetwork, dict[str, Any]]:
     return network, {key: document[key] for key in ("input", "scheme", "layers")} | {"facts": facts}
 
 
-def _read(file, size: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The document and the tensors, of which no more is believed than the checksum shows."""
+def _read(file: BinaryIO, size: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Returns the document and the tensors, read whole and with the right checksum, otherwise unchecked."""
     prefix = file.read(8)
     if prefix[:4] == b"PK\3\4":
         raise ValueError(
@@ -126,7 +145,7 @@ def _read(file, size: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
     check(end == size - 8 - length, "tensors", f"{size - 8 - length} bytes", end)
     try:
         tensors = safetensors.torch.load(prefix + raw + file.read())
-    except Exception as error:  # the library's own kinds of errors
+    except Exception as error:  # of types of its own
         raise ValueError(f"tensors: {error}") from error
     document = _parsed(metadata[_KEY], "graph")
     keys = {"format", "input", "nodes", "output", "scheme", "layers", "facts", "sha256"}
@@ -140,7 +159,7 @@ def _read(file, size: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def _parsed(text: str | bytes, what: str) -> Any:
-    """JSON without the liberties of Python's: no key twice, no NaN, no depth without end."""
+    """Reads strict JSON: no duplicate key, no NaN, no unbounded depth."""
 
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         made = dict(pairs)
@@ -166,5 +185,5 @@ def _checksum(document: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str
     for name in sorted(tensors):
         tensor = tensors[name]
         digest.update(f"\n{name} {str(tensor.dtype)} {list(tensor.shape)}\n".encode())
-        digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy())
+        digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

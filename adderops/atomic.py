@@ -1,4 +1,4 @@
-"""Files that survive a kill at any moment: each is whole, the old one or the new one."""
+"""Atomic writing of files: if the process is killed at any moment, the file is whole, either the old or the new one."""
 
 import fcntl
 import os
@@ -9,13 +9,24 @@ from pathlib import Path
 
 
 def write_atomically(path: Path, content: bytes | memoryview) -> None:
-    """Writes a file through a temporary one beside it: a reader finds the old content or the new, after a crash too.
+    """Writes a file through a temporary one in the same folder, so that readers see the old content or the new one.
 
-    The file keeps its mode, and a symbolic link its target, which gets the content.  Writers of one path do not disturb
-    each other: the last to finish wins.  What is no regular file (a device, a pipe) is written in place.
+    This holds after a crash too. The file keeps its mode. Of a symbolic link the target is written. Several writers of
+    one path do not disturb each other: the last to finish wins. What is not a regular file (a device, a pipe) is
+    written in place.
+
+    Args:
+        path: the file to write, in an existing folder.
+        content: its new content.
 
     Raises:
-        OSError: with the name of the file.
+        OSError: the file cannot be written; the error has its name.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     write_atomically(Path(folder, "text"), b"content")
+    ...     Path(folder, "text").read_bytes()
+    b'content'
     """
     try:
         old = path.stat() if path.exists() else None
@@ -25,7 +36,7 @@ def write_atomically(path: Path, content: bytes | memoryview) -> None:
         else:
             _replace(Path(os.path.realpath(path)), content, None if old is None else stat.S_IMODE(old.st_mode))
     except OSError as error:
-        if error.errno is None:  # not of the system: it has a text of its own
+        if error.errno is None:  # not from the system: it has its own text
             raise
         raise OSError(error.errno, error.strerror, str(path)) from error
 
@@ -46,7 +57,7 @@ def _replace(path: Path, content: bytes | memoryview, mode: int | None) -> None:
         raise
     folder = os.open(path.parent, os.O_RDONLY)
     try:
-        os.fsync(folder)  # the new name itself must reach the disk
+        os.fsync(folder)  # so that the new name reaches the disk, too
     finally:
         os.close(folder)
 
@@ -56,7 +67,7 @@ def _prefix(path: Path) -> str:
 
 
 def _open_temporary(path: Path) -> tuple[Path, int]:
-    """Opens a file of this writer's own; it is locked while it is written, which tells it from an abandoned one."""
+    """Opens a new temporary file; it is locked while it is written, which tells it from an abandoned one."""
     while True:
         temporary = path.with_name(f"{_prefix(path)}{secrets.token_hex(8)}.tmp")
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
@@ -64,7 +75,7 @@ def _open_temporary(path: Path) -> tuple[Path, int]:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
         if os.fstat(descriptor).st_nlink:
             return temporary, descriptor
-        os.close(descriptor)  # taken for abandoned before it was locked
+        os.close(descriptor)  # another writer took it for abandoned before it was locked
 
 
 def _remove_abandoned(path: Path) -> None:
@@ -78,5 +89,5 @@ def _remove_abandoned(path: Path) -> None:
 
 
 def is_temporary(name: str) -> bool:
-    """Whether a file of this name is a part of one that a killed writer has left."""
+    """Returns whether a file of this name is a temporary file, possibly left by a killed writer."""
     return name.endswith(".tmp")

@@ -1,6 +1,8 @@
-"""Layers that compute in floats what their integer counterparts will: for calibration, testing and fine-tuning."""
+"""Fake-quantized layers, for calibration, testing and fine-tuning: they round inputs and weights in floating point."""
 
 import copy
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,14 +13,22 @@ from adderops.nn import AdderConv2d
 from adderops.quant.grid import Grid, cluster, excess
 from adderops.quant.scheme import Scheme
 
-ENDS_BITS = 8  # of the layers that multiply
-FLOAT_BITS = 32  # of layers that no batch reached: they stay in floats
+ENDS_BITS = 8  # of the first convolution and the classifier, which multiply
+FLOAT_BITS = 32  # marks a layer that no calibration batch reached: it is not quantized
 
 
 class Quantized(nn.Module):
-    """What the layers here share: the scheme, and what was seen of the inputs, in buffers that a state_dict carries."""
+    """Base of the fake-quantized layers: the scheme, and the observed range of the inputs in buffers of the state_dict.
+
+    Attributes:
+        plain_kind: the ordinary layer class that a class quantizes.
+        scheme: options of the quantization.
+        input_low, input_high: observed range of the inputs, float32 scalars; input_low <= 0 <= input_high.
+        bits: int64 scalar.
+    """
 
     plain_kind: type[nn.Module]
+    weight: Tensor
     scheme: Scheme
     input_low: Tensor
     input_high: Tensor
@@ -26,8 +36,9 @@ class Quantized(nn.Module):
 
     @classmethod
     def take_over(cls, layer: nn.Module, scheme: Scheme) -> None:
-        """Makes a layer of `plain_kind` one of this class: it stays the same object, with its parameters and hooks."""
+        """Turns a layer of `plain_kind` into this class; it stays the same object, with its parameters and hooks."""
         layer.__class__ = cls
+        assert isinstance(layer, Quantized)
         layer.scheme = scheme
         device = layer.weight.device
         layer.register_buffer("input_low", torch.zeros((), device=device))
@@ -40,12 +51,13 @@ class Quantized(nn.Module):
 
     def give_back(self) -> None:
         """Undoes `take_over`."""
-        self.__class__ = self.plain_kind
+        layer: nn.Module = self
+        layer.__class__ = self.plain_kind
         del self.scheme, self.input_low, self.input_high, self.bits
 
     def plain(self) -> nn.Module:
-        """A layer of `plain_kind` with the same numbers in parameters of its own, in evaluation mode."""
-        layer = copy.copy(self)
+        """Returns a layer of `plain_kind` with the same values in new parameters, in evaluation mode."""
+        layer: nn.Module = copy.copy(self)
         layer.__class__ = self.plain_kind
         layer._buffers = {}
         layer._parameters = {
@@ -56,15 +68,24 @@ class Quantized(nn.Module):
             layer.set_eta(None)
         return layer.eval()
 
+    def grids(self) -> list[tuple[Tensor, Grid]]:
+        """Returns (indices of the filters, grid) per group of filters."""
+        raise NotImplementedError
+
+    def input_grid(self) -> Grid:
+        """Returns the grid of the stored input."""
+        raise NotImplementedError
+
     @property
     def calibrated(self) -> bool:
+        """Whether a range of inputs has been observed."""
         return bool(self.input_high > self.input_low)
 
     @property
     def in_floats(self) -> bool:
-        """Whether no calibration batch reached the layer (an auxiliary head, say), so that it is not quantized.
+        """Whether the layer is not quantized because no calibration batch reached it, as in an auxiliary head.
 
-        `forward` asks this first, so it is what `torch.export` meets first, and refuses.
+        Raises RuntimeError under `torch.export`: `forward` reads this first, so the refusal comes before other errors.
         """
         if torch.compiler.is_exporting():
             raise RuntimeError(
@@ -74,7 +95,7 @@ class Quantized(nn.Module):
         return bool(self.bits == FLOAT_BITS)
 
     def range_of(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The range from `low` <= 0 to `high` >= 0 that covers a batch of inputs but for those beyond the rank."""
+        """Returns the range of a batch of inputs, low <= 0 and high >= 0, without the magnitudes beyond the rank."""
         x = x.detach().flatten().float()
         magnitude = x.abs()
         rank = self.scheme.rank if self.scheme.method == "redistribution" else 1.0
@@ -88,7 +109,16 @@ class Quantized(nn.Module):
                 "calibrate the model first, with inputs that are not all 0"
             )
 
-    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors) -> None:
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        metadata: dict[str, Any],
+        strict: bool,
+        missing: list[str],
+        unexpected: list[str],
+        errors: list[str],
+    ) -> None:
         bits, own = state_dict.get(prefix + "bits"), self._bits(self.scheme)
         if bits is not None and int(bits) not in (own, FLOAT_BITS):
             errors.append(f"{prefix}bits: expected {own}, got {int(bits)}")
@@ -96,24 +126,25 @@ class Quantized(nn.Module):
 
 
 class QuantAdderConv2d(Quantized, AdderConv2d):
-    r"""An `AdderConv2d` whose inputs and weights are rounded to one grid, with gradients straight through.
+    r"""A fake-quantized `AdderConv2d`: inputs and weights are rounded to one grid, with straight-through gradients.
 
     .. math:: Y = -\sum_k |Q(X) - Q(W)| - \sum_k |W - \mathrm{clip}(W)|
 
-    The clip is that of the grid, the second sum one number for each filter: what clipped weights lack of every
-    distance.  A module in evaluation gives what `adderops.quant.convert` makes of it, to the rounding of floats; in
-    training its gradients are the layer's own (AdderNet's, not the derivative) at the rounded numbers, those of inputs
-    beyond the grid 0.
+    Q rounds to the grid, clip clips to its range. The second sum is one number per filter: what clipping the weights
+    takes off every distance. In evaluation mode the output equals that of the integer layer which
+    `adderops.quant.convert` makes, up to float32 rounding. In training the gradients are AdderNet's, on purpose not
+    the derivative, at the rounded values; inputs outside the grid get 0.
 
-    Made of an `AdderConv2d` by `adderops.quant.insert`; the grids follow from the scheme and what `observe` was given.
+    `adderops.quant.insert` turns an `AdderConv2d` into this; the grids follow from the scheme and from what `observe`
+    has seen.
 
-    Source: arXiv 2212.10200; that inputs of one sign need weights of one sign only is ours.
+    Source: arXiv 2212.10200. That inputs of one sign need weights of one sign only is our addition.
     """
 
     plain_kind = AdderConv2d
 
     def grids(self) -> list[tuple[Tensor, Grid]]:
-        """Returns the filters of each group, and their grid."""
+        """Returns (indices of the filters, grid) per group of filters."""
         self._check_calibrated()
         w, scheme = self.weight.detach(), self.scheme
         low, high = self.input_low.item(), self.input_high.item()
@@ -131,37 +162,40 @@ class QuantAdderConv2d(Quantized, AdderConv2d):
         ]
 
     def input_grid(self) -> Grid:
-        """The grid in which the layer's input is stored: its own, or one of 8 bits that each group rounds again."""
+        """Returns the grid of the stored input: the layer's only one, or one of 8 bits that each group rounds again."""
         grids = self.grids()
         return grids[0][1] if len(grids) == 1 else Grid.over(self.input_low.item(), self.input_high.item(), 8)
 
     def forward(self, input: Tensor) -> Tensor:
+        """Returns what the integer layer will compute, in floating point; shapes as `AdderConv2d`."""
         if self.in_floats:
             return AdderConv2d.forward(self, input)
         padding = self.padding
         if self.padding_mode != "zeros":
-            input, padding = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode), 0
-        geometry = (self.stride, padding, self.dilation, self.groups)
+            input, padding = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode), (0, 0)
+        convolve = partial(
+            adder_conv2d, stride=self.stride, padding=padding, dilation=self.dilation, groups=self.groups
+        )
         grids, weight = self.grids(), self.rated_weight()
         if len(grids) == 1:
             grid = grids[0][1]
-            return adder_conv2d(grid.round(input), *self._rounded(weight, self.bias, grid), *geometry)
+            return convolve(grid.round(input), *self._rounded(weight, self.bias, grid))
         stored = self.input_grid()
         x = stored.round(input)
         outputs = []
         for filters, grid in grids:
             bias = None if self.bias is None else self.bias[filters]
-            y = adder_conv2d(grid.round(x), *self._rounded(weight[filters], bias, grid), *geometry)
+            y = convolve(grid.round(x), *self._rounded(weight[filters], bias, grid))
             beyond = grid.beyond(stored)
-            if beyond is not None:  # what inputs lose by clipping is the same for all filters
+            if beyond is not None:  # what clipping takes off the inputs is the same for all filters
                 clipped = (x - x.clamp(grid.low, grid.high)).abs()
-                y = y + adder_conv2d(beyond.round(clipped), torch.zeros_like(weight[:1]), None, *geometry)
+                y = y + convolve(beyond.round(clipped), torch.zeros_like(weight[:1]))
             outputs.append(y)
         order = torch.cat([filters for filters, _ in grids]).argsort().to(input.device)
         return torch.cat(outputs, 1).index_select(1, order)
 
     def _rounded(self, weight: Tensor, bias: Tensor | None, grid: Grid) -> tuple[Tensor, Tensor]:
-        """The weights on the grid, their gradient straight through, and the bias with what clipping takes off."""
+        """Returns the rounded weights, with straight-through gradient, and the bias less what clipping takes off."""
         fixed = weight.detach()
         lost = -excess(fixed, grid)
         return weight + (grid.round(fixed) - fixed), lost if bias is None else bias + lost
@@ -171,47 +205,52 @@ class QuantAdderConv2d(Quantized, AdderConv2d):
 
 
 class QuantizedEnd(Quantized):
-    """First convolution or classifier: inputs on a grid, each filter on one of its own that has 0 in the middle."""
+    """A fake-quantized first convolution or classifier: one grid for the inputs, a symmetric one per filter."""
 
     @staticmethod
     def _bits(scheme: Scheme) -> int:
         return ENDS_BITS
 
     def input_grid(self) -> Grid:
+        """Returns the grid of the inputs."""
         self._check_calibrated()
         return Grid.over(self.input_low.item(), self.input_high.item(), ENDS_BITS)
 
     def grids(self) -> list[tuple[Tensor, Grid]]:
+        """Returns (indices of all filters, grid of the inputs)."""
         return [(torch.arange(len(self.weight)), self.input_grid())]
 
     def weight_scales(self) -> Tensor:
-        """(C_out): what one step of each filter's grid is."""
+        """Returns the step of the grid of each filter: (C_out), in units of the weights."""
         largest = self.weight.detach().abs().flatten(1).amax(1)
         return largest.clamp(min=torch.finfo(torch.float32).tiny) / (2 ** (ENDS_BITS - 1) - 1)
 
     def rounded_weight(self) -> Tensor:
+        """Returns the weights on their grids, with straight-through gradient."""
         scales = self.weight_scales().view(-1, *(1,) * (self.weight.dim() - 1))
         w = self.weight
         return w + ((w.detach() / scales).round() * scales - w.detach())
 
 
 class QuantConv2d(QuantizedEnd, nn.Conv2d):
-    """A convolution with inputs and weights rounded to 8 bits, gradients straight through."""
+    """A fake-quantized `nn.Conv2d`: inputs and weights are rounded to 8 bits, with straight-through gradients."""
 
     plain_kind = nn.Conv2d
 
     def forward(self, input: Tensor) -> Tensor:
+        """Returns the convolution of rounded inputs with rounded weights; shapes as `nn.Conv2d`."""
         if self.in_floats:
             return super().forward(input)
         return self._conv_forward(self.input_grid().round(input), self.rounded_weight(), self.bias)
 
 
 class QuantLinear(QuantizedEnd, nn.Linear):
-    """A linear layer with inputs and weights rounded to 8 bits, gradients straight through."""
+    """A fake-quantized `nn.Linear`: inputs and weights are rounded to 8 bits, with straight-through gradients."""
 
     plain_kind = nn.Linear
 
     def forward(self, input: Tensor) -> Tensor:
+        """Returns the product of rounded inputs and rounded weights; shapes as `nn.Linear`."""
         if self.in_floats:
             return super().forward(input)
         return F.linear(self.input_grid().round(input), self.rounded_weight(), self.bias)

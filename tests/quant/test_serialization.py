@@ -22,7 +22,7 @@ from adderops import AdderConv2d, AdderLinear
 from adderops import convert as convert_to_adder
 from adderops.export import export_program
 from adderops.models import ARCHITECTURES, create_model, lenet5
-from adderops.quant import IntegerNetwork, Scheme, calibrate, convert, files, load, reestimate_batchnorm, save
+from adderops.quant import IntegerNetwork, Scheme, calibrate, convert, load, reestimate_batchnorm, save, serialization
 
 FUZZ = int(os.environ.get("ADDEROPS_FUZZ", 30))
 
@@ -217,8 +217,8 @@ def written(path, document, tensors):
     """The same with the right checksum: what somebody could make up."""
     document = {key: value for key, value in document.items() if key != "sha256"}
     try:
-        document["sha256"] = files._checksum(document, tensors)
-        path.write_bytes(safetensors.torch.save(tensors, {"adderops.quant": files._json(document)}))
+        document["sha256"] = serialization._checksum(document, tensors)
+        path.write_bytes(safetensors.torch.save(tensors, {"adderops.quant": serialization._json(document)}))
     except (ValueError, UnicodeEncodeError):  # of NaN
         text = json.dumps(document | {"sha256": "0"})
         path.write_bytes(safetensors.torch.save(tensors, {"adderops.quant": text}))
@@ -461,4 +461,4 @@ def test_made_up_files_are_refused_or_run(path, images):
 def test_no_key_twice(path):
     document, _ = parts(path)
     with pytest.raises(ValueError, match="each key once"):
-        files._parsed('{"a": {"b": 1, "b": 2}}', "graph")
+        serialization._parsed('{"a": {"b": 1, "b": 2}}', "graph")
