@@ -4,8 +4,9 @@
 
 namespace adderops {
 namespace cuda {
+namespace {
 
-cudaError_t launch_quantize(const QuantizeArgs& args, cudaStream_t stream) {
+cudaError_t run(const QuantizeArgs& args, const Device&, const Choice&, void*, cudaStream_t stream) {
   const int64_t channels = blocks(args.C, kQuantizeChannels);
   const dim3 grid((unsigned)blocks(args.N * args.H * args.W, kQuantizePixels),
                   (unsigned)(channels < 65535 ? channels : 65535));
@@ -14,6 +15,10 @@ cudaError_t launch_quantize(const QuantizeArgs& args, cudaStream_t stream) {
   });
   return cudaGetLastError();
 }
+
+}  // namespace
+
+extern const Pass<QuantizeArgs> kQuantize = {nullptr, run, 0};
 
 }  // namespace cuda
 }  // namespace adderops

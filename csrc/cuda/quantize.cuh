@@ -7,6 +7,7 @@
 // Block: 64 pixels x at most 64 channels through shared memory: neighbouring threads read along the dense channels of
 // x, or else along its pixels, and write along the channels of y.  grid (tiles of pixels, tiles of channels).
 #pragma once
+#include "../args/quantize.h"
 #include "dialect.cuh"
 
 namespace adderops {

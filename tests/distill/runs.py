@@ -1,10 +1,13 @@
-"""A small image set in its true format, and comparisons of run folders."""
+"""A small image set in its true format, its task, and comparisons of run folders."""
 
 import csv
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 
+from adderops.distill import METHODS, Options, Task, trainer
+from adderops.distill.build import build_optimizer
 from adderops.distill.data import IDX_FILES
 from distill.idx_files import idx_bytes
 
@@ -25,6 +28,19 @@ def write_bars(folder: Path, train: int = 128, test: int = 40) -> None:
     """Writes the four idx files."""
     for array, name in zip((*_bars(train, seed=1), *_bars(test, seed=2)), IDX_FILES, strict=True):
         (folder / name).write_bytes(idx_bytes(array))
+
+
+def build_task(options: Options) -> Task:
+    """Builds networks and task for images of bars."""
+    config, bars = options.resolve(), SimpleNamespace(in_channels=1, num_classes=4)
+    return METHODS[config.method].build(config, bars, torch.device("cpu"))
+
+
+def keep_tasks(monkeypatch) -> list[Task]:
+    """Returns a list that gets the task of each training from now on."""
+    tasks: list[Task] = []
+    monkeypatch.setattr(trainer, "build_optimizer", lambda c, task: tasks.append(task) or build_optimizer(c, task))
+    return tasks
 
 
 def rows_of(log: Path) -> list[dict[str, str]]:

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from adderops.distill import Config, comparison, train
+from adderops.distill import Config, Options, comparison, train
 from adderops.distill.__main__ import main
 from adderops.distill.checkpoint import load_state_dict
 from adderops.distill.comparison import table
@@ -224,13 +224,13 @@ def test_without_a_teacher_there_is_nothing_to_compare(arguments, tmp_path, caps
 
 def test_seeds_are_for_comparisons():
     with pytest.raises(ValueError, match="seeds: expected none for the method pkkd, got 3"):
-        Config(method="pkkd", seeds=3)
+        Options(method="pkkd", seeds=3)
 
 
 def test_only_the_default_has_few_images_and_several_seeds():
-    default = Config().resolve()
+    default = Options().resolve()
     assert (default.data, default.train_images, default.validation, default.seeds) == ("digits", 100, 1000, 5)
     for given in ({"data": "digits"}, {"arch": "resnet20"}, {"data": "fashion-mnist"}):
-        chosen = Config(**given).resolve()
+        chosen = Options(**given).resolve()
         assert (chosen.train_images, chosen.validation, chosen.augment, chosen.seeds) == (None, 0, None, 1)
-    assert Config(method="cnn").resolve().seeds is None
+    assert Options(method="cnn").resolve().seeds is None

@@ -8,11 +8,9 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 from adderops import AdderConv2d
 from adderops.distill import Interrupted, train, trainer
-from adderops.distill.build import build_task
-from adderops.distill.checkpoint import load_checkpoint
 from adderops.distill.schedule import cosine
 from adderops.models import create_model, lenet5
-from distill.runs import assert_same_state, rows_of
+from distill.runs import assert_same_state, build_task, keep_tasks, rows_of
 
 
 def load(path) -> dict[str, torch.Tensor]:
@@ -21,11 +19,8 @@ def load(path) -> dict[str, torch.Tensor]:
 
 @pytest.fixture
 def steps(monkeypatch):
-    """What the optimizer is given: {"gradients": a dict by name a step}, and the task built."""
-    seen = {"gradients": [], "tasks": []}
-    monkeypatch.setattr(
-        trainer, "build_task", lambda *args: seen["tasks"].append(build_task(*args)) or seen["tasks"][-1]
-    )
+    """What the optimizer is given: {"gradients": a dict by name per step}, and the task built."""
+    seen = {"gradients": [], "tasks": keep_tasks(monkeypatch)}
 
     def record(*_):
         named = seen["tasks"][-1].named_parameters()
@@ -84,14 +79,8 @@ def test_clipping_leaves_the_adder_layers_alone(config, data, tmp_path, steps):
 @pytest.mark.parametrize("method, role", [("pkkd", "student"), ("cnn", "teacher")])
 def test_ema_is_the_moving_average_of_the_weights(config, data, tmp_path, monkeypatch, method, role):
     """Written out: a' = decay a + (1 - decay) w after each step, from the initial weights; BatchNorm's too."""
-    decay, tasks, average = 0.9, [], {}
+    decay, tasks, average = 0.9, keep_tasks(monkeypatch), {}
     config = replace(config, method=method, ema=decay, reestimate_batchnorm=0)
-
-    def build(*args):
-        tasks.append(build_task(*args))
-        return tasks[-1]
-
-    monkeypatch.setattr(trainer, "build_task", build)
 
     def follow(*_):
         for name, value in tasks[-1].networks[role].state_dict().items():
@@ -124,7 +113,7 @@ def test_ema_is_the_moving_average_of_the_weights(config, data, tmp_path, monkey
 def test_initial_weights_are_those_of_the_file(config, data, tmp_path):
     state = lenet5("adder", 1, 4).state_dict()
     torch.save({f"module.{name}": value for name, value in state.items()}, tmp_path / "w.pt")
-    task = build_task(replace(config, initial=str(tmp_path / "w.pt")).resolve(), 1, 4, torch.device("cpu"))
+    task = build_task(replace(config, initial=str(tmp_path / "w.pt")))
     assert_same_state(dict(task.networks["student"].state_dict()), dict(state))
 
 
@@ -134,8 +123,8 @@ def test_initial_weights_are_those_of_the_file(config, data, tmp_path):
 def test_a_classifier_of_other_classes_starts_anew(config, tmp_path, capsys, arch, head):
     state = create_model(arch, "adder", 1, 7).state_dict()
     torch.save(state, tmp_path / "w.pt")
-    config = replace(config, arch=arch, initial=str(tmp_path / "w.pt")).resolve()
-    student = build_task(config, 1, 4, torch.device("cpu")).networks["student"].state_dict()
+    config = replace(config, arch=arch, initial=str(tmp_path / "w.pt"))
+    student = build_task(config).networks["student"].state_dict()
     assert "another number of classes" in capsys.readouterr().out
     for name, value in student.items():
         if name in head:
@@ -146,8 +135,7 @@ def test_a_classifier_of_other_classes_starts_anew(config, tmp_path, capsys, arc
 
 def test_rifle_redraws_the_classifier_after_every_period_but_the_last(config, data, tmp_path, monkeypatch):
     """Six epochs in periods of two: new weights before epochs 3 and 5, its learning rate 1, .5, 1, .5, 1, .5 of lr."""
-    tasks, rates, heads, momentum = [], [], [], []
-    monkeypatch.setattr(trainer, "build_task", lambda *args: tasks.append(build_task(*args)) or tasks[-1])
+    tasks, rates, heads, momentum = keep_tasks(monkeypatch), [], [], []
 
     def record(optimizer, *_):
         rates.append({group["name"]: group["lr"] for group in optimizer.param_groups})
@@ -170,7 +158,7 @@ def test_rifle_redraws_the_classifier_after_every_period_but_the_last(config, da
         assert heads[i].abs().max() <= bound
     assert not torch.equal(heads[16], heads[32])
     assert [i for i, has in enumerate(momentum) if not has] == [0, 16, 32]
-    initial = build_task(config.resolve(), 1, 4, torch.device("cpu")).networks["student"]
+    initial = build_task(config).networks["student"]
     assert torch.equal(heads[0], initial.fc.weight), "drawn anew at the start: fine-tuning would lose its classifier"
 
 
@@ -193,19 +181,6 @@ def test_rifle_continues_as_uninterrupted(config, data, tmp_path):
     train(config, data, tmp_path / "stopped")
     for name in ("checkpoint.pt", "student.pt", "student_ema.pt"):
         assert_same_state(load(tmp_path / "stopped" / name), load(tmp_path / "whole" / name), name)
-
-
-# --- kernel widths ---
-
-
-def test_learned_widths_are_trained_without_weight_decay(config, data, tmp_path):
-    train(replace(config, width="learned"), data, tmp_path)
-    state = load_checkpoint(tmp_path / "checkpoint.pt")
-    groups = {group["name"]: group for group in state["optimizer"]["param_groups"]}
-    assert groups["widths"]["weight_decay"] == 0.0 and len(groups["widths"]["params"]) == 2
-    layers = rows_of(tmp_path / "layers.csv")
-    widths = [[row["width_a"] for row in layers if row["layer"] == "conv3" and row["epoch"] == e] for e in "12"]
-    assert widths[0] != widths[1]
 
 
 # --- how it is computed ---
@@ -233,7 +208,7 @@ def test_amp_computes_convolutions_in_bfloat16_and_adder_layers_in_float32(confi
     dtypes = {torch.nn.Conv2d: set(), AdderConv2d: set()}
     for layer in dtypes:
         monkeypatch.setattr(layer, "forward", lambda self, x, f=layer.forward, k=layer: _record(dtypes[k], f(self, x)))
-    summary = train(replace(config, amp=True, epochs=4), data, tmp_path)
+    summary = train(replace(config, amp="bfloat16", epochs=4), data, tmp_path)
     assert dtypes == {torch.nn.Conv2d: {torch.bfloat16}, AdderConv2d: {torch.float32}}
     assert summary["student_train_accuracy"] > 0.5  # four classes
     assert all(value.dtype != torch.bfloat16 for value in load(tmp_path / "student.pt").values())

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from adderops.distill import Config, load_data, train
+from adderops.distill import Options, load_data, train
 from adderops.distill.__main__ import main
 from adderops.distill.data import calibration_batches
 from adderops.distill.loop import Loop
@@ -23,7 +23,7 @@ def _one_thread(set_threads):
 @pytest.fixture(scope="module")
 def trained(folder_of_bars, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "pkkd"
-    config = Config(data=str(folder_of_bars), method="pkkd", epochs=4, batch_size=16, lr=0.05, threads=1)
+    config = Options(data=str(folder_of_bars), method="pkkd", epochs=4, batch_size=16, lr=0.05, threads=1)
     train(config, load_data(config.data), folder)
     return folder
 
@@ -32,7 +32,7 @@ def trained(folder_of_bars, tmp_path_factory) -> Path:
 def tuned(trained, folder_of_bars) -> Path:
     """Two epochs more at 4 bits."""
     options = dict(method="plain", bits=4, initial=str(trained / "student.pt"))
-    config = Config(data=str(folder_of_bars), epochs=2, batch_size=16, lr=0.01, threads=1, **options)
+    config = Options(data=str(folder_of_bars), epochs=2, batch_size=16, lr=0.01, threads=1, **options)
     train(config, load_data(config.data), trained.parent / "tuned")
     return trained.parent / "tuned"
 
@@ -161,8 +161,8 @@ def test_a_resumed_tuning_ends_with_the_same_bits(tuned, trained, tmp_path):
 
 def test_bits_need_a_network_to_start_from():
     with pytest.raises(ValueError, match="bits: expected a trained adder network to start from .initial., got none"):
-        Config(method="plain", bits=4)
+        Options(method="plain", bits=4)
     with pytest.raises(ValueError, match="bits: expected a trained adder network"):
-        Config(method="cnn", bits=4, initial="teacher.pt")
+        Options(method="cnn", bits=4, initial="teacher.pt")
     with pytest.raises(ValueError, match="bits: expected a finite number of at least 2 and at most 8, got 9"):
-        Config(method="plain", bits=9, initial="student.pt")
+        Options(method="plain", bits=9, initial="student.pt")

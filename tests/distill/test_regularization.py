@@ -2,20 +2,21 @@
 
 import json
 import signal
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import pytest
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from adderops.distill import Interrupted, LabelLoss, train, trainer
+from adderops.distill import Interrupted, LabelLoss, PKKDTask, train, trainer
 from adderops.distill.__main__ import main
-from adderops.distill.build import build_label_loss, build_mix, build_task
+from adderops.distill.build import build_mix
 from adderops.distill.checkpoint import load_checkpoint, save_checkpoint
+from adderops.distill.config import DROPPED
 from adderops.distill.evaluate import correct
 from adderops.distill.run_folder import RunFolder
 from adderops.models import create_model
-from distill.runs import TIMING, assert_same_state, rows_of
+from distill.runs import TIMING, assert_same_state, keep_tasks, rows_of
 
 CPU = torch.device("cpu")
 
@@ -92,24 +93,24 @@ def test_label_loss_is_the_formula():
 def test_smoothing_and_weights_reach_both_networks(config, data, role):
     images, labels = torch.randn(8, 1, 32, 32), torch.arange(8) % 4
     config = config.resolve()
-    plain = build_task(config, 1, 4, CPU, build_label_loss(config, data))(images, labels)
+    plain = PKKDTask.build(config, data, CPU)(images, labels)
     for changes in ({"label_smoothing": 0.2}, {"class_weights": "1,2,3,4"}):
         changed = replace(config, **changes)
-        losses = build_task(changed, 1, 4, CPU, build_label_loss(changed, data))(images, labels)
+        losses = PKKDTask.build(changed, data, CPU)(images, labels)
         logits = losses.logits[role]
         assert torch.equal(logits, plain.logits[role])
-        expected = build_label_loss(changed, data)(logits, labels)
+        expected = LabelLoss.build(changed, data)(logits, labels)
         assert losses.terms[f"{role}_ce"].item() == expected.item() != plain.terms[f"{role}_ce"].item()
 
 
 def test_balanced_weights_are_the_inverse_of_the_numbers_of_images(config, data):
     held = data.train.labels
     uneven = replace(data, train=type(data.train)(data.train.source, data.train.indices[held < 2], *_statistics(data)))
-    weights = build_label_loss(replace(config, class_weights="balanced").resolve(), uneven).class_weights
+    weights = LabelLoss.build(replace(config, class_weights="balanced").resolve(), uneven).class_weights
     counts = uneven.train.labels.bincount(minlength=4)
     assert weights[:2].tolist() == pytest.approx([len(uneven.train) / (4 * n) for n in counts[:2].tolist()])
     with pytest.raises(ValueError, match="class_weights: expected 4, one for each class, got 2"):
-        build_label_loss(replace(config, class_weights="1,2").resolve(), data)
+        LabelLoss.build(replace(config, class_weights="1,2").resolve(), data)
 
 
 def _statistics(data):
@@ -250,8 +251,7 @@ def test_test_accuracy_follows_the_training_accuracy_from_the_start(tmp_path, se
 
 
 def test_float16_scales_the_loss_and_adder_layers_keep_their_rate(config, data, tmp_path, monkeypatch):
-    tasks, rms = [], []
-    monkeypatch.setattr(trainer, "build_task", lambda *a: tasks.append(build_task(*a)) or tasks[-1])
+    tasks, rms = keep_tasks(monkeypatch), []
     dtypes = set()
     conv = torch.nn.Conv2d.forward
     monkeypatch.setattr(torch.nn.Conv2d, "forward", lambda self, x: _record(dtypes, conv(self, x)))
@@ -313,7 +313,7 @@ def test_a_teacher_of_another_architecture_and_its_pretrained_file(tmp_path, set
 
 
 def test_a_run_of_an_older_version_is_continued(config, data, tmp_path):
-    """Its configuration and its checkpoint have fewer entries, and `amp` is true or false."""
+    """Its configuration and its checkpoint have other entries, and `amp` is true or false."""
     config = replace(config, amp="bfloat16", reestimate_batchnorm=512, epochs=3)
     train(config, data, tmp_path / "whole")
     interrupted(config, data, tmp_path / "old", after=11)
@@ -322,7 +322,7 @@ def test_a_run_of_an_older_version_is_continued(config, data, tmp_path):
     new = (
         "test_every patience label_smoothing mixup cutmix class_weights warmup_epochs reestimate_batchnorm teacher_arch"
     )
-    old_config = {k: v for k, v in asdict(config.resolve()).items() if k not in new.split()} | {"amp": True}
+    old_config = {k: v for k, v in config.resolve().flat().items() if k not in new.split()} | {"amp": True} | DROPPED
     for group in state["optimizer"]["param_groups"]:
         del group["initial_lr"]
     del state["sums"]["images"]

@@ -12,7 +12,7 @@ import torch
 from scipy.stats import laplace, norm
 from torch import nn
 
-from adderops.distill import Config, load_data, train
+from adderops.distill import Options, load_data, train
 from adderops.distill.__main__ import main
 from adderops.distill.figures import (
     draw_accuracy,
@@ -35,7 +35,7 @@ def runs(folder_of_bars, tmp_path_factory) -> dict[str, RunFolder]:
     before, folder = torch.get_num_threads(), tmp_path_factory.mktemp("runs")
     data = load_data(str(folder_of_bars))
     for method in ("pkkd", "plain", "cnn"):
-        config = Config(data=str(folder_of_bars), method=method, epochs=2, batch_size=16, lr=0.02, threads=1)
+        config = Options(data=str(folder_of_bars), method=method, epochs=2, batch_size=16, lr=0.02, threads=1)
         train(config, data, folder / method)
     torch.set_num_threads(before)
     return {method: RunFolder.load(folder / method) for method in ("pkkd", "plain", "cnn")}

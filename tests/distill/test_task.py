@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from adderops.distill import FeatureMatch, PKKDTask, SingleTask
+from adderops.distill import Distillation, FeatureMatch, PKKDTask, SingleTask
 from adderops.distill.methods.pkkd import imitation_loss
 from adderops.models import IntermediateOutputs, lenet5
 
@@ -26,9 +26,9 @@ def batch() -> tuple[Tensor, Tensor]:
     return torch.randn(4, 1, 32, 32), torch.tensor([0, 1, 3, 3])
 
 
-def small_task(match: bool = True, **options) -> PKKDTask:
+def small_task(**options) -> PKKDTask:
     networks = (lenet5(kind, num_classes=5) for kind in ("cnn", "adder"))
-    return PKKDTask(*networks, FeatureMatch([16, 120, 84]) if match else None, **options)
+    return PKKDTask(*networks, Distillation(**options))
 
 
 def softmax_written_out(logits: list[float], temperature: float = 1.0) -> list[float]:
@@ -65,18 +65,19 @@ def test_imitation_loss_of_the_teacher_itself_is_zero_and_its_gradient_that_of_t
     assert torch.equal(ours, torch.autograd.grad(literal, student)[0])
 
 
-@pytest.mark.parametrize("match", [True, False])
+@pytest.mark.parametrize("features", ["kernel+1x1", "none"])
 @pytest.mark.parametrize("temperature", [None, 1.0, 2.0])
 @pytest.mark.parametrize("alpha, beta", [(1.0, 0.1), (0.3, 2.0), (0.0, 0.0)])
-def test_student_loss_is_the_formula(batch, match, temperature, alpha, beta):
+def test_student_loss_is_the_formula(batch, features, temperature, alpha, beta):
     images, labels = batch
-    losses = small_task(match, alpha=alpha, beta=beta, temperature=temperature)(images, labels)
+    imitation = {"logits": False} if temperature is None else {"temperature": temperature}
+    losses = small_task(features=features, alpha=alpha, beta=beta, **imitation)(images, labels)
     terms = {name: term.item() for name, term in losses.terms.items()}
     one_hot = torch.eye(5)[labels].tolist()
     student, teacher = losses.logits["student"], losses.logits["teacher"]
     assert terms["student_ce"] == pytest.approx(cross_entropy_written_out(student, one_hot), rel=1e-6)
     assert terms["teacher_ce"] == pytest.approx(cross_entropy_written_out(teacher, one_hot), rel=1e-6)
-    assert ("imitation" in terms, "l_mid" in terms) == (temperature is not None, match)
+    assert ("imitation" in terms, "l_mid" in terms) == (temperature is not None, features != "none")
     imitation, l_mid = terms.get("imitation", 0.0), terms.get("l_mid", 0.0)
     assert terms["student_loss"] == pytest.approx(alpha * terms["student_ce"] + imitation + beta * l_mid, rel=1e-6)
     assert losses.total.item() == pytest.approx(terms["student_loss"] + terms["teacher_ce"], rel=1e-6)
@@ -124,7 +125,7 @@ def test_every_other_parameter_is_trained_by_the_student_loss(batch):
 
 
 def test_frozen_teacher_is_as_in_testing_and_stays(batch):
-    task = small_task(frozen=True)
+    task = small_task(teacher="frozen")
     teacher = task.networks["teacher"]
     for norm in (m for m in teacher.modules() if isinstance(m, nn.BatchNorm2d)):
         norm.running_mean += 0.1
@@ -178,16 +179,15 @@ def test_diagnosis_measures_without_touching(batch):
     assert diagnosis["gradient_ratio"].tolist() == pytest.approx(expected, rel=1e-6)
     assert diagnosis["width_a"].tolist() == pytest.approx([y.abs().mean().item() for y in losses.outputs])
     assert diagnosis.keys() == {"gradient_ratio", "l_mid", "var_yc", "width_a", "width_c"}
-    assert small_task(match=False).diagnose(losses) == {}
+    assert small_task(features="none").diagnose(losses) == {}
 
 
 @pytest.mark.parametrize("features", ["kernel+1x1", "kernel", "1x1"])
-@pytest.mark.parametrize("width", ["batch", "learned", "fixed"])
-def test_a_step_mixes_no_devices(features, width):
+def test_a_step_mixes_no_devices(features):
     """On the meta device, where a tensor left on the CPU is as wrong as beside a GPU; the path of L_mid is a GPU's."""
     with torch.device("meta"):
         networks = (lenet5(kind, num_classes=5) for kind in ("cnn", "adder"))
-        task = PKKDTask(*networks, FeatureMatch([16, 120, 84], features=features, width=width)).float()
+        task = PKKDTask(*networks, Distillation(features=features)).float()
         images, labels = torch.empty(4, 1, 32, 32, dtype=torch.float32), torch.empty(4, dtype=torch.int64)
     optimizer = torch.optim.SGD([p for p in task.parameters() if p.requires_grad], 0.1, momentum=0.9)
     losses = task(images, labels)
@@ -197,10 +197,3 @@ def test_a_step_mixes_no_devices(features, width):
     losses.total.backward()
     optimizer.step()
     assert losses.total.is_meta and all(p.grad.is_meta for p in task.parameters() if p.requires_grad)
-
-
-def test_networks_that_do_not_match_are_refused():
-    other = nn.Sequential(nn.Conv2d(1, 6, 5), nn.Conv2d(6, 16, 5), nn.Flatten(), nn.Linear(9216, 5))
-    expected = r"teacher: expected matched layers of \[16, 120, 84\] channels, got \[16, 16, 16\]"
-    with pytest.raises(ValueError, match=expected):
-        PKKDTask(other, lenet5("adder"), FeatureMatch([16, 120, 84]))

@@ -154,7 +154,7 @@ def _forward() -> Iterator[Instance]:
         for i, tile in enumerate(_tiles("forward.cu", Tile, element)):
             yield Instance(
                 "forward.cuh",
-                _name("forward_kernel", element, tile.text, _enum("Layout", layout), _enum("Form", form)),
+                _name("forward_kernel", element, tile.text, _enum("Layout", layout), _enum("Formula", form)),
                 f"forward {_ELEMENTS[element]} {form_name} {layout_name}",
                 str(tile),
                 ("FADD", 2) if form == 0 else ("FMNMX", 1),
@@ -230,10 +230,8 @@ def _others() -> Iterator[Instance]:
         yield Instance("grad_w.cuh", _name("grad_w_finish_kernel", element), f"grad_w finish {name}")
         yield Instance("grad_w.cuh", _name("channels_kernel", element), f"grad_w dense channels {name}")
     for element, name in {**_ELEMENTS, "double": "float64"}.items():
-        for gradient, purpose in enumerate(("forward", "grad_x")):
-            arguments = (element, _enum("Gradient", gradient))
-            yield Instance("direct.cuh", _name("direct_kernel", *arguments), f"{purpose} {name} direct.cuh")
-        yield Instance("direct.cuh", _name("direct_grad_w_kernel", element), f"grad_w {name} direct.cuh")
+        for purpose in ("forward", "grad_x", "grad_w"):
+            yield Instance("direct.cuh", _name(f"direct_{purpose}_kernel", element), f"{purpose} {name} direct.cuh")
 
 
 INSTANCES = [*_forward(), *_gradients(), *_int8(), *_others()]

@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = [
-    "tests/native/kernels_against_definition.cpp",
+    "tests/ops/native/kernels_against_definition.cpp",
     "csrc/cpu/select.cpp",
     *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc/cpu").glob("kernels_*.cpp")),
 ]

@@ -13,7 +13,7 @@
 #include <source_location>
 #include <tuple>
 
-#include "elements.h"
+#include "definition/elements.h"
 
 #define __global__
 #define __device__

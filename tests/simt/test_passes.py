@@ -1,7 +1,7 @@
 """The CUDA kernels, the very same source, run on the host against the float64 reference: values, order, races.
 
-Every kernel that csrc/cuda launches, each tile, type, layout and form of it, over shapes that are ragged against it;
-see docs/cuda.md for what that proves and what not.
+Every kernel that csrc/cuda launches, with each tile, type, layout and formula, on shapes that are ragged
+against it; docs/cuda.md says what that proves and what it does not.
 """
 
 from itertools import product
@@ -44,7 +44,7 @@ LAYOUTS = {
     "sliced": sliced,
     "channel-slice": channel_slice,
 }
-# Lanes and columns of the tiles, as csrc/cuda/<pass>.cu has them: of float32, and of the halves from sm_80 on.
+# kM x kN of the tiles, as csrc/cuda/<pass>.cu has them: for float32, and for the halves from sm_80 on.
 TILES = {
     "forward": (((128, 128), (64, 128), (32, 128), (16, 128), (64, 64)), ((64, 128), (32, 128), (16, 128))),
     "grad_x": (((64, 128), (32, 128), (16, 128)),) * 2,
@@ -52,11 +52,11 @@ TILES = {
 }
 
 
-def compute(passes: host.Passes, name: str, c: Case, i: Inputs, **how) -> torch.Tensor:
+def compute(passes: host.Kernels, name: str, c: Case, i: Inputs, **how) -> torch.Tensor:
     operands = (i.x, i.w) if name == "forward" else (i.grad_y, i.x, i.w)
     stride, padding, dilation, groups = c.stride, c.padding, c.dilation, c.groups
     bias = i.bias if name == "forward" else None
-    return passes.run(
+    return passes.conv2d(
         name, *operands, bias=bias, stride=stride, padding=padding, dilation=dilation, groups=groups, **how
     )
 
@@ -68,16 +68,16 @@ def arranged(inputs: Inputs, layout: str, dtype: torch.dtype) -> Inputs:
 
 
 def at_edges(name: str, tile: tuple[int, int], i: int) -> Case:
-    """One channel or pixel, one less than a tile, a tile, one more: of lanes and columns, not both the same."""
-    lanes, columns = tile
-    m = (1, lanes - 1, lanes, lanes + 1)[i]
-    n = (columns + 1, 1, columns, columns - 1)[i]
+    """One channel or pixel, one less than a tile, a tile, one more; m and n never the same of these."""
+    tile_m, tile_n = tile
+    m = (1, tile_m - 1, tile_m, tile_m + 1)[i]
+    n = (tile_n + 1, 1, tile_n, tile_n - 1)[i]
     if name == "forward":
-        return case(f"lanes{m}-columns{n}", (1, 8, 1, n), m, 1)
+        return case(f"m{m}-n{n}", (1, 8, 1, n), m, 1)
     if name == "grad_x":
-        return case(f"lanes{m}-columns{n}", (1, m, 1, n), 8, 1) if m > 1 else case("narrow", (1, 3, 1, n), 8, 1)
+        return case(f"m{m}-n{n}", (1, m, 1, n), 8, 1) if m > 1 else case("narrow", (1, 3, 1, n), 8, 1)
     c = max(2, n)
-    return case(f"lanes{m}-columns{c}", (1, c, 3, 11), m, 1)
+    return case(f"m{m}-n{c}", (1, c, 3, 11), m, 1)
 
 
 @pytest.mark.parametrize("layout", ("contiguous", "channels_last"))
@@ -132,9 +132,9 @@ RAGGED = case("ragged", (2, 24, 9, 8), 40, 3, stride=(1, 2), padding=1)
 @pytest.mark.parametrize("kernel", KERNELS, ids=str)
 def test_same_bits_in_every_order(kernel, layout):
     """Threads and blocks in three orders, and other poison: nothing depends on who comes first or on what was there."""
-    name, dtype, tile, form, capability = kernel
+    name, dtype, tile, formula, capability = kernel
     inputs = arranged(random_inputs(RAGGED, torch.float64), layout, dtype)
-    how = {"tile": tile, "form": form, "capability": capability}
+    how = {"tile": tile, "formula": formula, "capability": capability}
     first, *others = (
         compute(host.build(), name, RAGGED, inputs, order=order, poison=poison, **how)
         for order, poison in (("forward", 0xFF), ("reverse", 0xFF), ("random", 0x3F))
@@ -147,11 +147,11 @@ def test_same_bits_in_every_order(kernel, layout):
 @pytest.mark.parametrize("layout", ("contiguous", "channels_last"))
 @pytest.mark.parametrize("kernel", KERNELS, ids=str)
 def test_no_race_and_nothing_out_of_bounds(kernel, layout):
-    name, dtype, tile, form, capability = kernel
+    name, dtype, tile, formula, capability = kernel
     c = case("raced", (1, 24, 5, 6), 24, 3, stride=(1, 2), padding=1)
     got = compute(
         *(host.build("race"), name, c, arranged(exact_inputs(c), layout, dtype)),
-        **{"tile": tile, "form": form, "capability": capability, "order": "random"},
+        **{"tile": tile, "formula": formula, "capability": capability, "order": "random"},
     )
     assert_same(got, exact_result(name, c).float().to(dtype), f"{kernel}, {layout}")
 
@@ -169,15 +169,16 @@ def test_sanitized():
     """AddressSanitizer and UBSan over every kernel once, in a process of their own."""
     c = case("sanitized", (1, 19, 5, 4), 21, (2, 3), stride=(2, 1), padding=(1, 0))
     calls, wanted = [], []
-    for (name, dtype, tile, form, capability), layout in product(KERNELS, ("contiguous", "channels_last")):
+    for (name, dtype, tile, formula, capability), layout in product(KERNELS, ("contiguous", "channels_last")):
         i = arranged(exact_inputs(c), layout, dtype)
         operands = (i.x, i.w) if name == "forward" else (i.grad_y, i.x, i.w)
         geometry = {"stride": c.stride, "padding": c.padding, "dilation": c.dilation, "groups": c.groups}
         bias = {"bias": i.bias} if name == "forward" else {}
-        calls.append(((name, *operands), geometry | bias | {"tile": tile, "form": form, "capability": capability}))
+        how = {"tile": tile, "formula": formula, "capability": capability}
+        calls.append(("conv2d", (name, *operands), geometry | bias | how))
         wanted.append(exact_result(name, c).float().to(dtype))
-    for got, want, (positional, named) in zip(host.run_sanitized(calls), wanted, calls, strict=True):
-        assert_same(got, want, f"{positional[0]}, {named}")
+    for got, want, (_, operands, how) in zip(host.run_sanitized(calls), wanted, calls, strict=True):
+        assert_same(got, want, f"{operands[0]}, {how}")
 
 
 @pytest.mark.parametrize("capability", (75, 80, 90))
@@ -207,7 +208,7 @@ CANCELLING = [
 
 @pytest.mark.parametrize("dtype, offset, c", CANCELLING, ids=str)
 def test_minimum_form_where_it_cancels(dtype, offset, c):
-    """A common offset that float32 sums of X and W round away: the direct form steps in, exactly."""
+    """A common offset that float32 sums of X and W round away: the distance formula steps in, exactly."""
     inputs = exact_inputs(c, offset)
     if dtype == torch.float16:  # integers next to 2032
         inputs = Inputs(*(t.round() for t in (inputs.x, inputs.w, inputs.grad_y, inputs.bias)))

@@ -219,4 +219,4 @@ def method_names() -> tuple[str, ...]:
 
 def distilling_methods() -> tuple[str, ...]:
     """Returns the choices of --method for which the options of the distillation have an effect."""
-    return (COMPARE, *(name for name, task in METHODS.items() if task.distills))
+    return (*(name for name, task in METHODS.items() if task.distills), COMPARE)
