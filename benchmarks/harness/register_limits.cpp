@@ -1,7 +1,7 @@
-// The upper bound of terms per second of each pass: loops that never leave the registers and the L1 cache.
+// Upper bounds of the terms per second of each pass: loops that stay within registers and L1 cache.
 //
-// One term is one |x - w| accumulated, or one multiply-accumulate of a convolution. Every loop is the innermost loop of
-// a direct convolution: a tile of kRows scalars times kCols vectors, accumulators in registers, operands in L1,
+// A term is one accumulated |x - w|, or one multiply-accumulate of a convolution. Every loop is the innermost loop of a
+// direct convolution: a tile of kRows scalars times kCols vectors, with accumulators in registers and operands in L1,
 //
 //     for k in 0..kDepth:  for r in 0..kRows:  for c in 0..kCols:  acc[r][c] = term(acc[r][c], row[k][r], col[k][c])
 //
@@ -10,8 +10,8 @@
 //     row[k][1]   acc[1][0]  acc[1][1]              (scalars: pixels of x; in grad_x of grad_y)
 //        ...
 //
-// register_limits.py compiles this file once per instruction set and vector width (-DVECTOR_BITS on x86), runs every
-// tile of every loop and keeps the best. Sums are meaningless numbers; only the time counts.
+// register_limits.py compiles this file once per instruction set and vector width (-DVECTOR_BITS on x86), times every
+// tile of every loop and keeps the best. The sums are meaningless; only the time matters.
 #include <chrono>
 #include <type_traits>
 #include <utility>
@@ -27,9 +27,9 @@
 namespace {
 
 // ---- one vector of floats; each function is one instruction ------------------------------------------------------
-// *_scalar take one operand as a scalar in memory. With AVX-512 it must stay a memory operand of the instruction: a
-// separate vbroadcastss costs a slot of an arithmetic pipe (Zen 4: 47 instead of 58 Gterm/s for min+fma), and the
-// compiler would hoist one out of the columns, hence the assembly.
+// *_scalar take one operand as a scalar in memory. With AVX-512 it must remain a memory operand of the instruction: a
+// separate vbroadcastss takes a slot of an arithmetic pipe (Zen 4: 47 instead of 58 Gterm/s for min+fma). The compiler
+// would hoist such a broadcast out of the loop over columns, hence the assembly.
 
 #if defined(__aarch64__)
 using Vec = float32x4_t;
@@ -125,11 +125,11 @@ struct Constants {
 };
 
 // ---- one term of each pass --------------------------------------------------------------------------------------
-// kElement is the position in the tile. `held` is what stays with an accumulator: x in grad_x.
-// An addition may be written fma(v, 1, acc): the same value bit for bit, on the pipes of the multiplier, which are idle
-// where the adder's pipes also do the minima (AMD Zen 4).
+// kElement is the position in the tile. `held` is the operand that belongs to an accumulator: x in grad_x.
+// An addition may be written fma(v, 1, acc): the same value bit for bit, but on the multiplier's pipes, which are idle
+// if the adder's pipes also execute the minima (AMD Zen 4).
 
-struct Convolution {  // a term of F.conv2d, and of grad_w
+struct Convolution {  // F.conv2d and grad_w
   static constexpr const char* name = "convolution: fma";
   static constexpr bool kHolds = false;
   template <int>
@@ -147,7 +147,7 @@ struct MinAdd {
   }
 };
 
-// The same bits as bytes: each lane of 32 bits compares 4 of them; the scalar is 8 bytes (4 on AArch64).
+// The same bits as bytes: each 32-bit lane compares 4 bytes; the scalar is 8 bytes (4 on AArch64).
 struct SumOfDistances {
   static constexpr const char* name = "int8: sums of |a - b| of bytes";
   static constexpr bool kHolds = false;
@@ -233,8 +233,8 @@ struct ClampFloatFms {
 #endif
 
 #if defined(EMBEDDED_BROADCAST)
-// vrangeps(z, 1) is the smaller absolute value with the sign of z: the whole clamp. It shares the adder's pipes on Zen
-// 4, so kFms of every kOf subtractions move to the multiplier.
+// vrangeps(z, 1) takes the smaller absolute value and the sign of z: the whole clamp. On Zen 4 it shares the adder's
+// pipes, so kFms of every kOf subtractions move to the multiplier.
 template <int kFms, int kOf>
 struct ClampRange {
   static constexpr bool kHolds = true;
@@ -264,15 +264,15 @@ constexpr int kTermsOfLane<SumOfDistances> = 4;
 // ---- the tile ---------------------------------------------------------------------------------------------------
 
 constexpr int kLanes = sizeof(Vec) / sizeof(float);
-constexpr int kDepth = 96;  // steps of a sweep: the operands of the widest tile fill 24 KiB
+constexpr int kDepth = 96;  // steps per sweep: the operands of the widest tile fill 24 KiB
 constexpr int kMaxCols = 4;
 constexpr int kMaxRows = 12;
 
 alignas(64) thread_local float t_cols[kDepth * kMaxCols * kLanes];
-alignas(64) thread_local float t_rows[kDepth * kMaxRows + 1];  // the last scalar of bytes is 8 of them
+alignas(64) thread_local float t_rows[kDepth * kMaxRows + 1];  // the last byte scalar reads 8 bytes
 thread_local volatile float t_sink;
 
-// f(0), f(1), ... f(n - 1) with constant arguments: written as loops, GCC leaves the accumulators in memory.
+// f(0), f(1), ... f(n - 1) with constant arguments: in a loop GCC would keep the accumulators in memory.
 template <class F, int... kElement>
 inline __attribute__((always_inline)) void unrolled(std::integer_sequence<int, kElement...>, const F& f) {
   (f(std::integral_constant<int, kElement>{}), ...);
@@ -285,7 +285,7 @@ double seconds(long sweeps) {
   for (int i = 0; i < kDepth * kCols * kLanes; ++i) t_cols[i] = static_cast<float>(i * 37 % 101) / 32 - 1.5f;
   for (int i = 0; i < kDepth * kRows; ++i) t_rows[i] = static_cast<float>(i * 29 % 103) / 32 - 1.5f;
   Constants constants{broadcast(1.0f), broadcast(-1.0f)};
-  OPAQUE(constants.one);  // or the compiler would fold a product by one
+  OPAQUE(constants.one);  // otherwise the compiler would fold a product with one
   OPAQUE(constants.minus_one);
   Vec acc[kRows * kCols], held[kRows * kCols];
   unrolled(kTile, [&](auto e) __attribute__((always_inline)) {
@@ -297,7 +297,7 @@ double seconds(long sweeps) {
   for (long sweep = 0; sweep < sweeps; ++sweep) {
     const float* cols = t_cols;
     const float* rows = t_rows;
-    asm volatile("" : "+r"(cols), "+r"(rows) : : "memory");  // nothing is carried from one sweep to the next
+    asm volatile("" : "+r"(cols), "+r"(rows) : : "memory");  // the compiler carries nothing from one sweep to the next
 #pragma GCC unroll 1
     for (int k = 0; k < kDepth; ++k, cols += kCols * kLanes, rows += kRows) {
       Vec col[kCols];
@@ -324,7 +324,7 @@ struct Loop {
 };
 
 #define TILE(Term, rows, cols) {Term::name, rows, cols, kTermsOfLane<Term>, seconds<Term, rows, cols>}
-// Of 16 registers a tile of a plain term may fill 12, of 32 registers 24; grad_x holds x beside every accumulator.
+// A tile may fill 12 of 16 registers, or 24 of 32; grad_x holds an x next to every accumulator.
 #if defined(__AVX512F__) || defined(__aarch64__)
 #define TILES(Term) TILE(Term, 12, 1), TILE(Term, 6, 2), TILE(Term, 12, 2), TILE(Term, 4, 4), TILE(Term, 6, 4)
 #define TILES_HELD(Term) TILE(Term, 8, 1), TILE(Term, 10, 1), TILE(Term, 12, 1), TILE(Term, 4, 2), TILE(Term, 3, 4)
@@ -358,7 +358,7 @@ const Loop kLoops[] = {
 }  // namespace
 
 extern "C" {
-// Whether this processor runs the instruction set the library was compiled for.
+// Whether this processor supports the library's instruction set.
 int limit_runnable() {
 #if defined(__AVX512F__)
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&

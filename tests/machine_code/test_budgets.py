@@ -1,6 +1,6 @@
-"""The machine code of the CUDA kernels keeps to its budgets and spills nothing; sass.py reads it right.
+"""The machine code of the CUDA kernels stays within its budgets and does not spill; sass.py reads it correctly.
 
-Needs no GPU: a compiler (NVRTC of a CUDA build of torch, or nvcc) and nvdisasm (pip install nvidia-cuda-nvdisasm).
+Needs no GPU, only a compiler (NVRTC of a CUDA build of torch, or nvcc) and nvdisasm (pip install nvidia-cuda-nvdisasm).
 """
 
 import cuda_budgets as budgets
@@ -8,10 +8,17 @@ import nvrtc
 import pytest
 import sass
 
-ARCHITECTURES = (80, 90, 100, 120)
-MOST = 80  # where every kernel is launched: all tiles and layouts; elsewhere what has a budget, and one of each kernel
+ARCHITECTURES = (80, *(pytest.param(arch, marks=pytest.mark.slow) for arch in (90, 100, 120)))
+# (arch, scope of cuda_budgets.units): sm_80 launches every kernel, and is compiled with all tiles and layouts.
+SCOPES = [
+    (80, "budgets"),
+    *(
+        pytest.param(arch, scope, marks=pytest.mark.slow)
+        for arch, scope in ((80, "bfloat16"), (90, "budgets"), (100, "budgets"), (120, "budgets"))
+    ),
+]
 
-# 16 additions a turn of the inner loop, 3 in the outer.
+# 16 additions per iteration of the inner loop, 3 in the outer.
 LOOPS = """
 __global__ void __launch_bounds__(96) loops(float* p, int rows, int n, float a, float b) {
   __shared__ float s_first[96];
@@ -29,7 +36,7 @@ __global__ void __launch_bounds__(96) loops(float* p, int rows, int n, float a, 
   for (int j = 0; j < 8; ++j) p[96 * j + threadIdx.x] = s[j];
 }
 """
-# More live values than the registers it is given.
+# More live values than registers.
 SPILLING = """
 __global__ void spilling(float* p, int n) {
   float s[64];
@@ -61,10 +68,10 @@ def compiled(arch, source, options=()):
     return kernel
 
 
-@pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_budgets(has_nvdisasm, arch):
+@pytest.mark.parametrize(("arch", "scope"), SCOPES)
+def test_budgets(has_nvdisasm, arch, scope):
     try:
-        rows = budgets.measure(arch, "bfloat16" if arch == MOST else "budgets")
+        rows = budgets.measure(arch, scope)
     except (nvrtc.Unavailable, sass.Unavailable) as reason:
         pytest.skip(str(reason))
     print(budgets.table(rows))
@@ -72,7 +79,7 @@ def test_budgets(has_nvdisasm, arch):
     assert not [violation for row in rows for violation in row.violations()]
 
 
-@pytest.mark.parametrize("arch", (75, *ARCHITECTURES))
+@pytest.mark.parametrize("arch", (*ARCHITECTURES, pytest.param(75, marks=pytest.mark.slow)))
 def test_loops_of_a_known_kernel(has_nvdisasm, arch):
     kernel = compiled(arch, 'extern "C" ' + LOOPS.lstrip())
     assert kernel.symbol.startswith("loops")
@@ -140,18 +147,18 @@ def test_a_budget_is_enforced(has_nvdisasm, monkeypatch):
     assert not row.violations()
     monkeypatch.setitem(budgets.BUDGETS, "loops", issued - 0.01)
     (violation,) = budgets.row_of(90, instance, kernel).violations()
-    assert f"{issued:.3f} instructions a term" in violation
+    assert f"{issued:.3f} instructions per term" in violation
     assert "16 FADD" in violation
-    # A budget on a kernel whose loop is not the one expected does not pass in silence.
+    # A kernel without the expected loop violates its budget.
     other = budgets.Instance("none.cuh", "loops", "loops", "-", ("HMMA", 2), 8, "loops")
     assert budgets.row_of(90, other, kernel).violations() == ["sm_90, loops, tile -: no loop over terms found"]
 
 
-# (threads, registers, shared bytes): blocks a multiprocessor; worked out by hand from the tables of the guide.
+# (arch, threads, registers, shared bytes, blocks per multiprocessor), by hand from the tables of the guide.
 OCCUPANCY = [
     (75, 256, 128, 16384, 2),  # registers: 64 K / (256 * 128)
     (90, 256, 128, 16384, 2),
-    (90, 256, 129, 0, 1),  # 136 a thread
+    (90, 256, 129, 0, 1),  # 136 per thread
     (80, 1024, 32, 0, 2),  # threads: 2048
     (86, 1024, 32, 0, 1),
     (90, 32, 16, 0, 32),  # blocks
@@ -169,7 +176,7 @@ def test_occupancy(arch, threads, registers, shared, blocks):
     assert sass.occupancy(arch, registers, shared, threads) == pytest.approx(expected)
 
 
-# Instructions of one term by unit: terms a clock and multiprocessor.
+# Instructions per term by unit: terms per clock and multiprocessor.
 MODEL = [
     ({"fp32": 1}, {75: 64, 80: 64, 86: 128, 89: 128, 90: 128, 100: 128, 120: 128}),  # FFMA
     ({"fp32": 2}, {75: 32, 80: 32, 86: 64, 89: 64, 90: 64, 100: 64, 120: 64}),  # FADD, FADD |x|

@@ -37,6 +37,7 @@ def check(name: str, c: Case, backend, *data) -> None:
         assert_within(compute(name, c, arranged), want, bound, f"{name} of {c!r}, {form}, {inputs.x.dtype}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PASSES)
 @pytest.mark.parametrize("c", CASES, ids=str)
 def test_every_geometry(c, name, backend):
@@ -51,7 +52,7 @@ def test_every_dtype(name, dtype, backend):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("offset", (10.0, 100.0, -100.0))
+@pytest.mark.parametrize("offset", (100.0, *(pytest.param(v, marks=pytest.mark.slow) for v in (10.0, -100.0))))
 @pytest.mark.parametrize("name", PASSES)
 def test_common_offset(name, offset, dtype, backend):
     for c in SELECTED + (LAYER_CASES if dtype == torch.float32 else []):

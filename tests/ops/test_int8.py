@@ -163,19 +163,29 @@ def test_a_shared_grid_gives_the_distance_of_the_floats():
     assert torch.equal(s * adder_conv2d_int8(b.x, b.w, padding=1, padding_value=z).double(), want)
 
 
+@cache
+def quantized(c: Case, dtype: torch.dtype) -> tuple[torch.Tensor, dict[tuple, torch.Tensor]]:
+    """Numbers with ties, an infinity and a NaN; {grid: the reference's bytes}."""
+    x = torch.randn(c.x_shape, generator=generator(c)) * 40
+    x.view(-1)[0] = float("nan")
+    x.view(-1)[-1] = float("inf")
+    x = x.mul(2).round().div(2).to(dtype)
+    grids = ((1.0, 0, 255), (0.37, 100, 255), (2.0, 255, 255), (5.0, 0, 15))
+    with one_thread():
+        return x, {grid: reference.quantize(x, *grid) for grid in grids}
+
+
 @pytest.mark.parametrize("form", [*FORMATS, *VIEWS])
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16), ids=str)
 def test_quantize(dtype, form, backend, set_threads):
-    """Images of many sizes, with ties, infinities and NaN among the numbers."""
+    """Images of many sizes, in every layout."""
     for i, c in enumerate([*SELECTED, case("tall", (2, 3, 90, 80), 1), case("wide", (1, 9, 2, 2000), 1)]):
         set_threads(1 + i % 3)
-        x = torch.randn(c.x_shape, generator=generator(c)) * 40
-        x.view(-1)[0] = float("nan")
-        x.view(-1)[-1] = float("inf")
-        x = {**FORMATS, **VIEWS}[form](x.mul(2).round().div(2).to(dtype))
-        for grid in ((1.0, 0, 255), (0.37, 100, 255), (2.0, 255, 255), (5.0, 0, 15)):
+        x, wanted = quantized(c, dtype)
+        x = {**FORMATS, **VIEWS}[form](x)
+        for grid, want in wanted.items():
             got = quantize(x, *grid)
-            assert_same(got, reference.quantize(x, *grid), f"{c!r}, {form}, {grid}")
+            assert_same(got, want, f"{c!r}, {form}, {grid}")
             assert got.is_contiguous(memory_format=torch.channels_last)
 
 

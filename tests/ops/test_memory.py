@@ -21,6 +21,7 @@ LAYERS = [
     ("resnet50-1x1-s2", (4, 1024, 14, 14), (2048, 1), 2, 0),
     ("one-long-row", (1, 64, 1, 60000), (32, 3), 1, 1),
 ]
+QUICK = ("resnet18-512", "one-long-row")  # those not marked slow
 
 STEP = """
 import re, sys
@@ -53,7 +54,10 @@ print(resident("VmHWM") - before, 4 * (x.numel() + w.numel() + y.numel()))
     not os.access("/proc/self/clear_refs", os.W_OK), reason="no /proc/self/clear_refs to reset the peak with"
 )
 @pytest.mark.parametrize("channels_last", (False, True), ids=("contiguous", "channels_last"))
-@pytest.mark.parametrize("name, x, filters, stride, padding", LAYERS, ids=[layer[0] for layer in LAYERS])
+@pytest.mark.parametrize(
+    "name, x, filters, stride, padding",
+    [pytest.param(*layer, id=layer[0], marks=() if layer[0] in QUICK else pytest.mark.slow) for layer in LAYERS],
+)
 def test_extra_memory_of_a_step(name, x, filters, stride, padding, channels_last):
     """Forward and backward together stay below input + output + weights + 64 MiB, y and both gradients included."""
     w = (filters[0], x[1], filters[1], filters[1])
@@ -109,7 +113,12 @@ print("done")
 
 @pytest.mark.skipif(not hasattr(mmap, "PAGESIZE") or not sys.platform.startswith("linux"), reason="needs mprotect")
 @pytest.mark.parametrize(
-    "cases", ("SELECTED", "[random_case(s) for s in range(30)]", "CASES[:42]"), ids=("selected", "random", "edges")
+    "cases",
+    (
+        pytest.param("[random_case(s) for s in range(30)]", id="random"),
+        pytest.param("SELECTED", id="selected", marks=pytest.mark.slow),
+        pytest.param("CASES[:42]", id="edges", marks=pytest.mark.slow),
+    ),
 )
 def test_no_read_outside_the_operands(cases, backend):
     """Every operand is flush against an inaccessible page: a read one byte outside kills the process."""

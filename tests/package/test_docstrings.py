@@ -15,7 +15,7 @@ MODULES = ["adderops", *(m.name for m in pkgutil.walk_packages(adderops.__path__
 @pytest.mark.parametrize("name", [n for n in MODULES if not n.endswith("__main__")])
 def test_examples(name):
     module = importlib.import_module(name)
-    # `torch` and `nn` are what every reader of an example has imported
+    # the examples assume that the reader has imported these
     names = {"torch": importlib.import_module("torch"), "nn": importlib.import_module("torch.nn")}
     result = doctest.testmod(module, extraglobs=names)
     assert result.failed == 0

@@ -1,4 +1,4 @@
-"""`import adderops` gives every public submodule, and imports those that cost something when they are first used."""
+"""`import adderops` provides every public submodule; the expensive ones are imported on first use."""
 
 import pytest
 from child import run_python
