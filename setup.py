@@ -1,7 +1,7 @@
-"""Builds the extensions `adderops._C` and, with a CUDA toolkit, `adderops._cuda`; the rest is in pyproject.toml.
+"""Builds the extensions `adderops._C` and, with a CUDA toolkit, `adderops._cuda`; pyproject.toml has the rest.
 
-ADDEROPS_CUDA = auto (default) | 0 | 1 asks for the CUDA kernels, TORCH_CUDA_ARCH_LIST for their architectures; MAX_JOBS
-bounds the compiler processes.
+ADDEROPS_CUDA = auto (default) | 0 | 1 selects whether to build the CUDA kernels, TORCH_CUDA_ARCH_LIST for which
+architectures; MAX_JOBS limits the number of compiler processes.
 """
 
 import os
@@ -24,22 +24,22 @@ TORCH_TARGET_VERSION = "0x020b000000000000"
 CXX_FLAGS = [
     "-O3",
     "-fvisibility=hidden",
-    # a*b + c is contracted only where a kernel says so: results must not depend on the compiler's taste
+    # a*b + c becomes an FMA only where a kernel asks for one: results must not depend on the compiler
     "-ffp-contract=off",
     f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}",
 ]
-# The same for kernels of the GPU; --threads: the architectures of one file side by side.
+# The same for GPU kernels; --threads compiles the architectures of one file in parallel.
 NVCC_FLAGS = ["-O3", "--compiler-options=-fvisibility=hidden", "--fmad=false", "--threads=2"]
 
 
 def headers() -> list[str]:
-    return sorted(path for kind in ("h", "inc", "cuh") for path in glob(f"csrc/**/*.{kind}", recursive=True))
+    return sorted(path for kind in ("h", "cuh") for path in glob(f"csrc/**/*.{kind}", recursive=True))
 
 
 def cpu_extension() -> Extension:
     return cpp_extension.CppExtension(
         "adderops._C",
-        sources=sorted(["csrc/ops.cpp", "csrc/checks.cpp", *glob("csrc/cpu/*.cpp")]),
+        sources=sorted([*glob("csrc/*.cpp"), *glob("csrc/cpu/*.cpp")]),
         depends=headers(),
         include_dirs=["csrc"],
         extra_compile_args={"cxx": CXX_FLAGS},
@@ -49,13 +49,13 @@ def cpu_extension() -> Extension:
 
 
 def cuda_extension(toolkit: Toolkit, archs: str) -> Extension:
-    """The runtime is linked statically and its symbols stay inside: of torch's CUDA it needs the current stream alone.
+    """Links the CUDA runtime statically and hides its symbols: all it needs of torch's CUDA is the current stream.
 
-    libtorch.so brings the library that knows the stream, whether or not the torch here has it.
+    libtorch.so loads the library that knows the stream, whether or not the torch at build time has it.
     """
     return cpp_extension.CppExtension(
         "adderops._cuda",
-        sources=sorted(["csrc/checks.cpp", *glob("csrc/cuda/*.cpp"), *glob("csrc/cuda/*.cu")]),
+        sources=sorted([*glob("csrc/*.cpp"), *glob("csrc/cuda/*.cpp"), *glob("csrc/cuda/*.cu")]),
         depends=headers(),
         include_dirs=["csrc", str(toolkit.include)],
         library_dirs=[str(toolkit.libraries)],
@@ -67,7 +67,7 @@ def cuda_extension(toolkit: Toolkit, archs: str) -> Extension:
 
 
 def extensions() -> tuple[list[Extension], str]:
-    """The libraries to build, and a line that says why these."""
+    """Returns the libraries to build, and a line that says why."""
     try:
         toolkit, reason = choose_toolkit(os.environ, torch.version.cuda)
         if not toolkit:
@@ -75,17 +75,17 @@ def extensions() -> tuple[list[Extension], str]:
         archs = arch_list(os.environ, toolkit.architectures())
     except (Unavailable, ValueError) as error:
         sys.exit(str(error))
-    # what torch would guess here: a toolkit beside a wrapper script, the architectures of visible GPUs
+    # torch would guess both: the toolkit from the nvcc on the PATH, the architectures from the visible GPUs
     cpp_extension.CUDA_HOME = str(toolkit.home)
     os.environ["TORCH_CUDA_ARCH_LIST"] = archs
     return [cpu_extension(), cuda_extension(toolkit, archs)], f"CPU kernels and CUDA kernels for {archs} ({reason})"
 
 
 class BuildExtension(cpp_extension.BuildExtension):
-    """Leaves the libraries beside the sources too, and none of an earlier build that this one does not make.
+    """Also copies the libraries next to the sources, and deletes an earlier build's CUDA library if this one has none.
 
-    Python started in the checkout finds ./adderops before the installed package (`python -m adderops.info` there, say),
-    so `pip install .` has to make that folder importable as well.
+    Python started in the checkout (`python -m adderops.info`, say) finds ./adderops before the installed package, so
+    `pip install .` has to make that folder importable as well.
     """
 
     def run(self) -> None:
@@ -102,7 +102,7 @@ class BuildExtension(cpp_extension.BuildExtension):
             self.copy_extensions_to_source()
 
     def build_extension(self, ext: Extension) -> None:
-        # objects of their own for each library: both have csrc/checks.cpp, compiled with different flags
+        # separate objects per library: both compile csrc/*.cpp, with different flags
         folder = self.build_temp
         self.build_temp = str(Path(folder, ext.name))
         super().build_extension(ext)

@@ -1,8 +1,8 @@
 """PEP 517 backend: setuptools, plus the torch to compile against.
 
-`pip install .` builds in an isolated environment that hides an installed torch.  Where the interpreter has a torch
-that is new enough, that one is used: no second download of gigabytes.  Otherwise torch becomes a build requirement;
-LibTorch's stable ABI lets the result run in any torch from 2.11 on, so the two need not be equal.
+`pip install .` builds in an isolated environment that hides an installed torch.  If the interpreter has a torch that is
+new enough, the build uses it, without another download of gigabytes.  Otherwise torch becomes a build requirement;
+LibTorch's stable ABI lets the result run with any torch from 2.11 on, so the two versions may differ.
 """
 
 import re

@@ -1,6 +1,6 @@
-"""Whether to build the CUDA kernels, with which toolkit, and for which architectures.
+"""Decides whether to build the CUDA kernels, with which toolkit, and for which architectures.
 
-A GPU in the building machine is no part of the question: wheels are built where there is none.
+Whether the build machine has a GPU does not matter: wheels are built without one.
 """
 
 import re
@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-# One for every generation, as far as the toolkit knows it; PTX of the last serves what comes later.
+# One per generation that the toolkit supports; PTX of the last serves later GPUs.
 DEFAULT_ARCHS = ("7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
 
 USUAL_NVCC = "/usr/local/cuda/bin/nvcc"
@@ -33,13 +33,17 @@ class Toolkit:
         return "nvcc {}.{} in {}".format(*self.version, self.home)
 
     def architectures(self) -> set[str]:
-        """Those that this nvcc compiles for, as "8.0"."""
+        """Returns the architectures that this nvcc compiles for, as "8.0"."""
         listed = _output(self.home / "bin" / "nvcc", "--list-gpu-arch")
         return {f"{major}.{minor}" for major, minor in re.findall(r"^compute_(\d+)(\d)$", listed, re.M)}
 
 
 def find_toolkit(environ: Mapping[str, str]) -> Toolkit:
-    """CUDA_HOME (or CUDA_PATH) names the toolkit; else the nvcc on the PATH, else the one in /usr/local/cuda."""
+    """Returns the toolkit that CUDA_HOME or CUDA_PATH names, else that of the nvcc on the PATH or in /usr/local/cuda.
+
+    Raises:
+        Unavailable: there is none, or it is incomplete.
+    """
     for variable in ("CUDA_HOME", "CUDA_PATH"):
         if environ.get(variable):
             home = Path(environ[variable])
@@ -68,7 +72,7 @@ def choose_toolkit(environ: Mapping[str, str], torch_cuda: str | None) -> tuple[
 
     Raises:
         ValueError: an unknown ADDEROPS_CUDA.
-        Unavailable: ADDEROPS_CUDA=1 cannot be had.
+        Unavailable: ADDEROPS_CUDA=1, but there is no usable toolkit.
     """
     request = environ.get("ADDEROPS_CUDA", "auto").lower()
     if request not in ("auto", "0", "1"):
@@ -93,10 +97,11 @@ def choose_toolkit(environ: Mapping[str, str], torch_cuda: str | None) -> tuple[
 
 
 def arch_list(environ: Mapping[str, str], known: set[str]) -> str:
-    """TORCH_CUDA_ARCH_LIST if it is set, else those of DEFAULT_ARCHS that are `known` and PTX of the last.
+    """Returns TORCH_CUDA_ARCH_LIST if it is set, else DEFAULT_ARCHS as far as they are `known`, with PTX of the last.
 
     Raises:
-        ValueError: a name in place of a number; the library has to know which device runs which of its code.
+        ValueError: a name such as Ampere instead of a number: the library must know which devices run its code.
+        Unavailable: none of DEFAULT_ARCHS is known.
     """
     if environ.get("TORCH_CUDA_ARCH_LIST", "").strip():
         archs = re.split(r"[;\s]+", environ["TORCH_CUDA_ARCH_LIST"].strip("; "))
@@ -110,7 +115,7 @@ def arch_list(environ: Mapping[str, str], known: set[str]) -> str:
 
 
 def _output(*command: object) -> str:
-    """What a command prints, on either stream; nvcc --dryrun answers on stderr."""
+    """Returns what a command prints, on either stream: nvcc --dryrun answers on stderr."""
     try:
         done = subprocess.run([str(c) for c in command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     except OSError as error:
@@ -119,7 +124,7 @@ def _output(*command: object) -> str:
 
 
 def _home_of(nvcc: Path) -> Path:
-    """The toolkit of an nvcc.  It is asked: the file on the PATH may be a script, or a link of a package manager."""
+    """Asks an nvcc for its toolkit: the file on the PATH may be a script, or a link made by a package manager."""
     says = _output(nvcc, "--dryrun", "-c", "-x", "cu", "/dev/null", "-o", "/dev/null")
     top = re.search(r"^#\$ TOP=(.+)$", says, re.M)
     home = Path(top[1].strip()) if top else nvcc.resolve().parents[1]
@@ -129,7 +134,7 @@ def _home_of(nvcc: Path) -> Path:
 
 
 def _first(home: Path, name: str, folders: tuple[str, ...]) -> Path:
-    """The first of the folders that holds a file."""
+    """Returns the first of the folders that holds the file."""
     for pattern in folders:
         for folder in sorted(home.glob(pattern)):
             if (folder / name).is_file():

@@ -1,7 +1,6 @@
-"""Loads the compiled operators and tells PyTorch what it needs to know of them: fake kernels, autograd, vmap, autocast,
-operation counts.
+"""Loads the compiled operators and registers with PyTorch: fake kernels, autograd, vmap, autocast, FLOP counts, ONNX.
 
-The only file that says `torch.ops.adderops`.  The schemas are in csrc/ops.cpp.
+The only file that says `torch.ops.adderops`.  csrc/ops.h has the schemas.
 """
 
 import math
@@ -27,7 +26,7 @@ except ImportError as error:
 
 
 def _load_cuda_kernels() -> str | None:
-    """Registers the CUDA kernels, or returns why there are none and what to do about it."""
+    """Registers the CUDA kernels, or returns why there are none and how to get them."""
     if not torch.backends.cuda.is_built():
         return "this torch is built without CUDA: install one that is with it, then adderops again"
     build = "run `ADDEROPS_CUDA=1 pip install .` in the checkout"
@@ -36,12 +35,12 @@ def _load_cuda_kernels() -> str | None:
         return f"adderops was built without them: install {toolkit} (CUDA_HOME says where), then {build}"
     try:
         from adderops import _cuda  # noqa: F401  (registers the CUDA kernels)
-    except ImportError as error:  # the CPU kernels are none the worse for it
+    except ImportError as error:  # the CPU kernels work without it
         return f"the compiled library adderops/_cuda.abi3.so does not load ({error}): {build}"
     return None
 
 
-# None where they are registered; a GPU in this machine is another question
+# None where they are registered, whether or not this machine has a GPU
 CUDA_KERNELS_MISSING = _load_cuda_kernels()
 
 adder_conv2d = torch.ops.adderops.adder_conv2d.default
@@ -54,15 +53,15 @@ kernel_moments_grad = torch.ops.adderops._kernel_moments_grad.default
 abs_sum = torch.ops.adderops._abs_sum.default
 cpu_isa = torch.ops.adderops._cpu_isa.default
 cpu_isas = torch.ops.adderops._cpu_isas.default
-cuda_archs = torch.ops.adderops._cuda_archs.default  # this and the next only with CUDA kernels
+cuda_archs = torch.ops.adderops._cuda_archs.default  # these two only work with CUDA kernels
 cuda_code_for = torch.ops.adderops._cuda_code_for.default
 
 
-# --- fake kernels: shape, dtype and memory format without data, for torch.compile and the meta device ---
+# --- fake kernels: shape, dtype and memory format of the results, for torch.compile and the meta device ---
 
 
 def _empty_in_format_of(like: Tensor, shape: Sequence[int]) -> Tensor:
-    """channels_last when the channels of `like` are its dense dimension, else contiguous; as in csrc/checks.cpp."""
+    """channels_last when the channels of `like` are its dense dimension, else contiguous; as in csrc/tensors.cpp."""
     channels_last = like.size(1) > 1 and like.stride(1) == 1 and not like.is_contiguous()
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
     return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=memory_format)
@@ -89,7 +88,7 @@ def _checked_shape(
     groups: int,
     **others: Tensor | None,
 ) -> tuple[int, ...]:
-    """output_shape, or an error of csrc/checks.cpp where it follows from plain integers: symbolic ones get no guard."""
+    """output_shape, or an error as in csrc/checks.cpp.  Only plain integers are checked: symbolic ones get no guard."""
 
     def refuse(argument: str, expected: str, got: object) -> NoReturn:
         raise RuntimeError(f"{operator}: {argument}: expected {expected}, got {got}")
@@ -185,7 +184,7 @@ def _(x: Tensor) -> Tensor:
     return x.new_empty(x.size(0))
 
 
-# --- autograd: the training gradients of AdderNet, on purpose not the derivative (see adderops.functional) ---
+# --- autograd: AdderNet's training gradients, deliberately not the derivative (see adderops.functional) ---
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -213,7 +212,7 @@ def _refuse_differentiation(op: OpOverload, reason: str) -> None:
             f"{op._opname}: expected no differentiation of its result, got a backward pass through it; {reason}"
         )
 
-    # without this PyTorch would take the result for a constant, and return wrong gradients
+    # without this PyTorch would treat the result as a constant and return wrong gradients
     register_autograd(op, backward)
 
 
@@ -232,16 +231,16 @@ for _op in (adder_conv2d, adder_conv2d_grad_x, adder_conv2d_int8, quantize):
 register_vmap(adder_conv2d_grad_w, gradient_of_filters=True)
 
 
-# --- autocast: float32, unlike F.conv2d.  |y| grows with the number of terms (1e2 to 5e3 in real layers) while layers
-# differ in the last digits of it; the 8 significant bits of bfloat16 would round steps of up to 16 away. ---
+# --- autocast: float32, unlike F.conv2d.  |y| grows with the number of terms (1e2 to 5e3 in real layers), and what
+# distinguishes two outputs is in its last digits: the 8 significant bits of bfloat16 would round off up to 16. ---
 
 for _device in ("cpu", "cuda"):
     torch.library.register_autocast("adderops::adder_conv2d", _device, torch.float32)
     torch.library.register_autocast("adderops::adder_conv2d_int8", _device, torch.float32)  # its scales and residual
 
 
-# --- operation counts, for torch.utils.flop_counter.FlopCounterMode and what is built on it: 2 per term of a sum, here
-# the subtraction and the accumulation, as PyTorch counts 2 per term of a convolution and of each of its gradients ---
+# --- FLOP counts, for torch.utils.flop_counter.FlopCounterMode and what is built on it: 2 per term (the subtraction and
+# the accumulation), as PyTorch counts 2 per term of a convolution and of each of its gradients ---
 
 
 def _forward_flops(x_shape: torch.Size, w_shape: torch.Size, *_: Any, out_shape: torch.Size, **__: Any) -> int:
@@ -262,7 +261,7 @@ def _register_flop_formulas() -> None:
 on_import("torch.utils.flop_counter", _register_flop_formulas)
 
 
-# --- torch.onnx.export(model, args, dynamo=True): its translations are in onnxscript ---
+# --- torch.onnx.export(model, args, dynamo=True): onnxscript holds its translations ---
 
 
 def _register_onnx_translation() -> None:

@@ -1,59 +1,57 @@
-"""Times the adder convolution on real layers beside F.conv2d, the eager reference formula and unfold + cdist.
+"""Times the adder convolution on real layers against F.conv2d, the eager reference formula and unfold + cdist.
 
-    python benchmarks/bench_adder.py                  a choice of layers, within three minutes on two cores
+    python benchmarks/bench_adder.py                  a selection of layers, within three minutes on two cores
     python benchmarks/bench_adder.py --full           every layer, every pass against every peer
-    python benchmarks/bench_adder.py --json r.json --plot r.png
+    python benchmarks/bench_adder.py --csv r.csv --plot r.png
+    python benchmarks/bench_adder.py --read r.csv --plot r.png        means and plot of an earlier run
     python benchmarks/bench_adder.py --device cuda --dtype bfloat16
 
-A term is one |x - w|, as a convolution has one multiply-accumulate; a whole step (forward, grad_x, grad_w) has three.
-All contestants of a row are timed in alternating rounds and judged by medians (timing.py); results are checked against
-float64 first (verify.py); peers that need too much memory or time get fewer images, and terms per second are compared.
+A term is one |x - w|, the counterpart of a convolution's multiply-accumulate; a whole step (forward, grad_x, grad_w)
+has three.  The contestants of a row are timed in alternating rounds and compared by their medians (harness/timing.py).
+Results are first checked against float64 (harness/verify.py).  Peers that need too much memory or time get fewer
+images; terms per second are compared.
 
-On a GPU the time is the device's, between events around a call, and the L2 cache is flushed before each; F.conv2d is
-cuDNN's, its algorithm searched for, in float32 without TF32.  The limit is a model of the arithmetic (cuda_device.py).
+On a GPU, times are device times between events around a call, and the L2 cache is flushed before each call.  F.conv2d
+is cuDNN's with its algorithm search on, in float32 without TF32.  The limit is a model (harness/cuda_device.py).
 
-The JSON file holds `machine`, `limits` (the loops of register_limits.cpp on one thread, or the model's), `rows` (layer,
-network, pass, contestant, memory_format, batch, terms, seconds, spread, samples, gterm_per_s, and share_of_limit of
-"adder"), `memory` (layer, extra_bytes, allowed_bytes) and `geomean`, whose names say what is divided by what:
+The CSV file starts with the machine and its limits as comments: Gterm/s of the loops of register_limits.cpp on one
+thread, or of the model.  A timed row has layer, pass, contestant, memory_format, batch, terms, seconds, spread, samples
+and gterm_per_s; share_of_limit if the contestant is "adder".  A row of the pass "memory" has extra_bytes and
+allowed_bytes.  The geometric means over the layers are named by what is divided by what:
 
     <pass>_over_conv2d                  both contiguous; with _channels_last: both channels_last
-    <pass>_over_conv2d_best_format      each in the memory format that suits it better, layer by layer
+    <pass>_over_conv2d_best_format      each in its faster memory format, layer by layer
     forward_over_cdist, step_over_eager, forward_over_eager, step_over_cdist       contiguous
     <pass>_share_of_limit               terms per second over those of the register-only loop, or of the model
 """
 
 import argparse
-import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from pathlib import Path
 
-import cuda_device
-import peers
-import register_limits
-import report
 import torch
 import torch.nn.functional as F
-import verify
-from layers import DEFAULT_LAYERS, LAYERS, Layer
-from memory import extra_memory
-from register_limits import Together
-from timing import Contestant, take_turns, wall_clock
+from harness import cuda_device, peers, register_limits, report, verify
+from harness.layers import DEFAULT_LAYERS, LAYERS, Layer
+from harness.memory import extra_memory
+from harness.register_limits import Together
+from harness.timing import Contestant, take_turns, wall_clock
 
 import adderops.info
 from adderops.functional import adder_conv2d
 
 PASSES = ("forward", "grad_x", "grad_w", "step")
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
-# Terms of one pass of a peer: the eager temporaries stay below 1 GiB, and nobody waits minutes for one sample.
+# Maximum terms per pass of a peer: keeps the eager temporaries below 1 GiB and a sample below minutes.
 EAGER_TERMS, CDIST_TERMS = 2**26, 2**27
 
 
 @dataclass(frozen=True)
 class Setting:
-    """Where and in what type all contestants run."""
+    """Device and dtype of all contestants."""
 
     device: str = "cpu"
     dtype: torch.dtype = torch.float32
@@ -66,7 +64,7 @@ class Setting:
 
 
 def _passes(convolution: Callable, layer: Layer, tensors: Sequence[torch.Tensor]) -> dict[str, Callable]:
-    """The four passes of a differentiable convolution as calls without arguments; each returns its results."""
+    """The four passes of a differentiable convolution as calls without arguments that return the results."""
     x, w, grad_y = tensors
 
     def apply(x, w):
@@ -94,7 +92,7 @@ def _passes(convolution: Callable, layer: Layer, tensors: Sequence[torch.Tensor]
 def _contestants(
     layer: Layer, passes: Sequence[str], full: bool, setting: Setting
 ) -> dict[str, dict[tuple[str, str, int], Callable]]:
-    """{pass: {(contestant, memory format, batch): call}}; the results of adder and peers are checked here."""
+    """{pass: {(contestant, memory format, batch): call}}; checks the results of adder and peers."""
     calls: dict[str, dict[tuple[str, str, int], Callable]] = {name: {} for name in passes}
     for format_name, memory_format in FORMATS.items():
         tensors = setting.tensors(layer, memory_format)
@@ -138,10 +136,10 @@ def _contestants(
 def _time_row(
     layer: Layer, name: str, calls: dict, limit: Together | float | None, budget: float, setting: Setting
 ) -> list[dict]:
-    """Times one pass of one layer; a row of the result for each contestant.
+    """Times one pass of one layer and returns one row per contestant.
 
     Args:
-        limit: loops to time among the contestants, or terms per second of a model.
+        limit: loops to time among the contestants, or the terms per second of a model.
     """
     passes = 3 if name == "step" else 1
     players = {
@@ -159,7 +157,6 @@ def _time_row(
         rows.append(
             {
                 "layer": layer.name,
-                "network": layer.network,
                 "pass": name,
                 "contestant": what,
                 "memory_format": form,
@@ -180,10 +177,10 @@ def _time_row(
 
 
 class Results:
-    """Rates of all rows by (layer, pass, contestant, memory format), and the ratios of a run."""
+    """Rates of the timed rows by (layer, pass, contestant, memory format), and their ratios."""
 
     def __init__(self, rows: Sequence[dict]) -> None:
-        self.rows = list(rows)
+        self.rows = rows = [row for row in rows if row["pass"] in PASSES]
         self._rates = {(r["layer"], r["pass"], r["contestant"], r["memory_format"]): r["gterm_per_s"] for r in rows}
         self.layers = list(dict.fromkeys(r["layer"] for r in rows))
         self._shares = {
@@ -193,23 +190,23 @@ class Results:
         }
 
     def rate(self, layer: str, name: str, contestant: str, form: str = "contiguous") -> float | None:
-        """Gterm/s; "best" is the better memory format; None where the contestant did not take part."""
+        """Gterm/s, in the faster memory format if `form` is "best"; None if the contestant did not take part."""
         if form == "best":
             rates = [self._rates.get((layer, name, contestant, f)) for f in FORMATS]
             return max((rate for rate in rates if rate), default=None)
         return self._rates.get((layer, name, contestant, form))
 
     def share(self, layer: str, name: str) -> float | None:
-        """Of the limit, by the adder convolution, contiguous."""
+        """The adder convolution's share of the limit, contiguous."""
         return self._shares.get((layer, name))
 
     def ratio(self, layer: str, name: str, other: str, form: str = "contiguous") -> float | None:
-        """Terms per second of the adder convolution over those of `other`, the same memory format on both sides."""
+        """Terms per second of the adder convolution over those of `other`, both in the same memory format."""
         ours, theirs = self.rate(layer, name, "adder", form), self.rate(layer, name, other, form)
         return ours / theirs if ours and theirs else None
 
     def geomean(self) -> dict[str, float]:
-        """Geometric means over the layers, named as the module says."""
+        """Geometric means over the layers; the module docstring explains the names."""
         named = {}
         for name in PASSES:
             named[f"{name}_over_conv2d"] = (name, "conv2d", "contiguous")
@@ -253,15 +250,16 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     title, _, text = __doc__.partition("\n\n")
     parser = argparse.ArgumentParser(description=title, epilog=text, formatter_class=argparse.RawTextHelpFormatter)
     add = parser.add_argument
-    add("--device", choices=("cpu", "cuda"), default="cpu", help="where the operators run (%(default)s)")
+    add("--device", choices=("cpu", "cuda"), default="cpu", help="device of all contestants (%(default)s)")
     add("--dtype", choices=[str(dtype).removeprefix("torch.") for dtype in cuda_device.TERMS], default="float32")
-    add("--batch", type=int, metavar="N", help="images of every layer (on cuda 64, else as in layers.py)")
-    add("--threads", type=int, default=torch.get_num_threads(), help="of every contestant (%(default)s)")
+    add("--batch", type=int, metavar="N", help="batch size of every layer (64 on cuda, else that of layers.py)")
+    add("--threads", type=int, default=torch.get_num_threads(), help="threads of every contestant (%(default)s)")
     add("--full", action="store_true", help="every layer, every pass against every peer (20 minutes)")
-    add("--seconds", type=float, help="for the timing, as far as three samples allow (110; --full: 1000)")
+    add("--seconds", type=float, help="time budget; at least three samples are taken (110; --full: 1000)")
     add("--layers", metavar="PATTERN,...", help="only these layers, such as 'resnet20/*,*.1x1*'")
-    add("--passes", metavar="PASS,...", default=",".join(PASSES), help="of %(default)s")
-    add("--json", type=Path, metavar="FILE", help="write everything there")
+    add("--passes", metavar="PASS,...", default=",".join(PASSES), help="some of %(default)s")
+    add("--csv", type=Path, metavar="FILE", help="write machine, limits and rows to FILE")
+    add("--read", type=Path, metavar="FILE", help="time nothing: means and plot of such a FILE")
     add("--plot", type=Path, metavar="FILE.png", help="draw ratios and shares (needs matplotlib)")
     args = parser.parse_args(argv)
     args.passes = args.passes.split(",")
@@ -272,46 +270,46 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name}: expected at least 1, got {getattr(args, name)}")
     if args.device == "cpu" and args.dtype != "float32":
-        parser.error("--dtype: expected float32 on the CPU, whose F.conv2d has no halves worth comparing with")
+        parser.error("--dtype: expected float32 on the CPU, where F.conv2d has no 16-bit kernels worth comparing with")
     if args.device == "cuda":
         args.batch = args.batch or 64
     return args
 
 
 def _register_limits(result: dict, setting: Setting, isa: str) -> dict[str, Together | None]:
-    """{pass: loops to time}: those of this processor, which are measured once and printed."""
+    """{pass: loops to time} on this processor; measures all loops once and prints them."""
     try:
         loops = register_limits.measure()
     except register_limits.Unavailable as reason:
-        print(f"\nno register-only limits, so no share of them: {reason}")
+        print(f"\nno register-only limits and no shares of them: {reason}")
         return dict.fromkeys(PASSES)
     print(f"\nRegister-only limits\n{register_limits.table(loops)}")
     best = {name: register_limits.best_loop(loops, prefix, isa) for name, prefix in register_limits.PASS_LOOPS.items()}
     threads = torch.get_num_threads()
     limits = {name: Together([best[name]], threads) for name in PASSES if name != "step"}
     limits["step"] = Together([best[name] for name in PASSES if name != "step"], threads)
-    result["limits"] = [
-        {"loop": x.name, "variant": x.variant, "tile": x.tile, "gterm_per_s": x.rate / 1e9} for x in loops
-    ]
+    result["limits"] = register_limits.rates(loops)
     print("used as limit: " + "; ".join(f"{name}: {loop.name} ({loop.variant})" for name, loop in best.items()))
     return limits
 
 
 def _model_limits(result: dict, setting: Setting, isa: str) -> dict[str, float | None]:
-    """{pass: terms per second at most}: the model of the arithmetic of this GPU, printed."""
+    """{pass: maximum terms per second} by the model of this GPU, which is printed."""
     rates = cuda_device.bounds(setting.dtype)
     print("\nModel bound of the arithmetic, Gterm/s at the highest clock (cuda_device.py)")
     for name, rate in rates.items():
         print(f"{name:<20} {rate / 1e9:.0f}")
-        result["limits"].append({"loop": name, "variant": "model", "tile": None, "gterm_per_s": rate / 1e9})
+        result["limits"][f"{name} (model)"] = rate / 1e9
     if not rates:
-        print("none for this device, so no share of it")
+        print("none for this device, and no shares of it")
     return dict.fromkeys(PASSES) | rates
 
 
 def main(argv: Sequence[str] | None = None, layers: Sequence[Layer] | None = None) -> dict:
-    """Runs the benchmark and returns what --json writes; `layers` in place of those of the command line."""
+    """Runs the benchmark and returns machine, limits, rows and geomean; `layers` overrides the command line's."""
     args = _arguments(argv)
+    if args.read:
+        return _read(args)
     if args.device == "cuda":
         cuda_device.require()
     if args.plot:
@@ -328,7 +326,7 @@ def main(argv: Sequence[str] | None = None, layers: Sequence[Layer] | None = Non
     setting = Setting(args.device, getattr(torch, args.dtype))
     torch.set_num_threads(args.threads)
     isa = adderops.info.describe()["instruction set in use"]
-    result = {"machine": report.machine(args.threads, isa), "limits": [], "rows": [], "memory": [], "geomean": {}}
+    result = {"machine": report.machine(args.threads, isa), "limits": {}, "rows": []}
     result["machine"]["dtype"] = args.dtype
     if args.device == "cuda":
         result["machine"] |= cuda_device.description()
@@ -343,7 +341,7 @@ def main(argv: Sequence[str] | None = None, layers: Sequence[Layer] | None = Non
     else:
         memory = extra_memory(layers, args.threads)
 
-    print(f"\nGterm/s (cl: channels_last); ratio: adder over the column before\n{_header()}", flush=True)
+    print(f"\nGterm/s (cl: channels_last); ratio: adder over the column to its left\n{_header()}", flush=True)
     deadline = time.monotonic() + (args.seconds or (1000 if args.full else 110))
     rows_left = len(layers) * len(args.passes)
     for layer in layers:
@@ -355,30 +353,46 @@ def main(argv: Sequence[str] | None = None, layers: Sequence[Layer] | None = Non
             rows_left -= 1
             print(_line(Results(rows), layer.name, name), flush=True)
 
+    _summarize(result, args.plot)
+    _print_memory(memory, result)
+    if args.csv:
+        limits = {f"limit, Gterm/s: {name}": rate for name, rate in result["limits"].items()}
+        report.write_csv(args.csv, result["machine"] | limits, result["rows"])
+    return result
+
+
+def _read(args: argparse.Namespace) -> dict:
+    """Means and plot of an earlier run; what `main` returns, without the limits."""
+    machine, rows = report.read_csv(args.read)
+    result = {"machine": machine, "rows": rows}
+    _summarize(result, args.plot)
+    return result
+
+
+def _summarize(result: dict, plot: Path | None) -> None:
+    """Prints the geometric means and draws the plot."""
     results = Results(result["rows"])
     result["geomean"] = results.geomean()
     print("\nGeometric means over the layers, terms per second")
     for name, mean in result["geomean"].items():
         print(f"{name:40}{mean:8.2f}")
-    _print_memory(memory, result)
-    if args.json:
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
-    if args.plot:
-        _plot(args.plot, result, results)
-    return result
+    if plot:
+        _plot(plot, result["machine"], results)
 
 
 def _print_memory(memory: dict[str, tuple[int, int]] | str, result: dict) -> None:
+    """Prints extra and allowed memory per layer and adds them to the rows."""
     print("\nExtra memory of forward + backward (gradients included), MiB; allowed: input + output + weights + 64")
     if isinstance(memory, str):
         print(f"not measured: {memory}")
         return
     for layer, (extra, allowed) in memory.items():
-        result["memory"].append({"layer": layer, "extra_bytes": extra, "allowed_bytes": allowed})
+        figures = {"extra_bytes": extra, "allowed_bytes": allowed}
+        result["rows"].append({"layer": layer, "pass": "memory", "contestant": "adder"} | figures)
         print(f"{layer:32}{extra / 2**20:10.1f} of {allowed / 2**20:6.1f}{'' if extra < allowed else '   TOO MUCH'}")
 
 
-def _plot(path: Path, result: dict, results: Results) -> None:
+def _plot(path: Path, about: dict, results: Results) -> None:
     timed = {row["pass"] for row in results.rows}
     bars = {}
     for name in [name for name in ("forward", "step") if name in timed] or sorted(timed):
@@ -387,9 +401,8 @@ def _plot(path: Path, result: dict, results: Results) -> None:
             bars[f"{name} / F.conv2d {name}"] = ratios
         shares = [results.share(layer, name) for layer in results.layers]
         if all(shares):
-            limit = "model bound" if "device" in result["machine"] else "register-only limit"
+            limit = "model bound" if "device" in about else "register-only limit"
             bars[f"{name} / {limit}"] = shares
-    about = result["machine"]
     where = about.get("device") or f"{about['cpu']}, {about['instruction_set']}, {about['threads']} threads"
     machine = f"{where}, {about['dtype']}, {about['date'][:10]}"
     title = f"adder convolution, {machine}"

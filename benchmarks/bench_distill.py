@@ -1,32 +1,31 @@
-"""Times whole training steps: CNN, plain adder network, logits distillation and PKKD, and PKKD in eager PyTorch.
+"""Times whole training steps: CNN, plain adder network, logit distillation and PKKD, and PKKD in eager PyTorch.
 
     python benchmarks/bench_distill.py                       LeNet-5-BN and ResNet-20, a minute or two on two cores
-    python benchmarks/bench_distill.py --json r.json
+    python benchmarks/bench_distill.py --csv r.csv
     python benchmarks/bench_distill.py --device cuda
 
 A step is forward, losses, backward and optimizer, without reading images.  The contestants of a network take turns and
-are judged by medians (timing.py).  The eager step is the same computation as it is usually written: adder layers by one
-broadcast temporary (peers.py), side branches as exp, 1x1 convolution, BatchNorm and mean squared error of whole
-tensors; it gets fewer images, and images per second are compared.
+are compared by their medians (harness/timing.py).  The eager step is the same computation as it is usually written:
+adder layers through one broadcast temporary (harness/peers.py); side branches as exp, 1x1 convolution, BatchNorm and
+mean squared error of whole tensors.  It gets fewer images; images per second are compared.
 
-`pkkd / (plain + cnn)` is the time of a PKKD step over the sum of the other two: what teacher and student would cost
-side by side without distillation.
+`pkkd / (plain + cnn)` is the time of a PKKD step over the sum of the other two, which is the cost of training teacher
+and student side by side without distillation.
 
-The JSON file holds `machine` and `rows`: network, contestant, memory_format, batch, seconds, spread, images_per_s.
+The CSV file starts with the machine as comments.  A row has network, contestant, memory_format, batch, seconds, spread
+and images_per_s.
 """
 
 import argparse
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-import cuda_device
-import peers
 import torch
 import torch.nn.functional as F
-from timing import Contestant, take_turns, wall_clock
+from harness import cuda_device, peers, report
+from harness.timing import Contestant, take_turns, wall_clock
 from torch import Tensor, nn
 
 import adderops.info
@@ -35,13 +34,13 @@ from adderops.distill import Distillation, FeatureMatch, PKKDTask, SingleTask
 from adderops.distill.methods.matching import STUDENT_FACTOR, TEACHER_FACTOR
 from adderops.models import create_model, matched_layers
 
-# network -> images a step, for all and for the eager contestant (whose temporaries stay below 1 GiB)
+# network: batch size of all contestants, and of the eager one (keeps its temporaries below 1 GiB)
 NETWORKS = {"lenet5": (256, 32), "resnet20": (128, 4)}
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
 
 class _Geometry(NamedTuple):
-    """What peers.py needs to know of a layer."""
+    """The attributes of a layer that peers.py reads."""
 
     kernel: int
     stride: int
@@ -62,7 +61,7 @@ class _EagerAdder(torch.autograd.Function):
 
 
 class EagerAdderConv2d(AdderConv2d):
-    """The adder layer as a broadcast formula."""
+    """The adder layer as the broadcast formula."""
 
     def forward(self, x: Tensor) -> Tensor:
         kernel, stride, padding = self.kernel_size[0], self.stride[0], self.padding[0]
@@ -86,7 +85,7 @@ class _EagerBranch(nn.Module):
 
 
 class EagerMatch(FeatureMatch):
-    """L_mid by tensors of the outputs' size."""
+    """L_mid through tensors as large as the outputs."""
 
     def __init__(self, channels: list[int]) -> None:
         super().__init__(channels)
@@ -104,7 +103,7 @@ class EagerMatch(FeatureMatch):
 
 
 def task_of(arch: str, contestant: str, memory_format: torch.memory_format) -> nn.Module:
-    """Builds networks and losses of a contestant."""
+    """Builds the networks and losses of a contestant."""
     teacher, student = (
         create_model(arch, kind, in_channels=1).to(memory_format=memory_format) for kind in ("cnn", "adder")
     )
@@ -127,7 +126,7 @@ def task_of(arch: str, contestant: str, memory_format: torch.memory_format) -> n
 def step_of(
     arch: str, contestant: str, memory_format: torch.memory_format, batch: int, device: str
 ) -> Callable[[], None]:
-    """Returns one training step on images in memory."""
+    """Returns a function that runs one training step on images in memory."""
     torch.manual_seed(0)
     task = task_of(arch, contestant, memory_format).to(device)
     images = torch.randn(batch, 1, 32, 32).to(device, memory_format=memory_format)
@@ -143,16 +142,16 @@ def step_of(
 
 
 def check_eager_match() -> None:
-    """The eager L_mid is ours, or the comparison means nothing."""
+    """Raises AssertionError if the eager L_mid is not the product's: the comparison would mean nothing."""
     torch.manual_seed(0)
     y, c = [-100 * torch.rand(8, 16, 16, 16)], [torch.randn(8, 16, 16, 16)]
     ours, theirs = FeatureMatch([16])(y, c)[0].item(), EagerMatch([16])(y, c)[0].item()
     if abs(ours / theirs - 1) > 1e-4:
-        raise AssertionError(f"eager L_mid {theirs}, ours {ours}")
+        raise AssertionError(f"L_mid: expected {ours}, got {theirs} from the eager branches")
 
 
 def clock(step: Callable[[], None], device: str) -> Callable[[int], float]:
-    """The time until all is done; steps follow each other without waiting for the device, as in training."""
+    """Times steps that follow each other without waiting for the device, as in training, until all are done."""
     if device == "cpu":
         return wall_clock(step)
 
@@ -168,7 +167,7 @@ def clock(step: Callable[[], None], device: str) -> Callable[[int], float]:
 
 
 def bench(arch: str, budget: float, device: str) -> list[dict[str, object]]:
-    """Times all contestants of a network in turns; returns their rows."""
+    """Times all contestants of a network in turns and returns their rows."""
     batch, eager_batch = NETWORKS[arch]
     contestants, of_name = [], {}
     for memory_format in FORMATS:
@@ -179,7 +178,7 @@ def bench(arch: str, budget: float, device: str) -> list[dict[str, object]]:
     for name, (contestant, memory_format, images) in of_name.items():
         step = step_of(arch, contestant, FORMATS[memory_format], images, device)
         contestants.append(Contestant(name, images, clock(step, device)))
-    # on a GPU a sample is many steps: what the host prepares ahead of the device belongs to it
+    # a sample on a GPU is many steps, because the host queues work ahead of the device
     timings = take_turns(contestants, budget, sample=0.1 if device == "cuda" else 0.004, least=5)
     return [
         {
@@ -222,20 +221,22 @@ def main() -> None:
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="(default: cpu)")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--seconds", type=float, default=45.0, help="for each network (default: 45)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all rows")
+    parser.add_argument("--seconds", type=float, default=45.0, help="time budget per network (default: 45)")
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="write machine and rows to FILE")
     options = parser.parse_args()
     if options.device == "cuda":
         cuda_device.require()
     torch.set_num_threads(options.threads)
     check_eager_match()
-    machine = adderops.info.describe()
+    machine = report.machine(options.threads, adderops.info.describe()["instruction set in use"])
+    if options.device == "cuda":
+        machine |= cuda_device.description()
     for name, value in machine.items():
         print(f"{name:<24}{value}")
     rows = [row for arch in options.networks for row in bench(arch, options.seconds, options.device)]
     print(table(rows))
-    if options.json:
-        options.json.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
+    if options.csv:
+        report.write_csv(options.csv, machine, rows)
 
 
 if __name__ == "__main__":

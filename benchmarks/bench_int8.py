@@ -1,36 +1,36 @@
 """Times int8 adder layers against float32 and int8 convolutions, layer by layer and as a whole ResNet-20.
 
     python benchmarks/bench_int8.py                     three minutes on two cores
-    python benchmarks/bench_int8.py --json r.json --plot r.png
+    python benchmarks/bench_int8.py --csv r.csv --plot r.png
+    python benchmarks/bench_int8.py --read r.csv --plot r.png         means and plot of an earlier run
 
-A layer is one call from bytes to bytes: the adder with scale, ReLU and rounding; `F.conv2d` of float32 in both memory
-formats, of which the better counts; QLinearConv of onnxruntime and torch's own int8 convolution, the better of which is
-"the best int8 convolution".  The network is ResNet-20 on 32x32 RGB images with random weights, float32 images to
-logits.  Contestants take turns and are judged by medians (timing.py); each sample begins with a pause and an untimed
-call and lasts 20 ms, because the worker threads of one library go on spinning for a while when another's turn has come.
+A layer is one call from uint8 to uint8: the adder with scale, ReLU and rounding; `F.conv2d` in float32, the faster of
+both memory formats; QLinearConv of onnxruntime and torch's own int8 convolution, the faster of which is "the best int8
+convolution".  The network is ResNet-20 on 32x32 RGB images with random weights, from float32 images to logits.
+Contestants take turns and are compared by their medians (harness/timing.py).  Each sample starts with a pause and an
+untimed call and lasts 20 ms, because one library's worker threads keep spinning for a while into the next one's turn.
 
-`share` is that of the limit: the same sums from registers and L1 alone, on as many threads (register_limits.py).
+`share` is the adder's share of the limit: the same sums from registers and L1 alone, on as many threads
+(harness/register_limits.py).
 
-The JSON file holds `machine`, `limits`, `rows` (layer or network, contestant, memory_format, batch, seconds, spread,
-samples, gterm_per_s or images_per_s) and `geomean`: over_conv2d, over_int8_conv2d, over_onnxruntime, over_torch_int8,
-share_of_limit, resnet20_over_onnxruntime_int8, resnet20_over_cnn_float32, resnet20_over_adder_float32.
+The CSV file starts with the machine, its limits (Gterm/s on one thread) and the missing contestants as comments.  A row
+has layer or network, contestant, memory_format, batch, seconds, spread, samples and gterm_per_s or images_per_s.  The
+means are over_conv2d, over_int8_conv2d, over_onnxruntime, over_torch_int8, share_of_limit,
+resnet20_over_onnxruntime_int8, resnet20_over_cnn_float32 and resnet20_over_adder_float32.
 """
 
 import argparse
 import copy
-import json
 import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import int8_peers
-import register_limits
-import report
 import torch
 import torch.nn.functional as F
-from layers import DEFAULT_LAYERS, LAYERS, Layer
-from timing import Contestant, take_turns
+from harness import int8_peers, register_limits, report
+from harness.layers import DEFAULT_LAYERS, LAYERS, Layer
+from harness.timing import Contestant, take_turns
 from torch import Tensor
 
 import adderops.info
@@ -39,7 +39,7 @@ from adderops.functional import adder_conv2d_int8
 from adderops.models import resnet20
 from adderops.quant import calibrate, convert, reestimate_batchnorm
 
-PAUSE = SAMPLE = 0.02  # seconds; shorter samples would show how fast threads of a pool wake up
+PAUSE = SAMPLE = 0.02  # seconds; shorter samples would measure how fast pool threads wake up
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 ADDER, CONV, ORT, TORCH = "adder int8", "conv2d float32", "onnxruntime int8", "torch int8"
 
@@ -64,7 +64,7 @@ def _bytes_of(layer: Layer) -> tuple[Tensor, Tensor]:
 
 
 def _adder_call(layer: Layer) -> Callable[[], Tensor]:
-    """From bytes to bytes; the result is checked before it is timed."""
+    """One call from uint8 to uint8; its result is checked here."""
     x, w = _bytes_of(layer)
     x, w = (t.contiguous(memory_format=torch.channels_last) for t in (x, w))
     terms = w[0].numel()
@@ -88,7 +88,7 @@ def _layer_calls(layer: Layer, threads: int, missing: dict[str, str]) -> dict[tu
         x, w, _ = layer.tensors(memory_format)
         calls[CONV, name] = lambda x=x, w=w: F.conv2d(x, w, stride=layer.stride, padding=layer.padding)
     x, w = _bytes_of(layer)
-    w = (w // 2).to(torch.int8) - 64  # 7 bits: without VNNI the sums of two products of 8 saturate
+    w = (w // 2).to(torch.int8) - 64  # 7 bits: without VNNI the sum of two 8-bit products saturates
     want = int8_peers.convolution_of_integers(layer, x[:1], w)
     for name, form, make in (
         (ORT, "contiguous", lambda: int8_peers.onnxruntime_layer(layer, x, w, threads)),
@@ -143,7 +143,7 @@ def _rows(label: dict, calls: dict, work: float, unit: str, limit, budget: float
 
 
 class Results:
-    """Rates by layer and contestant, the better memory format of each, and the ratios of a run."""
+    """Rates by layer and contestant, each in its faster memory format, and their ratios."""
 
     def __init__(self, rows: Sequence[dict]) -> None:
         self.layers = list(dict.fromkeys(row["layer"] for row in rows if "layer" in row))
@@ -154,7 +154,7 @@ class Results:
             self._rates[key] = max(rate, self._rates.get(key, 0.0))
 
     def rate(self, what: str, *contestants: str) -> float | None:
-        """Of the fastest of the contestants; None where none took part."""
+        """The rate of the fastest of the contestants; None if none took part."""
         return max((r for c in contestants if (r := self._rates.get((what, c)))), default=None)
 
     def ratio(self, what: str, *others: str) -> float | None:
@@ -189,11 +189,12 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     title, _, text = __doc__.partition("\n\n")
     parser = argparse.ArgumentParser(description=title, epilog=text, formatter_class=argparse.RawTextHelpFormatter)
     add = parser.add_argument
-    add("--threads", type=int, default=torch.get_num_threads(), help="of every contestant (%(default)s)")
-    add("--batch", type=int, default=64, help="images of the whole network (%(default)s)")
+    add("--threads", type=int, default=torch.get_num_threads(), help="threads of every contestant (%(default)s)")
+    add("--batch", type=int, default=64, help="batch size of the whole network (%(default)s)")
     add("--full", action="store_true", help="every layer of layers.py")
-    add("--seconds", type=float, default=120, help="for the timing (%(default)s)")
-    add("--json", type=Path, metavar="FILE", help="write everything there")
+    add("--seconds", type=float, default=120, help="time budget (%(default)s)")
+    add("--csv", type=Path, metavar="FILE", help="write machine, limits and rows to FILE")
+    add("--read", type=Path, metavar="FILE", help="time nothing: means and plot of such a FILE")
     add("--plot", type=Path, metavar="FILE.png", help="draw the ratios (needs matplotlib)")
     args = parser.parse_args(argv)
     for name in ("threads", "batch"):
@@ -204,26 +205,29 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 @torch.inference_mode()
 def main(argv: Sequence[str] | None = None, layers: Sequence[Layer] | None = None) -> dict:
-    """Runs the benchmark and returns what --json writes; `layers` in place of those of the command line."""
+    """Runs the benchmark and returns machine, limits, rows, missing, geomean; `layers` overrides the command line's."""
     args = _arguments(argv)
     if args.plot:
         report.require_matplotlib()
+    if args.read:
+        machine, rows = report.read_csv(args.read)
+        result = {"machine": machine, "rows": rows}
+        _summarize(result, args.plot)
+        return result
     layers = layers or (LAYERS if args.full else DEFAULT_LAYERS)
     torch.set_num_threads(args.threads)
     isa = adderops.info.describe()["instruction set in use"]
-    result: dict = {"machine": report.machine(args.threads, isa), "limits": [], "rows": [], "missing": {}}
+    result: dict = {"machine": report.machine(args.threads, isa), "limits": {}, "rows": [], "missing": {}}
     print("\n".join(f"{key:<16}{value}" for key, value in result["machine"].items()))
     limit = None
     try:
         loops = register_limits.measure()
         best = register_limits.best_loop(loops, register_limits.PASS_LOOPS["int8"], isa)
         limit = register_limits.Together([best], args.threads)
-        result["limits"] = [
-            {"loop": x.name, "variant": x.variant, "tile": x.tile, "gterm_per_s": x.rate / 1e9} for x in loops
-        ]
-        print(f"limit           {best.name} ({best.variant}), {best.rate / 1e9:.0f} Gterm/s a thread")
+        result["limits"] = register_limits.rates(loops)
+        print(f"limit           {best.name} ({best.variant}), {best.rate / 1e9:.0f} Gterm/s per thread")
     except register_limits.Unavailable as reason:
-        print(f"no register-only limit, so no share of it: {reason}")
+        print(f"no register-only limit and no share of it: {reason}")
 
     titles = ("adder", "limit", "share", "conv2d", "ratio", "onnxrt", "ratio", "torch i8", "ratio")
     print(f"\nGterm/s{'':25}" + "".join(f"{title:>10}" for title in titles))
@@ -249,15 +253,22 @@ def main(argv: Sequence[str] | None = None, layers: Sequence[Layer] | None = Non
     for name, reason in result["missing"].items():
         print(f"{name} did not take part: {reason}")
 
+    _summarize(result, args.plot)
+    if args.csv:
+        comments = {f"limit, Gterm/s: {name}": rate for name, rate in result["limits"].items()}
+        comments |= {f"missing: {name}": reason for name, reason in result["missing"].items()}
+        report.write_csv(args.csv, result["machine"] | comments, result["rows"])
+    return result
+
+
+def _summarize(result: dict, plot: Path | None) -> None:
+    """Prints the geometric means and draws the plot."""
     results = Results(result["rows"])
     result["geomean"] = results.geomean()
     print("\nint8 adder over the others, geometric means over the layers")
     print("\n".join(f"{title:34}{value:.2f}" for title, value in result["geomean"].items()))
-    if args.json:
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
-    if args.plot:
-        _plot(args.plot, results, result["machine"])
-    return result
+    if plot:
+        _plot(plot, results, result["machine"])
 
 
 def _cell(value: float | None) -> str:

@@ -1,5 +1,5 @@
-// Sizes of memory and counts of work: sums and products of integers that are not negative.  What does not fit stops at
-// kTooLarge, which no machine has and every allocator refuses, instead of overflowing into a small number.
+// Saturating sums and products of non-negative integers, for sizes of memory and counts of work.  A result that does
+// not fit becomes kTooLarge, which every allocator refuses, instead of overflowing to a small number.
 #pragma once
 #include <stdint.h>
 

@@ -1,9 +1,9 @@
-"""What PKKD is worth on few of scikit-learn's digits: the experiments behind the default job, docs/default_job.md.
+"""The gain of PKKD on a few of scikit-learn's digits: the experiments behind the default job (docs/default_job.md).
 
     python experiments/few_digits.py --train-images 100 --epochs 100 --augment crop --seeds 10 19 plain logits pkkd
 
-Each seed has a training set of its own, random and balanced, and is tested on all other digits, with BatchNorm
-statistics of the training images.  A method may have options: pkkd:beta=1.
+Each seed has its own random balanced training set and is tested on all other digits, with BatchNorm statistics of the
+training images.  A method may set options: pkkd:beta=1.
 """
 
 import argparse
@@ -33,7 +33,7 @@ DIGITS = SimpleNamespace(in_channels=1, num_classes=CLASSES)  # of the data, all
 
 
 def all_digits() -> tuple[Tensor, Tensor]:
-    """Returns images (1797, 1, 32, 32), from 0 to 255, and labels, in the order of scikit-learn."""
+    """Returns images (1797, 1, 32, 32), from 0 to 255, and labels, in scikit-learn's order."""
     from sklearn.datasets import load_digits
 
     digits = load_digits()
@@ -52,13 +52,14 @@ def split(labels: Tensor, count: int, seed: int) -> tuple[Tensor, Tensor]:
 
 
 def crops(images: Tensor, generator: torch.Generator) -> Tensor:
+    """A random crop of each image, padded by BORDER pixels on every side."""
     side, padded = images.size(-1), F.pad(images, (BORDER,) * 4, value=float(images.min()))
     corners = torch.randint(0, 2 * BORDER + 1, (len(images), 2), generator=generator).tolist()
     return torch.stack([image[:, r : r + side, c : c + side] for image, (r, c) in zip(padded, corners, strict=True)])
 
 
 def train(config: Config, images: Tensor, labels: Tensor, training: Tensor, test: Tensor) -> dict[str, float]:
-    """Returns the test accuracy of each network by its role."""
+    """Returns the test accuracy of each network, by role."""
     x = (images - images[training].mean()) / images[training].std()
     task = METHODS[config.method].build(config, DIGITS, torch.device("cpu")).train()
     optimizer = build_optimizer(config, task)
@@ -93,7 +94,9 @@ def configuration(method: str, options: argparse.Namespace, seed: int) -> Config
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("methods", nargs="+", help=f"{', '.join(CONTESTANTS)}, and options; the first is the reference")
+    parser.add_argument(
+        "methods", nargs="+", help=f"{', '.join(CONTESTANTS)}, with options; the first is the reference"
+    )
     parser.add_argument("--train-images", type=int, default=100)
     parser.add_argument("--epochs", type=int, default=100)
     parser.add_argument("--batch-size", type=int, default=50)

@@ -1,14 +1,14 @@
-"""Accuracy of networks of bytes: bits x method, for the student of each run given; table and plot.
+"""Accuracy of int8 networks, bits x method, for the student of each run; table and plot.
 
-    python experiments/int8_accuracy.py run RUN... --runs FOLDER     rows that are missing (minutes a run)
+    python experiments/int8_accuracy.py run RUN... --runs FOLDER     the missing rows (minutes per run)
     python experiments/int8_accuracy.py tables                       results/int8_accuracy.{md,png} from its .csv
 
-shared, redistribution     after training: `adderops.quant.Scheme`, 2000 training images, BatchNorm re-estimated
-+ 4 groups                 redistribution with 4 grids a layer
-tuned                      redistribution, then 5 epochs of training at these bits, learning rate 0.01 falling to 0
+shared, redistribution     post-training: `adderops.quant.Scheme`, 2000 training images, BatchNorm re-estimated
++ 4 groups                 redistribution with 4 grids per layer
+tuned                      redistribution, then 5 epochs of fine-tuning at these bits, learning rate from 0.01 to 0
 
-Every accuracy is that of the network of bytes on the test images.  Columns of results/int8_accuracy.csv: dataset,
-network, seed, bits, method, test_accuracy, float_accuracy (of the same network before), command.
+Accuracies are those of the int8 network on the test images.  Columns of results/int8_accuracy.csv: dataset, network,
+seed, bits, method, test_accuracy, float_accuracy (of the float32 network), command.
 """
 
 import argparse
@@ -64,7 +64,7 @@ def scheme_of(method: str, bits: int) -> Scheme:
 
 
 def tuned(run: RunFolder, bits: int, folder: Path, threads: int) -> tuple[torch.nn.Module, str]:
-    """The student after fine-tuning in a run folder of its own, and the command."""
+    """The student after fine-tuning in its own run folder, and the command."""
     config, initial = run.config, (run.path / "student.pt").resolve()
     options = ["--data", config.data, "--root", config.root, "--arch", config.arch, "--method", "plain", *TUNING]
     options += ["--initial", str(initial), "--bits", str(bits), "--seed", str(config.seed)]
@@ -77,7 +77,7 @@ def tuned(run: RunFolder, bits: int, folder: Path, threads: int) -> tuple[torch.
 
 
 def make(path: Path, folder: Path, threads: int) -> None:
-    """The rows of one run that are missing."""
+    """Adds the missing rows of one run."""
     run = RunFolder.load(path)
     torch.set_num_threads(threads)
     data, student = load_data_of(run.config), run.network("student")
@@ -110,7 +110,7 @@ def tables() -> str:
         mine = [row for row in rows if (row["network"], row["dataset"]) == network]
         floats = {row["seed"]: float(row["float_accuracy"]) for row in mine}
         parts.append(
-            f"**{network[0]}, {network[1]}**: points of test accuracy over the same networks of floats "
+            f"**{network[0]}, {network[1]}**: points of test accuracy over the same networks in float32 "
             f"({100 * statistics.mean(floats.values()):.2f} %, {len(floats)} seeds), mean and deviation over seeds.\n"
         )
         parts.append("| bits | " + " | ".join(METHODS) + " |\n|---|" + "---|" * len(METHODS))
@@ -151,7 +151,7 @@ def plot(path: Path) -> None:
         axis.set_yscale("symlog", linthresh=1)
         axis.set_xticks(BITS)
         axis.invert_xaxis()
-        axis.set_title(f"{network}: points of accuracy over floats", fontsize=9)
+        axis.set_title(f"{network}: points of accuracy over float32", fontsize=9)
         axis.set_xlabel("bits")
         axis.legend(fontsize=8)
     figure.savefig(path, dpi=150, metadata={"Software": None})
@@ -161,9 +161,9 @@ def plot(path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    running = commands.add_parser("run", help="make the rows that are missing")
+    running = commands.add_parser("run", help="add the missing rows")
     running.add_argument("folders", type=Path, nargs="+", metavar="RUN", help="run folders with a student")
-    running.add_argument("--runs", type=Path, default=Path("runs/int8"), help="where tuned runs are (%(default)s)")
+    running.add_argument("--runs", type=Path, default=Path("runs/int8"), help="folder for fine-tuning (%(default)s)")
     running.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads (%(default)s)")
     commands.add_parser("tables", help="results/int8_accuracy.md and .png from results/int8_accuracy.csv")
     options = parser.parse_args()

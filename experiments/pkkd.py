@@ -1,20 +1,20 @@
-"""Runs the experiments on PKKD and makes the tables and plots of docs/reproduce.md from their rows.
+"""Runs the experiments on PKKD and makes the tables and plots of docs/pkkd.md from their rows.
 
-    python experiments/pkkd.py run lenet5 --runs runs/pkkd     make what is missing of an experiment (hours)
+    python experiments/pkkd.py run lenet5 --runs runs/pkkd     the missing runs of an experiment (hours)
     python experiments/pkkd.py run lenet5 --seeds 0 1 --only pkkd plain
-    python experiments/pkkd.py run lenet5 --results mine       the same anew, where no row is there yet
+    python experiments/pkkd.py run lenet5 --results mine       all runs again, with rows in another folder
     python experiments/pkkd.py tables                          results/pkkd.{md,png} from results/pkkd.csv (seconds)
 
-Each run of `python -m adderops.distill` becomes one row of results/pkkd.csv as soon as it is finished; a run that has
-its row is not made again, one that was stopped continues.  Several processes may work on one experiment: a run folder
-belongs to who holds its lock file.  Columns:
+A finished run of `python -m adderops.distill` becomes one row of results/pkkd.csv.  A run that has a row is not
+repeated, and a stopped run resumes.  Several processes may work on one experiment: each run folder has a lock file.
+Columns:
 
     experiment, dataset, network, method, seed, epochs, train_images
-    test_accuracy, train_accuracy      fractions, of the last epoch; of validation images where the command says so
-    hours                              of training, on a machine that did other work beside
-    command                            repeats the run
+    test_accuracy, train_accuracy      fractions, after the last epoch; on validation images if the command says so
+    hours                              of training, on a machine with other load
+    command                            repeats the run (version 0.1.0 for the methods under `dropped`)
 
-The rows of method cnn are the teachers of other runs: nothing of a student reaches its teacher (a test compares bits).
+The rows of method cnn are the teachers of other runs: a student never affects its teacher (a test compares bits).
 """
 
 import argparse
@@ -36,7 +36,7 @@ from adderops.distill.runs.paired import compare_groups, group_rows, paired_diff
 
 RESULTS = Path(__file__).parent / "results"
 RUNS = Path("runs/pkkd")
-COLLAPSED = 10  # points below the others
+COLLAPSED = 10  # points of accuracy; larger differences are written, not drawn
 COLUMNS = (
     "experiment dataset network method seed epochs train_images test_accuracy train_accuracy hours command".split()
 )
@@ -44,28 +44,33 @@ COLUMNS = (
 
 @dataclass(frozen=True)
 class Experiment:
-    """Runs that are compared: every method with every seed.
+    """A comparison: every method with every seed.
 
     Attributes:
-        question: what it asks.
+        question: the title of its table.
         common: options of all runs.
-        methods: method -> options; the first is what the others are compared with.
-        seeds: one run each.
-        teacher_of: the method whose teacher is the CNN of the table; None where there is none.
-        contrasts: name -> methods whose mean is compared with the mean of others, seed by seed.
-        earlier: methods with options that are gone; commit c46da2a is the last that can run them.
+        methods: {method: options}; the others are compared with the first.
+        seeds: one run per method and seed.
+        dropped: methods by options that only version 0.1.0 has; their rows stay in the tables.
+        teacher_of: the method whose teacher is the table's CNN; None if there is none.
+        contrasts: {name: (methods, others)}; the means of both are compared, seed by seed.
     """
 
     question: str
     common: str
     methods: dict[str, str]
     seeds: tuple[int, ...]
+    dropped: tuple[str, ...] = ()
     teacher_of: str | None = None
     contrasts: dict[str, tuple[list[str], list[str]]] = field(default_factory=dict)
-    earlier: tuple[str, ...] = ()
+
+    def ordered(self, rows: list[dict[str, str]]) -> list[dict[str, str]]:
+        """The rows in the order of the methods."""
+        order = [*self.methods, *self.dropped, "cnn"]
+        return sorted(rows, key=lambda row: order.index(row["method"]))
 
     def options(self, method: str, seed: int, runs: Path) -> list[str]:
-        """The options of one run; a frozen teacher is that of `teacher_of` with the same seed."""
+        """The options of one run; a frozen teacher comes from the run of `teacher_of` with the same seed."""
         words = shlex.split(f"{self.common} {self.methods[method]} --seed {seed} --threads 1")
         if "frozen" in words:
             words += ["--teacher-checkpoint", str(run_folder(runs, self.teacher_of, seed) / "teacher.pt")]
@@ -76,7 +81,7 @@ def run_folder(runs: Path, method: str, seed: int) -> Path:
     return runs / f"{method.replace(' ', '-')}-{seed}"
 
 
-# The regime: few training images, so that the networks fit them all (training accuracy 1) and a gap is left to test.
+# Few training images: the networks fit all of them (training accuracy 1), which leaves a gap to the test accuracy.
 _FEW = "--data fashion-mnist --train-images 4000 --epochs 100 --batch-size 64"
 _FEATURES = {"logits": "none", "+1x1": "1x1", "+kernel": "kernel", "+both": "kernel+1x1"}
 _CELLS = {
@@ -87,7 +92,7 @@ _CELLS = {
 
 
 def _with(*words: str) -> list[str]:
-    """The cells whose names have one of the words."""
+    """The cells whose names contain one of the words."""
     return [name for name in _CELLS if any(word in name.split() for word in words)]
 
 
@@ -109,18 +114,9 @@ EXPERIMENTS = {
             "beta 0.01, temperature 4": f"{_PKKD} --beta 0.01",
             "1x1, temperature 4": f"{_PKKD} --features 1x1",
             "kernel, temperature 4": f"{_PKKD} --features kernel",
-            "identity, temperature 4": f"{_PKKD} --beta 10 --teacher-linear identity",
-            "identity, beta 1, temperature 4": f"{_PKKD} --beta 1 --teacher-linear identity",
-            "teacher's 1x1 identity": f"{_COLD} --beta 10 --teacher-linear identity",
-            "teacher's 1x1 random": f"{_COLD} --beta 10 --teacher-linear random",
-            "width learned": f"{_COLD} --beta 10 --width learned",
-            "width shared": f"{_COLD} --beta 10 --shared-width",
-            "width fixed": f"{_COLD} --beta 10 --width fixed",
             "no logits": f"{_COLD} --beta 10 --no-logits",
         },
-        seeds=(0, 1, 2),
-        teacher_of="logits",
-        earlier=(
+        dropped=(
             "identity, temperature 4",
             "identity, beta 1, temperature 4",
             "teacher's 1x1 identity",
@@ -129,6 +125,8 @@ EXPERIMENTS = {
             "width shared",
             "width fixed",
         ),
+        seeds=(0, 1, 2),
+        teacher_of="logits",
     ),
     "ablation": Experiment(
         "the eight cells of the paper's ablation, where the networks fit the training images",
@@ -173,7 +171,7 @@ def read_rows(path: Path) -> list[dict[str, str]]:
 
 
 def add_rows(rows: list[dict[str, object]], path: Path) -> None:
-    """Adds rows that are not there yet; several processes may do so at once."""
+    """Adds the rows that the file lacks; several processes may do so at once."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path.with_suffix(".lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -188,7 +186,7 @@ def add_rows(rows: list[dict[str, object]], path: Path) -> None:
 
 
 def rows_of_run(name: str, method: str, folder: Path, of_teacher: bool) -> list[dict[str, object]]:
-    """The rows that a finished run gives: its own, and that of its teacher as a CNN."""
+    """The rows of a finished run: its own and, with `of_teacher`, that of its teacher as method cnn."""
     summary = json.loads((folder / "summary.json").read_text())
     rows = []
     for label, role in [(method, "student")] + [("cnn", "teacher")] * of_teacher:
@@ -200,22 +198,19 @@ def rows_of_run(name: str, method: str, folder: Path, of_teacher: bool) -> list[
 
 
 def run(name: str, runs: Path, methods: list[str], seeds: list[int], path: Path) -> None:
-    """Makes the runs of an experiment that have no row in the file yet, seed by seed."""
+    """Makes the runs of an experiment that have no row in the file, seed by seed."""
     experiment = EXPERIMENTS[name]
     for seed in seeds:
         for method in methods:
             if any((r["experiment"], r["method"], r["seed"]) == (name, method, str(seed)) for r in read_rows(path)):
                 continue
-            if method in experiment.earlier:
-                print(f"{name}: {method}: not run: only commit c46da2a has its options", flush=True)
-                continue
             folder = run_folder(runs, method, seed)
             runs.mkdir(parents=True, exist_ok=True)
-            lock = open(runs / f"{folder.name}.lock", "w")  # noqa: SIM115  (held while the run lasts)
+            lock = open(runs / f"{folder.name}.lock", "w")  # noqa: SIM115  (held during the run)
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                continue  # another process is at it
+                continue  # another process makes this run
             options = experiment.options(method, seed, runs)
             if (folder / "log.csv").exists():
                 options = ["--resume", str(folder)]
@@ -231,10 +226,9 @@ def run(name: str, runs: Path, methods: list[str], seeds: list[int], path: Path)
 
 
 def table(name: str, rows: list[dict[str, str]]) -> str:
-    """The table of an experiment in Markdown: mean, deviation, and the difference to the first method in pairs."""
+    """The table of an experiment in Markdown: mean, deviation, and the paired difference to the first method."""
     experiment = EXPERIMENTS[name]
-    order = [*experiment.methods, "cnn"]
-    mine = sorted((r for r in rows if r["experiment"] == name), key=lambda r: order.index(r["method"]))
+    mine = experiment.ordered([r for r in rows if r["experiment"] == name])
     if not mine:
         return f"{experiment.question}: no runs yet\n"
     first = mine[0]
@@ -259,7 +253,7 @@ def table(name: str, rows: list[dict[str, str]]) -> str:
 
 
 def contrast_lines(experiment: Experiment, rows: list[dict[str, str]]) -> list[str]:
-    """The table of the contrasts, of those seeds that have all methods of one."""
+    """The table of the contrasts, over the seeds that have all methods of a contrast."""
     lines = []
     for name, groups in experiment.contrasts.items():
         means = [_means_by_seed([r for r in rows if r["method"] in methods], len(methods)) for methods in groups]
@@ -274,7 +268,7 @@ def contrast_lines(experiment: Experiment, rows: list[dict[str, str]]) -> list[s
 
 
 def _means_by_seed(rows: list[dict[str, str]], methods: int) -> list[dict[str, object]]:
-    """A row for each seed that has so many methods: the mean of their accuracies."""
+    """One row per seed that has `methods` methods: the mean of their accuracies."""
     groups = group_rows(rows, ["seed"])
     return [
         {"seed": seed, "test_accuracy": statistics.fmean(float(r["test_accuracy"]) for r in members)}
@@ -284,7 +278,7 @@ def _means_by_seed(rows: list[dict[str, str]], methods: int) -> list[dict[str, o
 
 
 def plot(rows: list[dict[str, str]], path: Path) -> None:
-    """Differences to the first method with their intervals, an axis an experiment."""
+    """Differences to the first method with their intervals, one axis per experiment."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -324,21 +318,20 @@ def plot(rows: list[dict[str, str]], path: Path) -> None:
 
 
 def _ordered(name: str, rows: list[dict[str, str]]) -> list[dict[str, str]]:
-    order = [*EXPERIMENTS[name].methods, "cnn"]
-    return sorted((r for r in rows if r["experiment"] == name), key=lambda r: order.index(r["method"]))
+    return EXPERIMENTS[name].ordered([r for r in rows if r["experiment"] == name])
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    running = commands.add_parser("run", help="make what is missing of an experiment")
+    running = commands.add_parser("run", help="make the missing runs of an experiment")
     running.add_argument("experiment", choices=EXPERIMENTS)
-    running.add_argument("--runs", type=Path, default=RUNS, help=f"where run folders are (default: {RUNS})")
+    running.add_argument("--runs", type=Path, default=RUNS, help=f"folder of the run folders (default: {RUNS})")
     running.add_argument("--seeds", type=int, nargs="+", help="default: those of the experiment")
     running.add_argument("--only", nargs="+", metavar="METHOD", help="default: all methods")
     tables = commands.add_parser("tables", help="pkkd.md and pkkd.png from pkkd.csv")
     for command in (running, tables):
-        command.add_argument("--results", type=Path, default=RESULTS, help="where pkkd.csv is (default: results/ here)")
+        command.add_argument("--results", type=Path, default=RESULTS, help="folder of pkkd.csv (default: results/)")
     options = parser.parse_args(argv)
     if options.command == "run":
         experiment = EXPERIMENTS[options.experiment]

@@ -1,12 +1,13 @@
-"""The convolutions under test: geometry by name, data, memory layouts, and the two ways to compute them.
+"""The convolutions under test: geometries by name, data, memory layouts, and the two ways to compute them.
 
-Letters as everywhere: Y = -sum over K = C_in/groups*KH*KW of |x - w|, P = N*OH*OW output pixels.
+The letters of the project: Y = -sum over K = C_in/groups*KH*KW of |x - w|, P = N*OH*OW output pixels.
 """
 
 import random
 import zlib
+from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
@@ -54,7 +55,7 @@ class Case:
 
     @property
     def terms(self) -> dict[str, int]:
-        """How many terms the longest sum of each pass has."""
+        """The number of terms in the longest sum of each pass."""
         n, _, oh, ow = self.y_shape
         return {
             "forward": self.C_in // self.groups * self.KH * self.KW,
@@ -67,7 +68,7 @@ class Case:
 
 
 def case(name: str, x: tuple, out: int, k=1, stride=1, padding=0, dilation=1, groups=1) -> Case:
-    """Shorthand: scalars become pairs, one padding number pads all four sides, two pad (height, width)."""
+    """Shorthand: scalars become pairs; one padding number pads all four sides, two pad (height, width)."""
 
     def pair(v):
         return (v, v) if isinstance(v, int) else tuple(v)
@@ -78,7 +79,7 @@ def case(name: str, x: tuple, out: int, k=1, stride=1, padding=0, dilation=1, gr
     return Case(name, *x, out, *pair(k), pair(stride), padding, pair(dilation), groups)
 
 
-# Sizes at the edges of vectors of 4, 8 and 16 lanes and of tiles up to 64: 1, w-1, w, w+1, 2w+1, and odd ones between.
+# Sizes around vectors of 4, 8 and 16 lanes and tiles up to 64: 1, w-1, w, w+1, 2w+1, and odd sizes in between.
 EDGES = (1, 3, 4, 5, 6, 7, 8, 9, 10, 15, 16, 17, 31, 32, 33, 48, 63, 64, 65, 100, 129, 130)
 
 CHANNEL_CASES = [
@@ -95,7 +96,7 @@ PIXEL_CASES = [
     *(case(f"square{p}-s2", (2, 8, p, p), 17, 3, stride=2, padding=1) for p in (2, 3, 5, 7, 9, 13)),
 ]
 
-# Lengths of sums at the edges of blocks of 192 and 256 terms, and several blocks of them.
+# Sum lengths around blocks of 192 and 256 terms, and several blocks.
 DEPTH_CASES = [
     *(case(f"depth{k}", (1, k, 2, 4), 18, 1) for k in (191, 192, 193, 255, 256, 257, 400, 512, 520, 1024)),
     case("depth576", (1, 64, 3, 4), 18, 3, padding=1),
@@ -103,7 +104,7 @@ DEPTH_CASES = [
     case("depth612-k6", (1, 17, 7, 9), 20, 6, padding=2),
 ]
 
-# Several rows of tasks: images cut into bands, and images put together in one.
+# Several rows of tasks: images cut into bands, and several images in one band.
 BAND_CASES = [
     case("bands-tall", (2, 16, 70, 40), 24, 3, padding=1),
     case("bands-wide", (1, 6, 9, 700), 4, 3, padding=1),
@@ -120,7 +121,7 @@ BAND_CASES = [
     case("bands-dilated", (2, 24, 45, 41), 3, 3, padding=3, dilation=3),
 ]
 
-# What breaks the other implementations of this operator: K no multiple of 16, odd batches, stride 2 and 3, groups.
+# Shapes that break other implementations of this operator: K not a multiple of 16, odd batches, stride 2 and 3, groups.
 PEER_CASES = [
     case("K27", (2, 3, 8, 8), 16, 3, padding=1),
     case("K147", (1, 3, 15, 15), 16, 7, stride=2, padding=3),
@@ -180,7 +181,7 @@ GEOMETRY_CASES = [
     case("pixel-k3", (4, 10, 1, 1), 12, 3, padding=1),
 ]
 
-# Real layers at a small batch and, where the reference would take long, fewer output channels.
+# Real layers with a small batch, and fewer output channels where the reference would be slow.
 LAYER_CASES = [
     case("resnet20-16", (1, 16, 32, 32), 16, 3, padding=1),
     case("resnet20-32-s2", (1, 16, 32, 32), 32, 3, stride=2, padding=1),
@@ -192,8 +193,8 @@ LAYER_CASES = [
     case("lenet5", (3, 6, 14, 14), 16, 5),
 ]
 
-# Windows that hold little but padding, and for each a geometry near at hand with the same sums: the same taps of the
-# same outputs see the same pixels, all others see none.
+# Windows that cover mostly padding, each with a small geometry of the same sums: the same taps of the same outputs see
+# the same pixels, and all others see none.
 FAR_CASES = [
     (case("far-pixel", (1, 1, 1, 1), 1, 3, padding=2**30, dilation=2**30), dict(padding=3, dilation=3)),
     (
@@ -223,7 +224,7 @@ FAR_CASES = [
 
 
 def near(far: Case, geometry: dict) -> Case:
-    """The other one of a pair of FAR_CASES."""
+    """The small geometry of a pair of FAR_CASES."""
     kernel = far.KH, far.KW
     found = case(f"{far.name}-near", far.x_shape, far.C_out, kernel, groups=far.groups, **geometry)
     assert found.y_shape == far.y_shape
@@ -239,7 +240,7 @@ CASES = [
     *GEOMETRY_CASES,
     *LAYER_CASES,
 ]
-# A few that stand for all of them where a test is about something other than geometry.
+# A few that represent all of them in tests about something other than geometry.
 SELECTED_NAMES = (
     "K27 batch5-s2 stride3-k2 groups4 depthwise17x2 k5x2-s2x1 dilation-s2 padding0123 stride-beyond-kernel "
     "kernel-is-input 1x1-s2 1x1-s3x2 no-padding no-padding-groups row13-k3 out33 in65 both17 bands-images pixel-k3 "
@@ -250,7 +251,7 @@ assert len(SELECTED) == len(SELECTED_NAMES.split()) and len({c.name for c in CAS
 
 
 def random_case(seed: int) -> Case:
-    """Any geometry the operators accept, small enough for the reference to be quick."""
+    """A random geometry that the operators accept, small enough for a quick reference."""
     r = random.Random(seed)
     groups = r.choice((1, 1, 1, 2, 3, 5))
     channels, filters = r.choice((1, 2, 3, 4, 7, 8, 12, 16, 19, 33)), r.choice((1, 2, 3, 5, 8, 13, 16, 18, 35))
@@ -272,6 +273,10 @@ class Inputs:
     grad_y: torch.Tensor
     bias: torch.Tensor
 
+    def arranged(self, how: Callable[[torch.Tensor], torch.Tensor]) -> "Inputs":
+        """The same numbers with x, w and grad_y in the memory layout `how`, such as one of FORMATS or VIEWS."""
+        return replace(self, x=how(self.x), w=how(self.w), grad_y=how(self.grad_y))
+
     def to(self, dtype: torch.dtype, device: str = "cpu") -> "Inputs":
         return Inputs(*(t.to(device, dtype) for t in (self.x, self.w, self.grad_y, self.bias)))
 
@@ -282,9 +287,10 @@ def generator(case: Case) -> torch.Generator:
 
 @cache
 def exact_inputs(case: Case, offset: int = 0) -> Inputs:
-    """Small multiples of 1/4: no sum of any pass rounds in float32, and the inputs are numbers of every dtype.
+    """Small multiples of 1/4: no sum of any pass rounds in float32, and every dtype represents the inputs exactly.
 
-    x - w is a multiple of 1/4 in [-4, 4], so its clamp takes inner values too; grad_y and bias are integers in [-4, 4].
+    x - w is a multiple of 1/4 in [-4, 4], so that its clamp takes inner values too; grad_y and bias are integers in
+    [-4, 4].
     """
     g = generator(case)
 
@@ -301,7 +307,7 @@ def quarters(*shape: int) -> torch.Tensor:
 
 
 def opposite_offsets(case: Case, inputs: Inputs, offset: float) -> Inputs:
-    """+offset on the first half of the channels of x and w, -offset on the others: each one's sum is small."""
+    """+offset in the first half of the channels of x and w, -offset in the others: the sum of each is small."""
     channels = case.C_in // case.groups
     of_w = torch.where(torch.arange(channels) < channels // 2, offset, -offset)[:, None, None]
     return Inputs(inputs.x + of_w.repeat(case.groups, 1, 1), inputs.w + of_w, inputs.grad_y, inputs.bias)
@@ -309,7 +315,7 @@ def opposite_offsets(case: Case, inputs: Inputs, offset: float) -> Inputs:
 
 @cache
 def random_inputs(case: Case, dtype: torch.dtype, x_scale=1.0, w_scale=1.0, offset=0.0) -> Inputs:
-    """Normal numbers, rounded to `dtype`: every computation starts from the same bits."""
+    """Normal random numbers, rounded to `dtype`: every computation starts from the same bits."""
     g = generator(case)
     shapes = case.x_shape, case.w_shape, case.y_shape, (case.C_out,)
     x, w, grad_y, bias = (torch.randn(shape, generator=g, dtype=torch.float64) for shape in shapes)
@@ -318,7 +324,7 @@ def random_inputs(case: Case, dtype: torch.dtype, x_scale=1.0, w_scale=1.0, offs
 
 @contextmanager
 def one_thread():
-    """For runs of many small operations, where threads only wait for each other."""
+    """One thread within: for many small operations, where threads mostly wait for each other."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -328,7 +334,7 @@ def one_thread():
 
 
 def compute(name: str, case: Case, inputs: Inputs, bias: bool = True) -> torch.Tensor:
-    """One pass by the operator under test."""
+    """One pass, by the operator under test."""
     ops, i = torch.ops.adderops, inputs
     if name == "forward":
         return ops.adder_conv2d(i.x, i.w, i.bias if bias else None, *case.geometry)
@@ -338,7 +344,7 @@ def compute(name: str, case: Case, inputs: Inputs, bias: bool = True) -> torch.T
 
 @one_thread()
 def define(name: str, case: Case, inputs: Inputs, bias: bool = True) -> torch.Tensor:
-    """One pass by the reference definition, in float64."""
+    """One pass, by the reference definition in float64."""
     i = inputs.to(torch.float64)
     if name == "forward":
         return reference.adder_conv2d(i.x, i.w, i.bias if bias else None, *case.geometry)
@@ -352,7 +358,7 @@ def exact_result(name: str, case: Case, offset: int = 0) -> torch.Tensor:
 
 
 def assert_same(got: torch.Tensor, want: torch.Tensor, what: str) -> None:
-    """Equal values, NaN where NaN is; the message says where the first difference is."""
+    """Asserts equal values and NaN in the same places; the message locates the first difference."""
     got = got.cpu()
     assert got.dtype == want.dtype and got.shape == want.shape, (
         f"{what}: expected {want.dtype} {tuple(want.shape)}, got {got.dtype} {tuple(got.shape)}"
@@ -367,14 +373,14 @@ def assert_same(got: torch.Tensor, want: torch.Tensor, what: str) -> None:
 
 
 def sliced(t: torch.Tensor) -> torch.Tensor:
-    """Every second column of the inside of a larger tensor of NaN."""
+    """Every second column in the interior of a larger tensor of NaN."""
     n, c, h, w = t.shape
     around = t.new_full((n + 2, c + 2, h + 2, 2 * w + 2), float("nan"))
     return around[1:-1, 1:-1, 1:-1, 1 : 1 + 2 * w : 2].copy_(t)
 
 
 def channel_slice(t: torch.Tensor) -> torch.Tensor:
-    """Channels dense in memory, some of a channels_last tensor of NaN."""
+    """Some channels, dense in memory, of a channels_last tensor of NaN."""
     n, c, h, w = t.shape
     around = t.new_full((n, c + 5, h + 1, w + 1), float("nan")).contiguous(memory_format=torch.channels_last)
     return around[:, 3 : 3 + c, 1:, :-1].copy_(t)

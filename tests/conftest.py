@@ -1,15 +1,12 @@
-"""Fixtures: one test body runs on every backend, threads are put back as they were, small training runs."""
+"""Fixtures for every room: each test body runs on every backend, and thread counts are restored."""
 
 import platform
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 import torch
-from distill.runs import write_bars
 
-from adderops import _ops  # noqa: F401  (loads the operators)
-from adderops.distill import Data, Options, load_data
+from adderops import _ops  # noqa: F401  (registers the operators)
 
 
 @dataclass(frozen=True)
@@ -35,7 +32,7 @@ def _backends():
 
 @pytest.fixture
 def set_threads():
-    """torch.set_num_threads, undone after the test."""
+    """torch.set_num_threads, restored after the test."""
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
@@ -43,49 +40,7 @@ def set_threads():
 
 @pytest.fixture(params=_backends())
 def backend(request, monkeypatch, set_threads):
-    """On one thread, unless the test sets more: on small shapes threads mostly wait for each other."""
+    """Every instruction set, on one thread unless the test sets more: on small shapes threads mostly wait."""
     monkeypatch.setenv("ADDEROPS_CPU_ISA", request.param.isa)
     set_threads(1)
     return request.param
-
-
-@pytest.fixture(scope="session")
-def folder_of_bars(tmp_path_factory) -> Path:
-    """128 and 40 images of four classes, as the files of MNIST."""
-    folder = tmp_path_factory.mktemp("bars")
-    write_bars(folder)
-    return folder
-
-
-@pytest.fixture
-def options(folder_of_bars, set_threads) -> list[str]:
-    """Two epochs of eight steps on them, on the command line."""
-    set_threads(1)
-    return f"--data {folder_of_bars} --epochs 2 --batch-size 16 --threads 1".split()
-
-
-@pytest.fixture
-def data(folder_of_bars) -> Data:
-    return load_data(str(folder_of_bars))
-
-
-@pytest.fixture
-def config(folder_of_bars, set_threads) -> Options:
-    set_threads(1)
-    return Options(data=str(folder_of_bars), method="pkkd", epochs=2, batch_size=16, threads=1)
-
-
-_mutants: list[tuple[str, str | None]] = []
-
-
-@pytest.fixture
-def record_mutant():
-    """record_mutant(what, detector): a row of the table at the end of the run."""
-    return lambda what, detector: _mutants.append((what, detector))
-
-
-def pytest_terminal_summary(terminalreporter):
-    if _mutants:
-        terminalreporter.section("deliberate errors in the CUDA kernels, and who caught them")
-        for what, detector in _mutants:
-            terminalreporter.write_line(f"{detector or 'NOBODY':10}{what}")

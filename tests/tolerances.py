@@ -1,18 +1,18 @@
-"""How far a correct result may be from the float64 reference: derived from the arithmetic, tuned nowhere.
+"""Error bounds against the float64 reference, derived from the arithmetic and never tuned.
 
-Rounding to nearest gives fl(a op b) = (a op b)(1 + d), |d| <= u, u = eps/2.  A sum of n terms, in any order, is then
-off by at most gamma_n * sum|terms|, gamma_n = n*u/(1 - n*u) (Higham, Accuracy and Stability of Numerical Algorithms,
-section 4.2).
-When the d are independent with mean zero, as for random data, n may be replaced by lambda*sqrt(n) but for a
-probability of 2n*exp(-lambda^2/2) (Higham and Mary, SIAM J. Sci. Comput. 41, 2019, theorem 2.4).  lambda = 9 makes that
-3e-18*n an element: below 1e-6 for all the elements of the suite together.
+Rounding to nearest gives fl(a op b) = (a op b)(1 + d), |d| <= u, u = eps/2.  The error of a sum of n terms, in any
+order, is then at most gamma_n * sum|terms|, gamma_n = n*u/(1 - n*u) (Higham, Accuracy and Stability of Numerical
+Algorithms, section 4.2).
+If the d are independent with mean zero, as for random data, n may be replaced by lambda*sqrt(n), except with
+probability 2n*exp(-lambda^2/2) (Higham and Mary, SIAM J. Sci. Comput. 41, 2019, theorem 2.4).  With lambda = 9 that is
+3e-18*n per element: below 1e-6 for all elements of the suite together.
 
-The terms are those of the least favourable form that a backend may choose:
+The terms are those of the least favourable form that a backend may use:
     forward   sum|x-w| as sum x + sum w - 2*sum min(x,w):          |x|, |w| and 2|min(x,w)|
     grad_w    sum dY*(x-w) as sum dY*x - w*sum dY:                 |dY*x| and |dY*w|
-    grad_x    sum dY*clamp(w-x, -1, 1), on a CPU no other form:    |dY*clamp|
+    grad_x    sum dY*clamp(w-x, -1, 1), the only form on a CPU:    |dY*clamp|
               on a GPU 2*sum dY*sat((w+1)/2 - x/2) - sum dY:       |dY|*(2 + |w| + |x|)
-The halves are summed in float32; the inputs are what they are, and the sum is rounded once more to the output's dtype.
+16-bit floats are exact inputs, summed in float32; the sum is rounded once more to the output's dtype.
 """
 
 import math
@@ -22,12 +22,12 @@ import torch.nn.functional as F
 from cases import Case, Inputs, one_thread
 
 LAMBDA = 9.0
-# Where the forward's three sums cancel it takes the direct form: |sum x + sum w| and sum |w| may be so many times |Y|.
+# The forward takes the direct form where |sum x + sum w| or sum |w| exceeds this many times |Y|.
 CANCELLATION = 32
 
 
 def unit_roundoff(dtype: torch.dtype) -> float:
-    """u of the sums of an operator whose tensors are `dtype`."""
+    """u of the sums of an operator on tensors of `dtype`."""
     return torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps / 2
 
 
@@ -38,7 +38,7 @@ def gamma(roundings: int, dtype: torch.dtype) -> float:
 
 
 def sums_of_terms(name: str, case: Case, inputs: Inputs, want: torch.Tensor, gpu: bool) -> torch.Tensor:
-    """A bound of sum|terms| for every element of a pass, itself a convolution, in float64."""
+    """An upper bound of sum|terms| for every element of a pass: itself a convolution, in float64."""
     i = inputs.to(torch.float64)
     x, w, grad_y = i.x.abs(), i.w.abs(), i.grad_y.abs()
     top, bottom, left, right = case.padding
@@ -59,11 +59,10 @@ def sums_of_terms(name: str, case: Case, inputs: Inputs, want: torch.Tensor, gpu
 
 @one_thread()
 def tolerance(name: str, case: Case, inputs: Inputs, want: torch.Tensor, gpu: bool = False) -> torch.Tensor:
-    """Bound of |sum - reference| for every element, before the sum is rounded to the dtype of the tensors.
+    """Upper bound of |sum - reference| for every element, before the sum is rounded to the dtype of the tensors.
 
-    n terms, two more roundings inside each (x - w and the product), two for putting the partial sums together, one for
-    the bias; the reference, itself rounded, gets the same in float64.  A product may underflow, by half the least
-    number.
+    Counts n terms, two roundings inside each (x - w and the product), two to combine the partial sums, one for the
+    bias, and the same for the reference in float64.  An underflowing product adds half the smallest subnormal number.
     """
     dtype = inputs.x.dtype
     n = case.terms[name] + 5
@@ -77,9 +76,9 @@ def tolerance(name: str, case: Case, inputs: Inputs, want: torch.Tensor, gpu: bo
 
 
 def assert_within(got: torch.Tensor, want: torch.Tensor, bound: torch.Tensor, what: str) -> None:
-    """`got` lies between want - bound and want + bound, both rounded to its dtype: rounding is monotone.
+    """Asserts that `got` lies between want - bound and want + bound, both rounded to its dtype.
 
-    That counts the output's half ulp, subnormal results and overflow to infinity without a formula for each.
+    Rounding is monotone, so this covers the output's half ulp, subnormal results and overflow to infinity.
     """
     got = got.cpu()
     # through float32, as the operators do: float64 -> float32 -> half may differ from float64 -> half by one ulp

@@ -1,19 +1,10 @@
-// What a kernel knows of a convolution: sizes, strides, raw pointers.  No torch, no C++ library.
+// Arguments of the adder convolution and its training gradients.
 //
 // Letters, used everywhere:  Y[n, co, oh, ow] = -sum over (ci, kh, kw) of |X[n, ci, ih, iw] - W[co, ci, kh, kw]|
 //   with ih = oh*stride_h + kh*dilation_h - pad_top and iw likewise; X is zero outside [0,H) x [0,W).
 // As a matrix: M = C_out, P = N*OH*OW, K = C_in/groups*KH*KW.
 #pragma once
-#if defined(__CUDACC_RTC__)  // NVRTC has no C headers
-typedef unsigned char uint8_t;
-typedef unsigned short uint16_t;
-typedef int int32_t;
-typedef unsigned int uint32_t;
-typedef long long int64_t;
-typedef unsigned long long uint64_t;
-#else
-#include <stdint.h>
-#endif
+#include "tensor.h"
 
 namespace adderops {
 
@@ -25,14 +16,6 @@ struct Conv2dProblem {
   int64_t pad_top, pad_left;  // the other two sides follow from OH and OW
   int64_t dilation_h, dilation_w;
   int64_t groups;
-};
-
-enum class ElementType : int { kFloat32, kFloat64, kBFloat16, kFloat16 };
-
-// A tensor of four dimensions anywhere in memory; strides count elements.
-struct Operand {
-  void* data;
-  int64_t stride[4];  // (N, C, H, W), or (C_out, C_in/groups, KH, KW) for weights
 };
 
 // Everything one pass reads and writes.

@@ -1,9 +1,9 @@
-// What a kernel of the int8 adder convolution knows.  Bytes compare as they are: one scale serves x and w.
+// Arguments of the int8 adder convolution.  x and w share one scale, so their bytes are compared directly.
 //
 //   Y[n, co, oh, ow] = -sum over (ci, kh, kw) of |X[n, ci, ih, iw] - W[co, ci, kh, kw]|        exact, int32
 //   z = (offset[co] + scale[co] * Y) + residual_scale * residual                               float32, in this order
-//   y = Y, or max(z, least), or the byte of min(max(z, least), most) rounded to nearest, ties to even; most for a NaN
-// X is `padding` outside [0,H) x [0,W).  Letters as in conv2d_problem.h.
+//   y = Y, or max(z, least), or min(max(z, least), most) rounded to uint8, ties to even; a NaN becomes `most`
+// X is `padding` outside [0,H) x [0,W).  Letters as in args/conv2d.h.
 #pragma once
 #include "../definition/elements.h"
 #include "conv2d.h"
@@ -12,7 +12,7 @@ namespace adderops {
 
 enum class Int8Output : int { kSums, kFloat32, kUInt8 };
 
-// Every tensor in one piece, channels last.
+// Every tensor is dense and channels_last.
 struct Int8Args {
   Conv2dProblem problem;
   const uint8_t* x;             // (N, H, W, C_in)
@@ -26,19 +26,13 @@ struct Int8Args {
   Int8Output output;
 };
 
-// Images to bytes: round(x * inverse_scale) + zero_point, from 0 to quant_max, which a NaN becomes; x has any strides
-// and float type.
-struct QuantizeArgs {
-  int64_t N, C, H, W;
-  ElementType type;
-  Operand x;
-  uint8_t* y;  // (N, H, W, C)
-  float inverse_scale;
-  int32_t zero_point, quant_max;
-};
-
-// The nearest integer of -255 <= z <= 255, ties to even, in the low byte: a float32 of this size has the spacing 1.
-constexpr float kRoundingOffset = 12582912.f;  // 1.5 * 2^23
-ADDEROPS_SHARED_CODE uint8_t rounded_byte(float z) { return uint8_t(bits_from_float(z + kRoundingOffset)); }
+// Sets the bounds of z.  A uint8 y lies in [0, quant_max].  ReLU is a maximum with the zero point, which is 0 for a
+// float y.
+ADDEROPS_SHARED_CODE void set_epilogue_bounds(Int8Args* args, bool relu, int32_t zero_point, int32_t quant_max) {
+  const bool to_bytes = args->output == Int8Output::kUInt8;
+  const float minus_infinity = float_from_bits(0xff800000u);
+  args->least = relu ? (to_bytes ? float(zero_point) : 0.f) : to_bytes ? 0.f : minus_infinity;
+  args->most = float(quant_max);
+}
 
 }  // namespace adderops

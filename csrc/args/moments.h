@@ -1,9 +1,9 @@
-// What a kernel knows of two layers whose kernels are compared (adderops/distill/moments.py): sizes, raw pointers.
+// Arguments of the first and second moments of two feature maps of one shape, concatenated over their channels.
 //
 //   z[p, :] = [phi(scale[0] * student[p, :]) - centre[0], phi(scale[1] * teacher[p, :]) - centre[1]],  p = (n, h, w)
 //   phi = exp with the exponent clamped to at most 10, or the identity
 #pragma once
-#include "conv2d.h"
+#include "tensor.h"
 
 namespace adderops {
 

@@ -1,6 +1,7 @@
-// The plain loops of definition.h: float64, and calls whose windows hold little but padding (tiling.h).  One task is
-// one plane of the output.
+// Plain loops over the definition: float64, and calls whose windows hold little but padding (kernels/region.h).
+// Task = one plane of the output.
 #include "../definition/conv2d.h"
+#include "../definition/int8.h"
 #include "kernels.h"
 
 namespace adderops {
@@ -49,7 +50,7 @@ struct GradW {
   }
 };
 
-void int8_run(const Int8Args& args, int, int64_t task, char*, char*) {
+void int8_run(const Plan<Int8Args>&, const Int8Args& args, int64_t task, char*, char*) {
   const Conv2dProblem& p = args.problem;
   const int64_t n = task / p.C_out, co = task % p.C_out;
   for (int64_t oh = 0; oh < p.OH; ++oh)
@@ -59,11 +60,11 @@ void int8_run(const Int8Args& args, int, int64_t task, char*, char*) {
 }
 
 Plan<Int8Args> int8_plan(const Int8Args& args) {
-  return {0, 0, 1, {args.problem.N * args.problem.C_out, 0, 0}, int8_run};
+  return {0, 0, {{args.problem.N * args.problem.C_out, int8_run}, {}}, {}};
 }
 
 template <typename P>
-void run(const Conv2dArgs& args, int, int64_t task, char*, char*) {
+void run(const Plan<Conv2dArgs>&, const Conv2dArgs& args, int64_t task, char*, char*) {
   switch (args.type) {
     case ElementType::kFloat32: return P::template run<float>(args, task);
     case ElementType::kFloat64: return P::template run<double>(args, task);
@@ -74,7 +75,7 @@ void run(const Conv2dArgs& args, int, int64_t task, char*, char*) {
 
 template <typename P>
 Plan<Conv2dArgs> plan(const Conv2dArgs& args) {
-  return {0, 0, 1, {P::tasks(args.problem), 0, 0}, run<P>};
+  return {0, 0, {{P::tasks(args.problem), run<P>}, {}}, {}};
 }
 
 }  // namespace

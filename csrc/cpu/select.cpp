@@ -1,4 +1,4 @@
-// Which instruction set runs: asked of the processor once, of ADDEROPS_CPU_ISA at every call.
+// Picks the instruction set: the processor is asked once, ADDEROPS_CPU_ISA at every call.
 #include <cstdlib>
 #include <cstring>
 
@@ -12,7 +12,7 @@ const Kernels* const* available_kernels(int* count) {
   static const int found = [] {
     int n = 0;
 #if defined(__x86_64__)
-    all[n++] = &kBaselineKernels;
+    all[n++] = &kSse2Kernels;
     __builtin_cpu_init();
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
     if (avx2) all[n++] = &kAvx2Kernels;
@@ -22,7 +22,7 @@ const Kernels* const* available_kernels(int* count) {
 #elif defined(__aarch64__)
     all[n++] = &kNeonKernels;
 #else
-    all[n++] = &kBaselineKernels;
+    all[n++] = &kGenericKernels;
 #endif
     return n;
   }();

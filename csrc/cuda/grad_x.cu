@@ -16,7 +16,7 @@ struct GradXPlan {
   Layout layout;
   int tile;
   TileSize size;
-  Packed packed;
+  PackedWeights weights;
   int* flags;
   int64_t bytes;
 };
@@ -28,17 +28,17 @@ GradXPlan plan(const Conv2dArgs& args, const Device& device, const Choice& choic
   f.direct = is_direct(args);
   if (f.direct) return f;
   f.layout = pick_layout(supports_channels(args.grad_y, M, element_bytes(args.type)), choice);
-  const int64_t pixels = p.N * blocks(p.H, p.stride_h) * blocks(p.W, p.stride_w);  // of the largest phase
+  const int64_t pixels = p.N * ceil_div(p.H, p.stride_h) * ceil_div(p.W, p.stride_w);  // of the largest phase
   f.tile = pick_tile(kTiles, C, pixels, p.groups, device, choice);
   f.size = kTiles[f.tile];
-  Carver carve{static_cast<char*>(workspace), 0};
-  f.packed = make_packed(p, C, M, f.size.lanes, kSlab, 4, &carve);
-  f.flags = carve.take<int>(product(blocks(pixels, f.size.columns), blocks(C, f.size.lanes), p.groups));
-  f.bytes = carve.used;
+  Arena arena{static_cast<char*>(workspace), 0};
+  f.weights = plan_packed(p, C, M, f.size.m, kSlab, 4, &arena);
+  f.flags = arena.take<int>(product(ceil_div(pixels, f.size.n), ceil_div(C, f.size.m), p.groups));
+  f.bytes = arena.used;
   return f;
 }
 
-// One axis of a phase: the taps k with k*dilation = remainder (mod stride), and the pixels with i + pad = remainder.
+// One axis of a phase: the taps k with k*dilation = remainder (mod stride), and the pixels i with i + pad = remainder.
 struct Axis {
   int taps, first_tap, tap_step;      // taps first_tap, first_tap + tap_step, ...
   int step;                           // from tap to tap in dY
@@ -60,24 +60,21 @@ Axis axis_of(int64_t remainder, int64_t stride, int64_t dilation, int64_t kernel
 }
 
 template <typename T, typename Tile>
-void launch_phase(const Conv2dArgs& args, const GradXPlan& f, const Phase& phase, const Walk& walk, dim3 grid,
+void launch_phase(const Conv2dArgs& args, const GradXPlan& f, const Phase& phase, const GemmParams& params, dim3 grid,
                   cudaStream_t stream) {
-  if (f.layout == Layout::kPlanes)
-    LAUNCH((grad_x_kernel<T, Tile, Layout::kPlanes>), grid, dim3(Tile::kThreads), stream, args, phase, walk,
-           f.packed.weights, f.flags);
+  if (f.layout == Layout::kStrided)
+    LAUNCH((grad_x_kernel<T, Tile, Layout::kStrided>), grid, dim3(Tile::kThreads), stream, args, phase, params,
+           f.weights, f.flags);
   else
-    LAUNCH((grad_x_kernel<T, Tile, Layout::kChannels>), grid, dim3(Tile::kThreads), stream, args, phase, walk,
-           f.packed.weights, f.flags);
+    LAUNCH((grad_x_kernel<T, Tile, Layout::kChannelsLast>), grid, dim3(Tile::kThreads), stream, args, phase, params,
+           f.weights, f.flags);
 }
 
 template <typename T>
 void launch(const Conv2dArgs& args, const GradXPlan& f, cudaStream_t stream) {
   const Conv2dProblem& p = args.problem;
-  const int64_t bytes = sizeof(T), pitch = f.packed.weights.pitch;
-  const int64_t* stride = args.grad_y.stride;
-  const int channels = (int)(p.C_out / p.groups);
-  const int64_t slabs = blocks(channels, kSlab);
-  pack<T, Packing::kGradX>(args, f.packed, stream);
+  const int64_t channels = p.C_out / p.groups, slabs = ceil_div(channels, kSlab);
+  pack<T, Packing::kGradX>(args, f.weights, stream);
   for (int64_t rh = 0; rh < p.stride_h; ++rh)
     for (int64_t rw = 0; rw < p.stride_w; ++rw) {
       const Axis h = axis_of(rh, p.stride_h, p.dilation_h, p.KH, p.pad_top, p.H);
@@ -86,21 +83,16 @@ void launch(const Conv2dArgs& args, const GradXPlan& f, cudaStream_t stream) {
       if (!pixels) continue;
       const Phase phase = {h.pixels,        w.pixels,   h.first_pixel, w.first_pixel, (int)p.stride_h,
                            (int)p.stride_w, h.quotient, w.quotient,    pixels};
-      Walk walk{};
-      walk.source = args.grad_y.data;
-      walk.image = stride[0] * bytes, walk.channel = stride[1] * bytes;
-      walk.row = stride[2] * bytes, walk.column = stride[3] * bytes;
-      walk.H = (int)p.OH, walk.W = (int)p.OW, walk.channels = channels;
-      walk.taps_h = h.taps, walk.taps_w = w.taps, walk.step_h = h.step, walk.step_w = w.step;
-      set_steps(&walk, kSlab, kSlab * pitch * 4, h.tap_step * p.KW * slabs, w.tap_step * slabs);
-      walk.first_weights = (h.first_tap * p.KW + w.first_tap) * slabs * walk.next_weights;
-      const dim3 grid((unsigned)blocks(pixels, f.size.columns), (unsigned)blocks(p.C_in / p.groups, f.size.lanes),
+      GemmParams params = gemm_params(args.grad_y, sizeof(T), p.OH, p.OW, channels);
+      params.taps_h = h.taps, params.taps_w = w.taps, params.dilation_h = h.step, params.dilation_w = w.step;
+      set_slabs(&params, kSlab, kSlab * (int64_t)f.weights.pitch * 4, h.tap_step * p.KW * slabs, w.tap_step * slabs);
+      params.first_weights = (h.first_tap * p.KW + w.first_tap) * slabs * params.next_weights;
+      const dim3 grid((unsigned)ceil_div(pixels, f.size.n), (unsigned)ceil_div(p.C_in / p.groups, f.size.m),
                       (unsigned)p.groups);
-      if (f.tile == 0) launch_phase<T, Tile0>(args, f, phase, walk, grid, stream);
-      if (f.tile == 1) launch_phase<T, Tile1>(args, f, phase, walk, grid, stream);
-      if (f.tile == 2) launch_phase<T, Tile2>(args, f, phase, walk, grid, stream);
-      LAUNCH((grad_x_repair_kernel<T>), grid, dim3(kRepairThreads), stream, args, phase, f.size.lanes, f.size.columns,
-             f.flags);
+      if (f.tile == 0) launch_phase<T, Tile0>(args, f, phase, params, grid, stream);
+      if (f.tile == 1) launch_phase<T, Tile1>(args, f, phase, params, grid, stream);
+      if (f.tile == 2) launch_phase<T, Tile2>(args, f, phase, params, grid, stream);
+      LAUNCH((grad_x_repair_kernel<T>), grid, dim3(kRepairThreads), stream, args, phase, f.size.m, f.size.n, f.flags);
     }
 }
 
@@ -114,8 +106,8 @@ cudaError_t run(const Conv2dArgs& args, const Device& device, const Choice& choi
   const GradXPlan f = plan(args, device, choice, workspace);
   if (f.direct)
     with_type(args.type, [&](auto element) {
-      LAUNCH((direct_kernel<decltype(element), Gradient::kInput>), dim3(direct_grid(p.N * p.C_in * p.H * p.W)),
-             dim3(kDirectThreads), stream, args, p.N, p.C_in, p.H, p.W);
+      LAUNCH((direct_grad_x_kernel<decltype(element)>), dim3(direct_grid(p.N * p.C_in * p.H * p.W)),
+             dim3(kDirectThreads), stream, args);
     });
   else
     with_tiled_type(args.type, [&](auto element) { launch<decltype(element)>(args, f, stream); });
@@ -124,7 +116,7 @@ cudaError_t run(const Conv2dArgs& args, const Device& device, const Choice& choi
 
 }  // namespace
 
-extern const Pass kGradX = {workspace, run, sizeof(kTiles) / sizeof(kTiles[0])};
+extern const Pass<Conv2dArgs> kGradX = {workspace, run, sizeof(kTiles) / sizeof(kTiles[0])};
 
 }  // namespace cuda
 }  // namespace adderops

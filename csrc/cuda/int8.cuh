@@ -1,30 +1,32 @@
 // Int8 forward, exact int32 sums:   Y[n,co,p] = -sum_k |X[n,k,p] - W[co,k]|      k = (kh, kw, ci),  p = (oh, ow)
-// and what int8_args.h makes of them.  One instruction for four terms (add_distances4); on sm_120 four.
+// and the epilogue of args/int8.h.  One instruction for four terms (add_distances4); on sm_120 four.
 //
-//   x  (N, H, W, C_in) bytes;  `padding` outside the image       w  (C_out, KH, KW, C_in/groups) bytes, as they come
+//   x  (N, H, W, C_in) uint8, `padding` outside the image       w  (C_out, KH, KW, C_in/groups) uint8, not packed
 //   y, residual  (N, OH, OW, C_out)
 //
-// Block: kLanes filters x kColumns pixels, K in slabs of 64 bytes, two of each side in shared memory: one computed, one
-// arriving (cp.async).
+//   s_w [2][kM filters][16 words]      A slab is 64 bytes of K of each filter and pixel: four 16-byte words, word g of
+//   s_x [2][kN pixels][16 words]       row r at g ^ r/2 % 4, so that eight rows are copied and read without a bank
+//         |                |           conflict.  One slab is computed, one arrives (cp.async).
+//         v                v
+//   8 bytes of each   8 bytes of       block   128 filters x 128 pixels, 8 warps; four smaller tiles
+//   of 8 filters      a pixel          warp    8 x 4 threads
+//         |                |           thread  8 x 8 accumulators: filters 4t + i%4 + i/4 * 4*kThreadsM, every
+//         +-> add_distances4 <-+               kThreadsN-th pixel.  Filter i of a thread lies in row t + i*kThreadsM,
+//                  |                           so that eight threads read eight neighbouring rows
+//              acc[8][8] int32         grid    (tiles of pixels, tiles of filters, groups)
+//                  |
+//   s_slabs as [pixel][kM] -> epilogue4: four filters of a pixel per thread, 16 bytes of sums, 4 or 16 bytes of y
 //
-//   s_w  [2][kLanes][16 words]    a row is a filter's, or a pixel's, slab: four 16-byte words, word g of row r at
-//   s_x  [2][kColumns][16 words]  g ^ (r/2 % 4), so that eight rows are read, and copied, without a bank conflict
+// A copy moves 16 bytes where the channels of a group are a multiple of 16, 4 bytes where of 4, else a word composed of
+// single bytes, zeros on both sides beyond the last channel.  The copies of a filter are counted through taps and
+// channels, so that a slab may hold several taps.  A copy outside the image is `padding`, and so are the copies of both
+// sides after the last tap: equal bytes add nothing.
 //
-//            kColumns pixels            a thread: runs of four filters x every kDown-th pixel; it holds 16 bytes of
-//            +------------------+       its kThreadLanes filters, reads 16 bytes of a pixel after the other, and does
-//   kLanes   |  thread          |       4 * kThreadLanes add_distances4 with them.  Filter 4t + i%4 + i/4 * 4*kAcross
-//   filters  |                  |       lies in row t + i*kAcross: eight threads read eight neighbouring rows.
-//            +------------------+       The sums return through shared memory, to be finished four filters at a time.
-//
-// A piece is what one copy moves: 16 bytes where the channels of a group are a multiple of 16, 4 where of 4, else a
-// word put together of single bytes, zeros on both sides beyond the last channel.  The pieces of a filter are counted
-// through taps and channels, so that a slab may hold several taps.  A piece outside the image is `padding`, and so are
-// the pieces of both sides behind the last tap: equal bytes are no distance.
-//
-// 128 x 128, 256 threads, 8 x 8 each: 128 registers, 34 KB of shared memory, two blocks a multiprocessor (one on sm_75,
-// which has 64 KB, and on sm_120), 0.32 to 0.34 instructions a term (docs/cuda.md).  grid (tiles of pixels, tiles of
-// filters, groups).  Filters and pixels beyond the last are computed, of padding, and not stored.
+// 128 registers (159 on sm_120), 34 KB of shared memory, two blocks per multiprocessor (one on sm_75 and sm_120), 0.32
+// to 0.34 instructions per term (docs/cuda.md).
+// Tails: filters and pixels beyond the last are computed from padding, and not stored.
 #pragma once
+#include "../definition/int8.h"
 #include "tile.cuh"
 
 namespace adderops {
@@ -42,39 +44,34 @@ struct Divisor {
   }
 };
 
-// What the host knows beside the call.
-struct Int8Walk {
-  int row, column;           // bytes of x from row to row, pixel to pixel
-  int H, W, KH, C, M, K;     // C, M of a group
-  int step_h, step_w;        // tap (i, j) is i*step_h rows down, j*step_w pixels to the right
+// The same for all threads, computed by the host.
+struct Int8Params {
+  int stride_h, stride_w;  // of x, in bytes
+  int H, W, KH, C, M, K;   // C, M of a group
+  int dilation_h, dilation_w;
   int slabs;                 // of all taps
-  Divisor by_pieces, by_KW;  // pieces of a tap, taps of a row
+  Divisor by_copies, by_KW;  // copies of a tap, taps of a filter's row
   uint32_t padding;          // four of it
-  bool vectors;              // may four neighbouring outputs be read and stored at once?
-};
-// Where the window of a pixel begins; `offset` of that place from the first byte of x.
-struct Int8Site {
-  int64_t offset;
-  int h, w;
+  bool vector_epilogue;      // may four neighbouring outputs be read and stored at once?
 };
 
-// A thread's part of copying: one piece of every kRows-th row of either side.
+// A thread's share of copying a slab: one copy of `Bytes` of every kRows-th row of either operand.
 template <typename Tile, int Bytes>
-struct Int8Copy {
-  static constexpr int kPieces = Bytes == 16 ? 4 : 16;  // of a row
-  static constexpr int kRows = Tile::kThreads / kPieces;
+struct Int8Loader {
+  static constexpr int kCopies = Bytes == 16 ? 4 : 16;  // of a row
+  static constexpr int kRows = Tile::kThreads / kCopies;
   static_assert(kRows % 8 == 0, "a thread's rows have one order of words");
 
-  // `left`: channels of the tap from the piece on.
-  static __device__ __forceinline__ void copy(uint32_t* to, const uint8_t* from, bool real, int left,
+  // `left`: channels of the tap from this copy on.
+  static __device__ __forceinline__ void copy(uint32_t* to, const uint8_t* from, bool valid, int left,
                                               uint32_t padding) {
     if constexpr (Bytes == 16) {
-      if (real)
+      if (valid)
         cp_async_16(to, from, true);
       else
         store_16(to, Words4{{padding, padding, padding, padding}});
     } else if constexpr (Bytes == 4) {
-      if (real)
+      if (valid)
         cp_async_4(to, from, true);
       else
         *to = padding;
@@ -82,90 +79,96 @@ struct Int8Copy {
       uint32_t word = 0;
 #pragma unroll
       for (int b = 0; b < 4; ++b)
-        if (b < left) word |= (real ? from[b] : padding & 255u) << 8 * b;
+        if (b < left) word |= (valid ? from[b] : padding & 255u) << 8 * b;
       *to = word;
     }
   }
 
-  // The filter of row threadIdx.x / kPieces + r * kRows is that of r = 0 and lane_of(r) on.
-  static_assert(kRows % Tile::kAcross == 0, "a thread's rows are of the same place in a run of threads");
-  static __device__ __forceinline__ constexpr int lane_of(int r) {
-    return r * kRows / Tile::kAcross % 4 + r * kRows / Tile::kAcross / 4 * (4 * Tile::kAcross);
+  // The filter in row threadIdx.x / kCopies + r * kRows is m(r) filters after that of r = 0.
+  static_assert(kRows % Tile::kThreadsM == 0, "a thread copies rows of one computing thread");
+  static __device__ __forceinline__ constexpr int m(int r) {
+    return r * kRows / Tile::kThreadsM % 4 + r * kRows / Tile::kThreadsM / 4 * (4 * Tile::kThreadsM);
   }
 
-  // A slab of the block's `filters`, from w on, and of its pixels, in the image from x on.
-  static __device__ __forceinline__ void fetch(const Int8Walk& walk, int slab, const Int8Site* sites, const uint8_t* x,
-                                               const uint8_t* w, int filters, uint32_t* s_w, uint32_t* s_x) {
+  // A slab of `filters` filters from w on, and one of the pixels of `windows` in x.
+  static __device__ __forceinline__ void load(const Int8Params& params, int slab, const Window* windows,
+                                              const uint8_t* x, const uint8_t* w, int filters, uint32_t* s_w,
+                                              uint32_t* s_x) {
     constexpr int kStep = Bytes == 1 ? 4 : Bytes;
-    const unsigned thread = thread_index(), piece = thread % kPieces, word = piece * (kInt8Slab / kPieces);
-    const unsigned row = thread / kPieces, n = row / Tile::kAcross;
+    const unsigned thread = thread_index(), copy0 = thread % kCopies, word = copy0 * (kInt8Slab / kCopies);
+    const unsigned row = thread / kCopies, n = row / Tile::kThreadsM;
     const unsigned at = row * kInt8Slab + (word / 4 ^ row / 2 % 4) * 4 + word % 4;
     int tap, i, j, c;
-    walk.by_pieces.divide(slab * kPieces + (int)piece, &tap, &c);
-    walk.by_KW.divide(tap, &i, &j);
-    const int left = walk.C - c * kStep, down = i * walk.step_h, right = j * walk.step_w;
-    const int lane = (int)(row % Tile::kAcross * 4 + n % 4 + n / 4 * (4 * Tile::kAcross));
-    const int lanes = i < walk.KH ? filters - lane : 0;
-    const uint8_t* from = w + (lane * walk.K + tap * walk.C + c * kStep);
+    params.by_copies.divide(slab * kCopies + (int)copy0, &tap, &c);
+    params.by_KW.divide(tap, &i, &j);
+    const int left = params.C - c * kStep, down = i * params.dilation_h, right = j * params.dilation_w;
+    const int filter = (int)(row % Tile::kThreadsM * 4 + n % 4 + n / 4 * (4 * Tile::kThreadsM));
+    const int filters_left = i < params.KH ? filters - filter : 0;
+    const uint8_t* from = w + (filter * params.K + tap * params.C + c * kStep);
 #pragma unroll
-    for (int r = 0; r < (Tile::kLanes + kRows - 1) / kRows; ++r) {
-      if (Tile::kLanes % kRows && row + r * kRows >= Tile::kLanes) break;
-      copy(s_w + at + r * kRows * kInt8Slab, from + lane_of(r) * walk.K, lane_of(r) < lanes, left, walk.padding);
+    for (int r = 0; r < (Tile::kM + kRows - 1) / kRows; ++r) {
+      if (Tile::kM % kRows && row + r * kRows >= Tile::kM) break;
+      copy(s_w + at + r * kRows * kInt8Slab, from + m(r) * params.K, m(r) < filters_left, left, params.padding);
     }
-    // behind the last tap every row is outside
-    const int height = i < walk.KH ? walk.H : 0;
-    from = x + (down * walk.row + right * walk.column + c * kStep);
+    // after the last tap every pixel is outside
+    const int height = i < params.KH ? params.H : 0;
+    from = x + (down * params.stride_h + right * params.stride_w + c * kStep);
 #pragma unroll
-    for (int r = 0; r < Tile::kColumns / kRows; ++r) {
-      const Int8Site site = sites[row + r * kRows];
-      const bool inside = (unsigned)(site.h + down) < (unsigned)height && (unsigned)(site.w + right) < (unsigned)walk.W;
-      copy(s_x + at + r * kRows * kInt8Slab, from + site.offset, inside, left, walk.padding);
+    for (int r = 0; r < Tile::kN / kRows; ++r) {
+      const Window window = windows[row + r * kRows];
+      const bool inside =
+          (unsigned)(window.h + down) < (unsigned)height && (unsigned)(window.w + right) < (unsigned)params.W;
+      copy(s_x + at + r * kRows * kInt8Slab, from + window.offset, inside, left, params.padding);
     }
   }
 };
 
-// Where a thread stands in its block's tile: its first row of either side.
+// Which outputs of its block's tile a thread computes: its first row of either operand.
 template <typename T>
-struct Int8Place {
-  unsigned lane, column;
-  __device__ __forceinline__ Int8Place() {
-    const unsigned thread = thread_index(), warp = thread / 32, l = thread % 32;
-    constexpr int kWarpsAcross = T::kAcross / T::kWarpLanes;
-    lane = warp % kWarpsAcross * T::kWarpLanes + l % T::kWarpLanes;
-    column = warp / kWarpsAcross * T::kWarpColumns + l / T::kWarpLanes;
+struct Int8ThreadTile {
+  unsigned filter, pixel;  // rows of s_w and s_x
+  __device__ __forceinline__ Int8ThreadTile() {
+    const unsigned thread = thread_index(), warp = thread / 32, lane = thread % 32;
+    constexpr int kWarpsM = T::kThreadsM / T::kWarpThreadsM;
+    filter = warp % kWarpsM * T::kWarpThreadsM + lane % T::kWarpThreadsM;
+    pixel = warp / kWarpsM * T::kWarpThreadsN + lane / T::kWarpThreadsM;
   }
 };
-// Where word 0 of a row's first 16 bytes is, in words; those of group g are at ^ 4*g.
-__device__ __forceinline__ unsigned int8_row(unsigned row) { return row * kInt8Slab + row / 2 % 4 * 4; }
+// Where the first 16 bytes of a row begin, in words; its 16 bytes number g begin at that ^ 4*g.
+__device__ __forceinline__ unsigned first_word(unsigned row) { return row * kInt8Slab + row / 2 % 4 * 4; }
 
-// acc[i][j] += the distance of filter i and pixel j over a slab, from the thread's first row of either side on; eight
-// bytes of each at a time, which leaves registers for the rest.
+// acc[i][j] += the distance of filter i and pixel j over a slab; `filters` and `pixels`: first_word() of the
+// thread's first row of either operand.  Eight bytes of each at a time, which leaves registers for the rest.
 template <typename T>
-__device__ __forceinline__ void add_slab(uint32_t (&acc)[T::kThreadLanes][T::kThreadColumns], const uint32_t* slabs,
-                                         unsigned lanes, unsigned columns) {
-  static_assert(T::kDown % 8 == 0 && T::kAcross % 4 == 0 && (T::kAcross & (T::kAcross - 1)) == 0, "order of words");
+__device__ __forceinline__ void add_int8_slab(uint32_t (&acc)[T::kThreadM][T::kThreadN], const uint32_t* slabs,
+                                              unsigned filters, unsigned pixels) {
+  static_assert(T::kThreadsN % 8 == 0 && T::kThreadsM % 4 == 0 && (T::kThreadsM & (T::kThreadsM - 1)) == 0,
+                "order of words");
 #pragma unroll
   for (int g = 0; g < 8; ++g) {
-    Words2 b[T::kThreadLanes];
+    Words2 b[T::kThreadM];
 #pragma unroll
-    for (int i = 0; i < T::kThreadLanes; ++i)  // the row i * kAcross further down
-      b[i] = load_8<Words2>(slabs + (lanes ^ (unsigned)(g / 2 ^ i * T::kAcross / 2 % 4) * 4) +
-                            i * T::kAcross * kInt8Slab + g % 2 * 2);
+    for (int i = 0; i < T::kThreadM; ++i)  // the row i * kThreadsM further down
+      b[i] = load_8<Words2>(slabs + (filters ^ (unsigned)(g / 2 ^ i * T::kThreadsM / 2 % 4) * 4) +
+                            i * T::kThreadsM * kInt8Slab + g % 2 * 2);
 #pragma unroll
-    for (int j = 0; j < T::kThreadColumns; ++j) {
-      const Words2 a = load_8<Words2>(slabs + (columns ^ (unsigned)g / 2 * 4) + j * T::kDown * kInt8Slab + g % 2 * 2);
+    for (int j = 0; j < T::kThreadN; ++j) {
+      const Words2 a =
+          load_8<Words2>(slabs + (pixels ^ (unsigned)g / 2 * 4) + j * T::kThreadsN * kInt8Slab + g % 2 * 2);
 #pragma unroll
       for (int k = 0; k < 2; ++k)
 #pragma unroll
-        for (int i = 0; i < T::kThreadLanes; ++i) acc[i][j] = add_distances4(a.v[k], b[i].v[k], acc[i][j]);
+        for (int i = 0; i < T::kThreadM; ++i) acc[i][j] = add_distances4(a.v[k], b[i].v[k], acc[i][j]);
     }
   }
 }
 
-// definition::int8_finish of four neighbouring filters, or of fewer, or of such as are not aligned.
-__device__ __forceinline__ void finish_four(const Int8Args& args, const Words4& sums, const Float4& scale,
-                                            const Float4& offset, int64_t co, int64_t at, int count, bool vectors) {
-  if (!vectors || count < 4) {
+// The epilogue of up to four neighbouring filters: definition::int8_finish, by vectors where there are four and y and
+// residual are aligned.
+__device__ __forceinline__ void epilogue4(const Int8Args& args, const Words4& sums, const Float4& scale,
+                                          const Float4& offset, int64_t co, int64_t at, int count,
+                                          bool vector_epilogue) {
+  if (!vector_epilogue || count < 4) {
 #pragma unroll
     for (int k = 0; k < 4; ++k)
       if (k < count) definition::int8_finish(args, (int32_t)sums.v[k], co + k, at + k);
@@ -192,7 +195,7 @@ __device__ __forceinline__ void finish_four(const Int8Args& args, const Words4& 
   *reinterpret_cast<uint32_t*>(static_cast<uint8_t*>(args.y) + at) = bytes;
 }
 
-// What is given up on sm_120, whose four instructions need more registers, is the second block of the largest tile.
+// On sm_120 the largest tile runs one block per multiprocessor: its four instructions need more registers.
 template <typename Tile>
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
 constexpr int kInt8Blocks = Tile::kThreads > 128 ? 1 : Tile::kBlocks;
@@ -201,51 +204,51 @@ constexpr int kInt8Blocks = Tile::kBlocks;
 #endif
 
 template <typename Tile, int Bytes>
-__global__ void __launch_bounds__(Tile::kThreads, kInt8Blocks<Tile>) forward_int8_kernel(Int8Args args, Int8Walk walk) {
-  constexpr int kWords = kInt8Slab * (Tile::kLanes + Tile::kColumns), kColumnsAt = kInt8Slab * Tile::kLanes;
+__global__ void __launch_bounds__(Tile::kThreads, kInt8Blocks<Tile>)
+    forward_int8_kernel(Int8Args args, Int8Params params) {
+  constexpr int kWords = kInt8Slab * (Tile::kM + Tile::kN), kPixelsAt = kInt8Slab * Tile::kM;
   SHARED(uint32_t, s_slabs, [2 * kWords]);
-  SHARED(Int8Site, s_sites, [Tile::kColumns]);
+  SHARED(Window, s_windows, [Tile::kN]);
   const Conv2dProblem& p = args.problem;
-  const int M = walk.M, group = blockIdx.z;
-  const int64_t pixels = p.N * p.OH * p.OW, first = (int64_t)blockIdx.x * Tile::kColumns;
-  const int lane0 = blockIdx.y * Tile::kLanes;
-  for (int i = threadIdx.x; i < Tile::kColumns; i += Tile::kThreads) {
-    const unsigned at = (unsigned)(first + i), row = at / (unsigned)p.OW, n = row / (unsigned)p.OH;
+  const int M = params.M, group = blockIdx.z;
+  const int64_t pixels = p.N * p.OH * p.OW, pixel0 = (int64_t)blockIdx.x * Tile::kN;
+  const int m0 = blockIdx.y * Tile::kM;
+  for (int i = threadIdx.x; i < Tile::kN; i += Tile::kThreads) {
+    const unsigned at = (unsigned)(pixel0 + i), row = at / (unsigned)p.OW, n = row / (unsigned)p.OH;
     const int h = (int)(row % (unsigned)p.OH * p.stride_h - p.pad_top);
     const int w = (int)(at % (unsigned)p.OW * p.stride_w - p.pad_left);
-    // behind the last pixel: never inside
-    s_sites[i] = {n * p.H * walk.row + (int64_t)h * walk.row + (int64_t)w * walk.column,
-                  first + i < pixels ? h : -0x40000000, w};
+    s_windows[i] = {n * p.H * params.stride_h + (int64_t)h * params.stride_h + (int64_t)w * params.stride_w,
+                    pixel0 + i < pixels ? h : kOutside, w};
   }
   __syncthreads();
 
-  const uint8_t* const x = args.x + group * walk.C;
-  const uint8_t* const w = args.w + ((int64_t)group * M + lane0) * walk.K;
-  uint32_t acc[Tile::kThreadLanes][Tile::kThreadColumns] = {};
-  using Copy = Int8Copy<Tile, Bytes>;
-  Copy::fetch(walk, 0, s_sites, x, w, M - lane0, s_slabs, s_slabs + kColumnsAt);
+  const uint8_t* const x = args.x + group * params.C;
+  const uint8_t* const w = args.w + ((int64_t)group * M + m0) * params.K;
+  uint32_t acc[Tile::kThreadM][Tile::kThreadN] = {};
+  using Loader = Int8Loader<Tile, Bytes>;
+  Loader::load(params, 0, s_windows, x, w, M - m0, s_slabs, s_slabs + kPixelsAt);
   cp_async_commit();
-  int left = walk.slabs;
+  int left = params.slabs;
   for (int at = 0;; at = kWords - at) {
     cp_async_wait<0>();
     __syncthreads();
     if (--left) {
-      Copy::fetch(walk, walk.slabs - left, s_sites, x, w, M - lane0, s_slabs + kWords - at,
-                  s_slabs + kWords - at + kColumnsAt);
+      Loader::load(params, params.slabs - left, s_windows, x, w, M - m0, s_slabs + kWords - at,
+                   s_slabs + kWords - at + kPixelsAt);
       cp_async_commit();
     }
-    const Int8Place<Tile> place;
-    add_slab<Tile>(acc, s_slabs, at + int8_row(place.lane), at + int8_row(place.column) + kColumnsAt);
+    const Int8ThreadTile<Tile> own;
+    add_int8_slab<Tile>(acc, s_slabs, at + first_word(own.filter), at + first_word(own.pixel) + kPixelsAt);
     if (!left) break;
   }
 
-  // The sums of a round's pixels, [pixel][kLanes], where the slabs were; then four filters a thread.
-  constexpr int kRounds = Tile::kLanes * Tile::kColumns > 2 * kWords ? 2 : 1, kRound = Tile::kThreadColumns / kRounds;
-  constexpr int kRuns = Tile::kLanes / 4;
-  const Int8Place<Tile> place;
-  static_assert(Tile::kLanes * Tile::kColumns / kRounds <= 2 * kWords && Tile::kThreads % kRuns == 0, "sums");
-  const int lane = lane0 + threadIdx.x % kRuns * 4, count = M - lane;
-  const int64_t co = (int64_t)group * M + lane;
+  // The sums of a round's pixels, [pixel][kM], where the slabs were; then the epilogue, four filters per thread.
+  constexpr int kRounds = Tile::kM * Tile::kN > 2 * kWords ? 2 : 1, kRound = Tile::kThreadN / kRounds;
+  constexpr int kFours = Tile::kM / 4;
+  const Int8ThreadTile<Tile> own;
+  static_assert(Tile::kM * Tile::kN / kRounds <= 2 * kWords && Tile::kThreads % kFours == 0, "sums");
+  const int m = m0 + threadIdx.x % kFours * 4, count = M - m;
+  const int64_t co = (int64_t)group * M + m;
   Float4 scale = {}, offset = {};
   if (args.scale) {
 #pragma unroll
@@ -258,28 +261,27 @@ __global__ void __launch_bounds__(Tile::kThreads, kInt8Blocks<Tile>) forward_int
 #pragma unroll
     for (int j = 0; j < kRound; ++j)
 #pragma unroll
-      for (int i = 0; i < Tile::kThreadLanes; i += 4)
-        store_16(s_slabs + (place.column + j * Tile::kDown) * Tile::kLanes + place.lane * 4 + i * Tile::kAcross,
+      for (int i = 0; i < Tile::kThreadM; i += 4)
+        store_16(s_slabs + (own.pixel + j * Tile::kThreadsN) * Tile::kM + own.filter * 4 + i * Tile::kThreadsM,
                  Words4{{acc[i][round * kRound + j], acc[i + 1][round * kRound + j], acc[i + 2][round * kRound + j],
                          acc[i + 3][round * kRound + j]}});
     __syncthreads();
 #pragma unroll 1
-    for (int i = threadIdx.x / kRuns; i < kRound * Tile::kDown; i += Tile::kThreads / kRuns) {
-      const int64_t pixel = first + round * kRound * Tile::kDown + i;
+    for (int i = threadIdx.x / kFours; i < kRound * Tile::kThreadsN; i += Tile::kThreads / kFours) {
+      const int64_t pixel = pixel0 + round * kRound * Tile::kThreadsN + i;
       if (pixel >= pixels || count <= 0) break;
-      finish_four(args, load_16<Words4>(s_slabs + i * Tile::kLanes + threadIdx.x % kRuns * 4), scale, offset, co,
-                  pixel * p.C_out + co, count, walk.vectors);
+      epilogue4(args, load_16<Words4>(s_slabs + i * Tile::kM + threadIdx.x % kFours * 4), scale, offset, co,
+                pixel * p.C_out + co, count, params.vector_epilogue);
     }
   }
 }
 
-// One output a thread, by the definition: depthwise and other narrow groups, and what 32-bit coordinates do not reach.
-constexpr int kDirectInt8Threads = 128;
-__global__ void __launch_bounds__(kDirectInt8Threads) direct_int8_kernel(Int8Args args) {
+// One output per thread, by the definition: depthwise and other narrow groups, and sizes beyond 32-bit coordinates.
+__global__ void __launch_bounds__(kDirectThreads) direct_int8_kernel(Int8Args args) {
   const Conv2dProblem& p = args.problem;
   const uint64_t C = p.C_out, OH = p.OH, OW = p.OW, outputs = p.N * OH * OW * C;
-  for (uint64_t i = (uint64_t)blockIdx.x * kDirectInt8Threads + threadIdx.x; i < outputs;
-       i += (uint64_t)gridDim.x * kDirectInt8Threads) {
+  for (uint64_t i = (uint64_t)blockIdx.x * kDirectThreads + threadIdx.x; i < outputs;
+       i += (uint64_t)gridDim.x * kDirectThreads) {
     const uint64_t co = i % C, pixel = i / C, row = pixel / OW;
     definition::int8_finish(args, definition::int8_sum(args, row / OH, co, row % OH, pixel % OW), co, i);
   }

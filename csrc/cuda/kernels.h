@@ -1,13 +1,14 @@
-// The contract between the CUDA binding and the kernels.  The kernels allocate nothing and synchronise nothing: the
+// The contract between the CUDA binding and the kernels.  The kernels allocate nothing and do not synchronise: the
 // binding hands them a workspace and a stream.  What a call computes depends on the problem and the device alone.
 //
-// With ADDEROPS_SIMT the same sources run on the host (tests/simt): the stream is not used and all pointers are the
-// host's.
+// With ADDEROPS_SIMT the same sources run on the host (tests/simt): the stream is not used and all pointers are host
+// pointers.
 #pragma once
 #include <stddef.h>
 
 #include "../args/conv2d.h"
 #include "../args/int8.h"
+#include "../args/quantize.h"
 #if !defined(ADDEROPS_SIMT)
 #include <cuda_runtime_api.h>
 #else
@@ -22,27 +23,35 @@ struct Device {
   int multiprocessors;
 };
 
-// What a test may choose in place of the tables; -1: the table's.
+// Test overrides; -1 keeps the automatic choice.  A pass ignores the members that do not apply to it.
 struct Choice {
-  int tile;    // below Pass::tiles; one beyond a type's last is its last
-  int layout;  // tile.cuh: 0 kPlanes, which serves any strides
-  int form;    // forward.cuh: 0 kDirect, 1 kMinimum
+  int tile;     // below Pass::tiles; clamped to the last tile of the element type
+  int layout;   // tile.cuh: 0 kStrided, 1 kChannelsLast where the tensor is
+  int formula;  // forward.cuh: 0 kDistance, 1 kMinimum
 };
 constexpr Choice kAutomatic = {-1, -1, -1};
 
+// One computation of an operator, with its own struct of arguments.
+template <typename Args>
 struct Pass {
-  int64_t (*workspace)(const Conv2dArgs& args, const Device& device, const Choice& choice);  // bytes that run() needs
-  cudaError_t (*run)(const Conv2dArgs& args, const Device& device, const Choice& choice, void* workspace,
+  // Bytes that run() needs; null: none.
+  int64_t (*workspace)(const Args& args, const Device& device, const Choice& choice);
+  // Queues the kernels.
+  cudaError_t (*run)(const Args& args, const Device& device, const Choice& choice, void* workspace,
                      cudaStream_t stream);
   int tiles;
 };
 
-extern const Pass kForward, kGradX, kGradW;
+extern const Pass<Conv2dArgs> kForward, kGradX, kGradW;
+extern const Pass<Int8Args> kInt8;
+extern const Pass<QuantizeArgs> kQuantize;
 
-// They need no workspace.  Of `choice` the int8 convolution knows the tile, below kForwardInt8Tiles.
-cudaError_t launch_forward_int8(const Int8Args& args, const Device& device, const Choice& choice, cudaStream_t stream);
-extern const int kForwardInt8Tiles;
-cudaError_t launch_quantize(const QuantizeArgs& args, cudaStream_t stream);
+// The passes by the names that the binding uses on every device (ops.h).
+struct Kernels {
+  const Pass<Conv2dArgs>*forward = &kForward, *grad_x = &kGradX, *grad_w = &kGradW;
+  const Pass<Int8Args>* int8 = &kInt8;
+  const Pass<QuantizeArgs>* quantize = &kQuantize;
+};
 
 }  // namespace cuda
 }  // namespace adderops

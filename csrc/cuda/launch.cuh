@@ -1,10 +1,10 @@
-// What the host sides of the passes share: launches, grids, the layout of the workspace, the choice of kernels.
+// What the host sides of the passes share: launches, grids, the division of the workspace, the choice of tiles.
 #pragma once
 #include "../sizes.h"
 #include "direct.cuh"
+#include "implicit_gemm.cuh"
 #include "kernels.h"
 #include "pack.cuh"
-#include "walk.cuh"
 
 #if !defined(ADDEROPS_SIMT)
 // kernel in parentheses: LAUNCH((forward_kernel<float, Tile>), grid, block, stream, arguments...)
@@ -14,15 +14,15 @@
 namespace adderops {
 namespace cuda {
 
-inline int64_t blocks(int64_t size, int64_t step) { return (size + step - 1) / step; }
-inline int64_t round_up(int64_t size, int64_t step) { return product(blocks(size, step), step); }
+inline int64_t ceil_div(int64_t size, int64_t step) { return (size + step - 1) / step; }
+inline int64_t round_up(int64_t size, int64_t step) { return product(ceil_div(size, step), step); }
 inline unsigned direct_grid(int64_t outputs) {
-  const int64_t count = blocks(outputs, kDirectThreads);
+  const int64_t count = ceil_div(outputs, kDirectThreads);
   return (unsigned)(count < 0x7fffffff ? count : 0x7fffffff);
 }
 
-// Hands out parts of the workspace, 256-byte aligned.  With a null base it only counts.
-struct Carver {
+// Divides the workspace: each take() is the next part, 256-byte aligned.  With a null base it only counts.
+struct Arena {
   char* base;
   int64_t used;
   template <typename T>
@@ -33,7 +33,7 @@ struct Carver {
   }
 };
 
-// Does a direct kernel (direct.cuh) serve this?  Float64; groups too narrow for a tile; coordinates beyond a tile's.
+// Is this for a direct kernel (direct.cuh)?  Float64, groups too narrow for a tile, sizes beyond 32-bit coordinates.
 inline bool is_direct(const Conv2dArgs& args) {
   const Conv2dProblem& p = args.problem;
   const int64_t C = p.C_in / p.groups, M = p.C_out / p.groups, taps = product(p.KH, p.KW), most = 0x3fffff00;
@@ -43,7 +43,7 @@ inline bool is_direct(const Conv2dArgs& args) {
                      product(p.OW, p.stride_w) > most || product(p.KH - 1, p.dilation_h) >= 1 << 15 ||
                      product(p.KW - 1, p.dilation_w) >= 1 << 15 || product(taps, C + 128) > most ||
                      product(taps, M + 128) > most || product(p.stride_h, p.stride_w) > 4096 || p.groups > 65535 ||
-                     blocks(M, 16) > 65535 || blocks(C, 16) > 65535;
+                     ceil_div(M, 16) > 65535 || ceil_div(C, 16) > 65535;
   return args.type == ElementType::kFloat64 || narrow || large;
 }
 
@@ -57,24 +57,25 @@ inline int64_t element_bytes(ElementType type) {
   return type == ElementType::kFloat64 ? 8 : type == ElementType::kFloat32 ? 4 : 2;
 }
 inline Layout pick_layout(bool channels_last, const Choice& choice) {
-  return channels_last && choice.layout != (int)Layout::kPlanes ? Layout::kChannels : Layout::kPlanes;
+  return channels_last && choice.layout != (int)Layout::kStrided ? Layout::kChannelsLast : Layout::kStrided;
 }
 
-// Of tiles for `lanes` x `columns` x `batch` results: the one that makes the multiprocessors' busiest finish first,
-// where a tile costs its area and, for its loads, four times its border.
+// kM x kN of a Tile, for the host.
 struct TileSize {
-  int lanes, columns;
+  int m, n;
 };
+// The tile that lets the busiest multiprocessor finish first, for `m` x `n` outputs `batch` times; a tile costs its
+// area and, for its loads, four times its border.
 template <int Count>
-int pick_tile(const TileSize (&tiles)[Count], int64_t lanes, int64_t columns, int64_t batch, const Device& device,
+int pick_tile(const TileSize (&tiles)[Count], int64_t m, int64_t n, int64_t batch, const Device& device,
               const Choice& choice) {
   if (choice.tile >= 0) return choice.tile < Count ? choice.tile : Count - 1;
   int best = 0;
   double least = 0;
   for (int i = 0; i < Count; ++i) {
-    const int64_t count = product(blocks(lanes, tiles[i].lanes), blocks(columns, tiles[i].columns), batch);
-    const double cost = (double)blocks(count, device.multiprocessors) *
-                        (tiles[i].lanes * tiles[i].columns + 4 * (tiles[i].lanes + tiles[i].columns));
+    const int64_t count = product(ceil_div(m, tiles[i].m), ceil_div(n, tiles[i].n), batch);
+    const double cost =
+        (double)ceil_div(count, device.multiprocessors) * (tiles[i].m * tiles[i].n + 4 * (tiles[i].m + tiles[i].n));
     if (i == 0 || cost < least) best = i, least = cost;
   }
   return best;
@@ -93,44 +94,48 @@ void with_type(ElementType type, const F& f) {
   with_tiled_type(type, f);
 }
 
-// The steps of a walk, from the rest of it.  Of the weights: `slab` bytes from slab to slab, `tap_h` and `tap_w` slabs
-// from tap to tap.
-inline void set_steps(Walk* w, int slab_channels, int64_t slab, int64_t tap_h, int64_t tap_w) {
-  const int64_t slabs = (w->channels + slab_channels - 1) / slab_channels, last = slabs - 1;
-  w->slabs = (int)(w->taps_h * w->taps_w * slabs);
-  w->next_slab = slab_channels * w->channel;
-  w->next_tap = w->step_w * w->column - last * w->next_slab;
-  w->next_row = w->step_h * w->row - (w->taps_w - 1) * w->step_w * w->column - last * w->next_slab;
-  w->next_weights = slab;
-  w->next_weights_tap = (tap_w - last) * slab;
-  w->next_weights_row = (tap_h - (w->taps_w - 1) * tap_w - last) * slab;
+// The source of an implicit matrix product; taps and their distances are still to be set.
+inline GemmParams gemm_params(const Operand& source, int64_t element_bytes, int64_t H, int64_t W, int64_t channels) {
+  const int64_t* const stride = source.stride;
+  GemmParams params{};
+  params.source = source.data;
+  params.stride_n = stride[0] * element_bytes, params.stride_c = stride[1] * element_bytes;
+  params.stride_h = stride[2] * element_bytes, params.stride_w = stride[3] * element_bytes;
+  params.H = (int)H, params.W = (int)W, params.channels = (int)channels;
+  return params;
+}
+// What follows from the rest of them: how many slabs, and the way from one to the next.  Of the packed weights: `bytes`
+// of a slab, `tap_h` and `tap_w` slabs from tap to tap.
+inline void set_slabs(GemmParams* params, int slab_channels, int64_t bytes, int64_t tap_h, int64_t tap_w) {
+  GemmParams& f = *params;
+  const int64_t slabs = (f.channels + slab_channels - 1) / slab_channels, last = slabs - 1;
+  f.slabs = (int)(f.taps_h * f.taps_w * slabs);
+  f.next_slab = slab_channels * f.stride_c;
+  f.next_tap = f.dilation_w * f.stride_w - last * f.next_slab;
+  f.next_tap_row = f.dilation_h * f.stride_h - (f.taps_w - 1) * f.dilation_w * f.stride_w - last * f.next_slab;
+  f.next_weights = bytes;
+  f.next_weights_tap = (tap_w - last) * bytes;
+  f.next_weights_tap_row = (tap_h - (f.taps_w - 1) * tap_w - last) * bytes;
 }
 
-// The packed weights of a pass, and the launch that makes them.
-struct Packed {
-  PackShape shape;
-  int64_t groups;
-  PackedWeights weights;
-};
-inline Packed make_packed(const Conv2dProblem& p, int64_t lanes, int64_t channels, int64_t tile_lanes, int slab,
-                          int64_t bytes, Carver* carve) {
-  const int64_t pitch = round_up(lanes, tile_lanes), depth = round_up(channels, slab), taps = p.KH * p.KW;
-  const int64_t chunks = blocks(taps * depth, kPackRows), lane_blocks = blocks(pitch, kPackLanes);
-  Packed f{{(int)lanes, (int)pitch, (int)channels, (int)depth, (int)taps, (int)p.KW, (int)chunks}, p.groups, {}};
-  f.weights = {carve->take<char>(product(p.groups, taps, depth, pitch, bytes)),
-               carve->take<float>(product(p.groups, chunks, pitch)),
-               carve->take<float>(product(p.groups, chunks, pitch)),
-               carve->take<int>(product(p.groups, chunks, lane_blocks)),
-               (int)pitch,
-               (int)chunks,
-               (int)lane_blocks};
+// Room for the packed weights of `M` x `channels` per group and tap, and the launch that fills it.
+inline PackedWeights plan_packed(const Conv2dProblem& p, int64_t M, int64_t channels, int64_t tile_m, int slab,
+                                 int64_t element_bytes, Arena* arena) {
+  const int64_t pitch = round_up(M, tile_m), depth = round_up(channels, slab), taps = p.KH * p.KW;
+  const int64_t splits = ceil_div(taps * depth, kPackTerms), m_blocks = ceil_div(pitch, kPackM);
+  PackedWeights f{};
+  f.data = arena->take<char>(product(p.groups, taps, depth, pitch, element_bytes));
+  f.sums = arena->take<float>(product(p.groups, splits, pitch));
+  f.sizes = arena->take<float>(product(p.groups, splits, pitch));
+  f.flags = arena->take<int>(product(p.groups, splits, m_blocks));
+  f.M = (int)M, f.pitch = (int)pitch, f.channels = (int)channels, f.depth = (int)depth;
+  f.taps = (int)taps, f.KW = (int)p.KW, f.splits = (int)splits, f.blocks = (int)m_blocks;
   return f;
 }
 template <typename T, Packing P>
-void pack(const Conv2dArgs& args, const Packed& f, cudaStream_t stream) {
-  const dim3 grid((unsigned)f.shape.chunks, (unsigned)f.weights.lane_blocks, (unsigned)f.groups);
-  LAUNCH((pack_kernel<T, P>), grid, dim3(kPackThreads), stream, args.w, f.shape, const_cast<void*>(f.weights.packed),
-         const_cast<float*>(f.weights.sums), const_cast<float*>(f.weights.sizes), const_cast<int*>(f.weights.flags));
+void pack(const Conv2dArgs& args, const PackedWeights& weights, cudaStream_t stream) {
+  const dim3 grid((unsigned)weights.splits, (unsigned)weights.blocks, (unsigned)args.problem.groups);
+  LAUNCH((pack_kernel<T, P>), grid, dim3(kPackThreads), stream, args.w, weights);
 }
 
 }  // namespace cuda

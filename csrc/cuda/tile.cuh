@@ -1,57 +1,71 @@
-// What the tiled kernels share: the shape of a block's tile, who computes what of it, and where a pixel lies.
+// What the tiled kernels share: the shape of a block's tile, which outputs of it a thread computes, and the inner loop.
 //
-//            columns: kColumns pixels (forward, grad_x) or weights (grad_w)
-//            +--------------------------------------+      a block computes lanes x columns of the result; each thread
-//   kLanes   |  a thread: kThreadLanes x            |      kThreadLanes x kThreadColumns of it, in runs of four, and
-//   output   |  kThreadColumns                      |      reads both sides of a step k from shared memory, 16 bytes at
-//   channels |                                      |      a time: [k][kLanes] and [k][kColumns].
-//            +--------------------------------------+
-//   A warp is kWarpLanes x kWarpColumns threads, so that its reads are few distinct 16-byte words of either side.
+// A pass is a matrix product with another term: M x K times K x N, where M counts output channels of the pass (ci in
+// grad_x), N pixels (weights of a filter in grad_w), and K the terms of a sum.
+//
+//                     kN                          block: kM x kN outputs
+//            +------------------+                 warp:  kWarpThreadsM x kWarpThreadsN threads, near a square, so that
+//            |..  |  |..  |  |  |                        its lanes read few distinct 16-byte words of either operand
+//      kM    |..  |  |..  |  |  |                 thread (..): kThreadM x kThreadN outputs in registers, in groups of
+//            |----+--|          |                        4 x 4 at the same place of every 4 * kThreadsM rows and
+//            |..  |  |..  |  |  |                        4 * kThreadsN columns
+//            +------------------+                 step k:  kThreadM + kThreadN floats from shared memory, 16 bytes at a
+//                                                        time, for kThreadM * kThreadN terms
+//
+// Shared memory holds two slabs of kSlab steps, one being computed, one arriving: [kSlab][kM] and [kSlab][kN] floats
+// each.
 #pragma once
 #include "dialect.cuh"
 
 namespace adderops {
 namespace cuda {
 
-// How neighbouring threads walk a tensor: along its pixels, whatever the strides, or along dense channels, 16 bytes
-// each.
-enum class Layout : int { kPlanes, kChannels };
+// How neighbouring threads read a tensor: kStrided, along pixels, 4 bytes or less each, whatever the strides;
+// kChannelsLast, 16 bytes of contiguous channels each.
+enum class Layout : int { kStrided, kChannelsLast };
 
-constexpr int kSlab = 16;  // steps of the sum that are in shared memory at a time (twice: one computed, one arriving)
+constexpr int kSlab = 16;
 
-constexpr int kRepairThreads = 128;  // of the kernels that do a flagged tile again
+constexpr int kRepairThreads = 128;  // of the kernels that compute a flagged tile again
+constexpr int kDirectThreads = 128;  // of the kernels with one output per thread: direct.cuh, and of int8.cuh
 
-template <int Lanes, int Columns, int ThreadLanes, int ThreadColumns, int BlocksPerMultiprocessor>
+template <int M, int N, int ThreadM, int ThreadN, int BlocksPerMultiprocessor>
 struct Tile {
-  static constexpr int kLanes = Lanes, kColumns = Columns;
-  static constexpr int kThreadLanes = ThreadLanes, kThreadColumns = ThreadColumns;
-  static constexpr int kAcross = Lanes / ThreadLanes, kDown = Columns / ThreadColumns;  // threads
-  static constexpr int kThreads = kAcross * kDown;
-  static constexpr int kWarpLanes = kAcross < 8 ? kAcross : 8, kWarpColumns = 32 / kWarpLanes;
+  static constexpr int kM = M, kN = N;                                    // outputs of a block
+  static constexpr int kThreadM = ThreadM, kThreadN = ThreadN;            // outputs of a thread
+  static constexpr int kThreadsM = M / ThreadM, kThreadsN = N / ThreadN;  // threads of a block
+  static constexpr int kThreads = kThreadsM * kThreadsN;
+  static constexpr int kWarpThreadsM = kThreadsM < 8 ? kThreadsM : 8, kWarpThreadsN = 32 / kWarpThreadsM;
   static constexpr int kBlocks = BlocksPerMultiprocessor;
-  static_assert(ThreadLanes % 4 == 0 && ThreadColumns % 4 == 0, "threads read four floats at a time");
-  static_assert(kAcross % kWarpLanes == 0 && kDown % kWarpColumns == 0, "whole warps");
-  static_assert(kThreads % Columns == 0 || Columns % kThreads == 0, "a thread copies whole columns");
+  static_assert(ThreadM % 4 == 0 && ThreadN % 4 == 0, "threads read four floats at a time");
+  static_assert(kThreadsM % kWarpThreadsM == 0 && kThreadsN % kWarpThreadsN == 0, "whole warps");
+  static_assert(kThreads % N == 0 || N % kThreads == 0, "a loader copies whole pixels");
 };
 
-// Where a thread stands in its block's tile.
+// Which outputs of its block's tile a thread computes.
 template <typename T>
-struct Place {
-  int lane, column;  // of its first run of four
-  __device__ __forceinline__ explicit Place(unsigned thread = threadIdx.x) {
-    const int warp = thread / 32, l = thread % 32;
-    constexpr int kWarpsAcross = T::kAcross / T::kWarpLanes;
-    lane = 4 * (warp % kWarpsAcross * T::kWarpLanes + l / T::kWarpColumns);
-    column = 4 * (warp / kWarpsAcross * T::kWarpColumns + l % T::kWarpColumns);
+struct ThreadTile {
+  int m0, n0;  // of the first group of four
+  __device__ __forceinline__ explicit ThreadTile(unsigned thread = threadIdx.x) {
+    const int warp = thread / 32, lane = thread % 32;
+    constexpr int kWarpsM = T::kThreadsM / T::kWarpThreadsM;
+    m0 = 4 * (warp % kWarpsM * T::kWarpThreadsM + lane / T::kWarpThreadsN);
+    n0 = 4 * (warp / kWarpsM * T::kWarpThreadsN + lane % T::kWarpThreadsN);
   }
-  // of its i-th element: runs of four, a run every kAcross (kDown) threads
-  __device__ __forceinline__ int lane_of(int i) const { return lane + i / 4 * (4 * T::kAcross) + i % 4; }
-  __device__ __forceinline__ int column_of(int i) const { return column + i / 4 * (4 * T::kDown) + i % 4; }
+  __device__ __forceinline__ int m(int i) const { return m0 + i / 4 * (4 * T::kThreadsM) + i % 4; }
+  __device__ __forceinline__ int n(int j) const { return n0 + j / 4 * (4 * T::kThreadsN) + j % 4; }
 };
 
-// One step's operands of a thread: `Count` floats, in runs of four every `Stride` floats.
+// The upper left input pixel of an output pixel's window: where tap (0, 0) reads.
+struct alignas(16) Window {
+  int64_t offset;  // bytes from the first element of the image's group, of that pixel even where it is padding
+  int h, w;        // h is kOutside beyond the last pixel, so that every tap lies outside
+};
+constexpr int kOutside = -0x40000000;
+
+// `Count` floats of shared memory for a thread, in groups of four every `Stride` floats.
 template <int Count, int Stride>
-__device__ __forceinline__ void read_run(float (&to)[Count], const float* from) {
+__device__ __forceinline__ void load_fragment(float (&to)[Count], const float* from) {
 #pragma unroll
   for (int i = 0; i < Count; i += 4) {
     const Float4 v = load_16<Float4>(from + i / 4 * Stride);
@@ -60,23 +74,24 @@ __device__ __forceinline__ void read_run(float (&to)[Count], const float* from) 
   }
 }
 
-// acc[i][j] = term(acc[i][j], lane i, column j) over the steps of a slab, the operands of the next step under way.
-template <typename T, int LanePitch, int ColumnPitch, typename Term>
-__device__ __forceinline__ void sum_slab(float (&acc)[T::kThreadLanes][T::kThreadColumns], const float* lanes,
-                                         const float* columns, const Term& term) {
-  float a[2][T::kThreadLanes], b[2][T::kThreadColumns];
-  read_run<T::kThreadLanes, 4 * T::kAcross>(a[0], lanes);
-  read_run<T::kThreadColumns, 4 * T::kDown>(b[0], columns);
+// acc[i][j] = term(acc[i][j], a[k][i], b[k][j], i, j) over the steps k of a slab.  The fragments of step k + 1 load
+// while step k computes.
+template <typename T, int PitchA, int PitchB, typename Term>
+__device__ __forceinline__ void multiply_slab(float (&acc)[T::kThreadM][T::kThreadN], const float* s_a,
+                                              const float* s_b, const Term& term) {
+  float a[2][T::kThreadM], b[2][T::kThreadN];
+  load_fragment<T::kThreadM, 4 * T::kThreadsM>(a[0], s_a);
+  load_fragment<T::kThreadN, 4 * T::kThreadsN>(b[0], s_b);
 #pragma unroll
   for (int k = 0; k < kSlab; ++k) {
     if (k + 1 < kSlab) {
-      read_run<T::kThreadLanes, 4 * T::kAcross>(a[(k + 1) % 2], lanes + (k + 1) * LanePitch);
-      read_run<T::kThreadColumns, 4 * T::kDown>(b[(k + 1) % 2], columns + (k + 1) * ColumnPitch);
+      load_fragment<T::kThreadM, 4 * T::kThreadsM>(a[(k + 1) % 2], s_a + (k + 1) * PitchA);
+      load_fragment<T::kThreadN, 4 * T::kThreadsN>(b[(k + 1) % 2], s_b + (k + 1) * PitchB);
     }
 #pragma unroll
-    for (int i = 0; i < T::kThreadLanes; ++i)
+    for (int i = 0; i < T::kThreadM; ++i)
 #pragma unroll
-      for (int j = 0; j < T::kThreadColumns; ++j) acc[i][j] = term(acc[i][j], a[k % 2][i], b[k % 2][j], i, j);
+      for (int j = 0; j < T::kThreadN; ++j) acc[i][j] = term(acc[i][j], a[k % 2][i], b[k % 2][j], i, j);
   }
 }
 
@@ -91,6 +106,12 @@ __device__ __forceinline__ void store_float(T* p, float v) {
 }
 
 __device__ __forceinline__ bool is_finite(float v) { return fabsf(v) <= 3.402823466e38f; }
+
+// The number of this block's tile, and of its flag: set where the faster arithmetic cannot be trusted, read by the
+// repair.
+__device__ __forceinline__ int64_t tile_index() {
+  return ((int64_t)blockIdx.z * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x;
+}
 
 }  // namespace cuda
 }  // namespace adderops

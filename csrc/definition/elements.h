@@ -1,10 +1,10 @@
-// bfloat16 and float16 as 16-bit patterns, converted by integer arithmetic that every compiler vectorises.
-// Rounding is to nearest, ties to even; infinities stay, NaNs stay quiet NaNs.
-// Static functions only: every instruction set compiles its own copy.
+// Conversions of elements.  bfloat16 and float16 are 16-bit patterns, converted by integer arithmetic that every
+// compiler vectorises.  Rounding is to nearest, ties to even; infinities stay infinities, NaNs become quiet NaNs.
+// Static functions only: each instruction set compiles its own copy.
 #pragma once
-#include "../args/conv2d.h"
+#include "../args/tensor.h"
 
-// A function of the CPU and of the kernels of a GPU alike.
+// Before a function that both the CPU and the kernels of a GPU call.
 #if defined(__CUDACC__)
 #define ADDEROPS_SHARED_CODE static __host__ __device__ inline
 #else
@@ -72,5 +72,10 @@ ADDEROPS_SHARED_CODE void from_float(float v, Float16* out) {
   const uint32_t special = magnitude > 0x7f800000u ? 0x7e00u : 0x7c00u;
   out->bits = uint16_t(sign | (magnitude >= 0x477ff000u ? special : finite));
 }
+
+// Rounds -255 <= z <= 255 to the nearest integer, ties to even, and returns its low byte: float32 numbers near
+// kRoundingOffset are 1 apart.
+constexpr float kRoundingOffset = 12582912.f;  // 1.5 * 2^23
+ADDEROPS_SHARED_CODE uint8_t rounded_byte(float z) { return uint8_t(bits_from_float(z + kRoundingOffset)); }
 
 }  // namespace adderops

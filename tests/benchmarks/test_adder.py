@@ -1,54 +1,41 @@
-"""benchmarks/bench_adder.py runs end to end, its file has the documented keys, and its means are those of its rows."""
+"""benchmarks/bench_adder.py runs end to end; its CSV file and its means are those of its rows."""
 
-import json
 import math
 import sys
-from pathlib import Path
 
+import bench_adder
 import pytest
 import torch
-
-BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
-
-
-@pytest.fixture
-def bench(monkeypatch, set_threads):
-    """The module bench_adder; its siblings are found as they are when it runs as a script."""
-    set_threads(1)
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    import bench_adder
-
-    return bench_adder
+from harness import report, verify
+from harness.layers import DEFAULT_LAYERS, LAYERS
+from harness.peers import eager_step
+from harness.timing import Contestant, take_turns
 
 
-@pytest.fixture
-def tiny(bench):
-    from layers import Layer
-
-    return (Layer("tiny", 2, 16, 16, 6, 3), Layer("tiny", 3, 16, 32, 6, 3, 2), Layer("tiny", 2, 8, 16, 6, 1, 2))
-
-
-def test_end_to_end(bench, tiny, tmp_path, capsys):
+def test_end_to_end(tiny, tmp_path, capsys):
     pytest.importorskip("matplotlib", reason="--plot needs matplotlib")
-    file, plot = tmp_path / "r.json", tmp_path / "r.png"
-    command = ["--threads", "1", "--full", "--seconds", "0.1", "--json", str(file), "--plot", str(plot)]
-    bench.main(command, tiny)
+    file, plot = tmp_path / "r.csv", tmp_path / "r.png"
+    command = ["--threads", "1", "--full", "--seconds", "0.1", "--csv", str(file), "--plot", str(plot)]
+    result = bench_adder.main(command, tiny)
 
-    result = json.loads(file.read_text())
-    assert set(result) == {"machine", "limits", "rows", "memory", "geomean"}
-    assert set(result["machine"]) >= {"cpu", "threads", "instruction_set", "torch", "date"}
+    about, rows = report.read_csv(file)
+    assert rows == result["rows"]
+    assert set(about) >= {"cpu", "threads", "instruction_set", "torch", "date"} and about["dtype"] == "float32"
+    assert [name for name in about if name.startswith("limit, Gterm/s: ")] or not result["limits"]
     assert plot.read_bytes().startswith(b"\x89PNG")
 
+    timed = [row for row in rows if row["pass"] != "memory"]
     rates = {}
-    for row in result["rows"]:
+    for row in timed:
         assert row["samples"] >= 3 and row["seconds"] > 0
         assert math.isclose(row["gterm_per_s"], row["terms"] / row["seconds"] / 1e9)
         rates[row["layer"], row["pass"], row["contestant"], row["memory_format"]] = row["gterm_per_s"]
-    terms = {(row["layer"], row["pass"]): row["terms"] for row in result["rows"] if row["contestant"] == "adder"}
-    assert all(terms[x.name, name] == (3 if name == "step" else 1) * x.terms for x in tiny for name in bench.PASSES)
+    terms = {(row["layer"], row["pass"]): row["terms"] for row in timed if row["contestant"] == "adder"}
+    passes = bench_adder.PASSES
+    assert all(terms[x.name, name] == (3 if name == "step" else 1) * x.terms for x in tiny for name in passes)
     names = [layer.name for layer in tiny]
     for layer in names:
-        for name in bench.PASSES:
+        for name in passes:
             for contestant in ("adder", "conv2d"):
                 for memory_format in ("contiguous", "channels_last"):
                     assert (layer, name, contestant, memory_format) in rates
@@ -65,24 +52,27 @@ def test_end_to_end(bench, tiny, tmp_path, capsys):
         assert math.isclose(result["geomean"][mean], math.prod(ratios) ** (1 / len(names)))
 
     printed = capsys.readouterr().out
-    assert all(layer in printed for layer in names) and result["machine"]["cpu"] in printed
+    assert all(layer in printed for layer in names) and about["cpu"] in printed
     if sys.platform == "linux":
-        assert [entry["layer"] for entry in result["memory"]] == names
-        assert all(entry["extra_bytes"] < entry["allowed_bytes"] for entry in result["memory"])
+        memory = [row for row in rows if row["pass"] == "memory"]
+        assert [row["layer"] for row in memory] == names
+        assert all(row["extra_bytes"] < row["allowed_bytes"] for row in memory)
+
+    # the file alone gives the same means and a plot
+    again = tmp_path / "again.png"
+    assert bench_adder.main(["--read", str(file), "--plot", str(again)])["geomean"] == result["geomean"]
+    assert again.read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_wrong_result_is_never_timed(bench, tiny, monkeypatch):
-    real = bench.adder_conv2d
-    monkeypatch.setattr(bench, "adder_conv2d", lambda *args, **kwargs: real(*args, **kwargs) * 1.001)
+def test_a_wrong_result_is_never_timed(tiny, monkeypatch):
+    real = bench_adder.adder_conv2d
+    monkeypatch.setattr(bench_adder, "adder_conv2d", lambda *args, **kwargs: real(*args, **kwargs) * 1.001)
     with pytest.raises(SystemExit, match="adder contiguous forward: wrong result"):
-        bench.main(["--threads", "1", "--seconds", "0.1"], tiny)
+        bench_adder.main(["--threads", "1", "--seconds", "0.1"], tiny)
 
 
 @pytest.mark.parametrize("wrong", ["grad_x", "grad_w"])
-def test_a_wrong_gradient_is_never_timed(bench, tiny, wrong):
-    import verify
-    from peers import eager_step
-
+def test_a_wrong_gradient_is_never_timed(tiny, wrong):
     layer = tiny[1]
     tensors = layer.tensors()
     results = dict(zip(("y", "grad_x", "grad_w"), eager_step(layer, *tensors), strict=True))
@@ -93,9 +83,7 @@ def test_a_wrong_gradient_is_never_timed(bench, tiny, wrong):
         verify.check_gradients("eager", layer, *tensors, results["grad_x"], results["grad_w"])
 
 
-def test_named_layers(bench):
-    from layers import DEFAULT_LAYERS, LAYERS
-
+def test_named_layers():
     assert len({layer.name for layer in LAYERS}) == len(LAYERS)
     assert set(DEFAULT_LAYERS) < set(LAYERS)
     for layer in LAYERS:
@@ -106,16 +94,14 @@ def test_named_layers(bench):
         assert layer.terms == layer.batch * y.numel() * w[0].numel()
 
 
-def test_contestants_take_turns(bench):
-    from timing import Contestant, take_turns
-
+def test_contestants_take_turns():
     calls = []
 
     def contestant(name, seconds):
         return Contestant(name, 1, lambda repeats: calls.append(name) or seconds * repeats)
 
     timings = take_turns([contestant("a", 0.01), contestant("b", 0.02)], budget=1.0, least=3, most=4)
-    assert calls == ["a", "b", "a", "b", "b", "a", "a", "b", "b", "a"]  # warm-up, then rounds with another one first
+    assert calls == ["a", "b", "a", "b", "b", "a", "a", "b", "b", "a"]  # warm-up, then alternating first contestants
     assert timings["a"].seconds == 0.01 and timings["b"].seconds == 0.02
     slow = take_turns([contestant("slow", 1.0), contestant("quick", 0.01)], budget=1.0, least=3, most=20)
     assert (slow["slow"].samples, slow["quick"].samples) == (3, 20)

@@ -1,4 +1,4 @@
-"""Fixtures of the trainer's tests: one thread, and finished runs."""
+"""Fixtures of the trainer's tests: a small image set, options of small runs on it, and finished runs."""
 
 import shutil
 from pathlib import Path
@@ -6,9 +6,35 @@ from pathlib import Path
 import pytest
 import torch
 
-from adderops.distill import Options, load_data, main, train
+from adderops.distill import Data, Options, load_data, main, train
 from adderops.distill.runs.folder import RunFolder
-from distill.runs import TINY, write_pictures
+from distill.runs import TINY, write_bars, write_pictures
+
+
+@pytest.fixture(scope="session")
+def folder_of_bars(tmp_path_factory) -> Path:
+    """128 and 40 images of four classes, as MNIST files."""
+    folder = tmp_path_factory.mktemp("bars")
+    write_bars(folder)
+    return folder
+
+
+@pytest.fixture
+def options(folder_of_bars, set_threads) -> list[str]:
+    """The command line of two epochs of eight steps on them."""
+    set_threads(1)
+    return f"--data {folder_of_bars} --epochs 2 --batch-size 16 --threads 1".split()
+
+
+@pytest.fixture
+def data(folder_of_bars) -> Data:
+    return load_data(str(folder_of_bars))
+
+
+@pytest.fixture
+def config(folder_of_bars, set_threads) -> Options:
+    set_threads(1)
+    return Options(data=str(folder_of_bars), method="pkkd", epochs=2, batch_size=16, threads=1)
 
 
 @pytest.fixture

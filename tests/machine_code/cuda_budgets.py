@@ -1,21 +1,19 @@
-"""What the compiler made of the CUDA kernels, without a GPU: registers, spills, occupancy, instructions a term.
+"""The machine code of the CUDA kernels, without a GPU: registers, spills, occupancy, instructions per term.
 
-    python tests/machine_code/cuda_budgets.py [--arch 80 90] [--scope budgets] [--kernel forward] [--mix] [--json FILE]
+    python tests/machine_code/cuda_budgets.py [--arch 80 90] [--scope budgets] [--kernel forward] [--mix]
 
-prints a table per architecture.  Compiles with NVRTC (part of a CUDA build of torch), else with nvcc; reads the code
-with nvdisasm (see sass.py).  A term is one |x - w| of forward and of int8, one product of grad_x and
-grad_w.
+prints one table per architecture.  Compiles with NVRTC (part of a CUDA build of torch), else with nvcc; disassembles
+with nvdisasm (see sass.py).  A term is one |x - w| in forward and int8, one product in grad_x and grad_w.
 
-`issued/term` counts every instruction of the hottest loop; `always` leaves out what a branch may jump over, such as the
-step to the next tap, what one warp of a block does, or the copies, which only the last turn goes without.
-`terms/clk/SM` is a model, not a timing: every unit of a multiprocessor (UNITS) takes so many lanes a clock, and the
-busiest one, or the issue of 4 warps a clock, bounds the loop; no stalls, no bank conflicts.  `of FFMA` compares with a
-convolution that would issue nothing but FFMAs.
+`issued/term` counts every instruction of the hottest loop; `always` excludes those that a branch may skip: the step to
+the next tap, work of a single warp per block, and copies, which the last iteration skips.  `terms/clk/SM` is a model,
+not a timing: each unit of a multiprocessor (UNITS) accepts a number of lanes per clock, and the busiest unit, or the
+issue of 4 warps per clock, bounds the loop; there are no stalls and no bank conflicts.  `of FFMA` is the share of the
+rate of a convolution that issues only FFMAs.
 """
 
 import argparse
 import functools
-import json
 import os
 import re
 import shutil
@@ -23,7 +21,7 @@ import subprocess
 import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
@@ -35,7 +33,7 @@ ROOT = Path(__file__).resolve().parents[2]
 ARCHITECTURES = (80, 90, 100, 120)
 FLAGS = ("-fmad=false",)  # as in setup.py
 
-# The most instructions a term that the hottest loop may issue, by Instance.budget.  No kernel may spill.
+# Maximum instructions per term of the hottest loop, by Instance.budget.  No kernel may spill.
 BUDGETS = {
     "forward float32": 2.20,
     "forward float16": 1.50,
@@ -57,7 +55,7 @@ FORMS = ("direct", "minimum")
 
 @dataclass(frozen=True)
 class Tile:
-    """csrc/cuda/tile.cuh: a block's tile, a thread's, and blocks a multiprocessor."""
+    """csrc/cuda/tile.cuh: the tile of a block, the tile of a thread, and blocks per multiprocessor."""
 
     lanes: int
     columns: int
@@ -78,8 +76,8 @@ class Tile:
 class Instance:
     """A kernel that the operators launch.
 
-    `expression` is spelt as a demangler does.  Of a loop over terms: the `marker` is an opcode and how often it occurs
-    for a term, `terms` those of a thread and slab.  A compiler may unroll a loop over several slabs.
+    `expression` is spelled as a demangler prints it.  If the kernel has a loop over terms, `marker` is an opcode with
+    its count per term, and `terms` counts terms per thread and slab.  A compiler may unroll the loop over slabs.
     """
 
     header: str  # in csrc/cuda
@@ -89,12 +87,12 @@ class Instance:
     marker: tuple[str, float] = ("", 0)
     terms: int = 0
     budget: str = ""
-    architectures: tuple[int, ...] = ()  # where it is launched, if not everywhere: elsewhere its body is empty
+    architectures: tuple[int, ...] = ()  # where it is launched, if not everywhere; its body is empty elsewhere
 
 
 @dataclass(frozen=True)
 class MmaTile:
-    """csrc/cuda/forward_half.cuh: a block's tile, a warp's, and blocks a multiprocessor."""
+    """csrc/cuda/forward_half.cuh: the tile of a block, the tile of a warp, and blocks per multiprocessor."""
 
     lanes: int
     columns: int
@@ -131,9 +129,9 @@ _VABSDIFF4_ARCHITECTURES = (75, 80, 86, 89, 90, 100)
 
 
 def _tiles(source: str, kind: type[Tile] | type[MmaTile], element: str) -> list:
-    """What a file of csrc/cuda chooses from for an element type; the first has the budget.
+    """The tiles in a file of csrc/cuda for an element type; the first one has the budget.
 
-    Spelt "using Tile0 = Tile<128, 128, 8, 8, 2>;", where a number may be "sizeof(T) == 4 ? 2 : 1".
+    Spelled "using Tile0 = Tile<128, 128, 8, 8, 2>;", where a number may be "sizeof(T) == 4 ? 2 : 1".
     """
     tiles = []
     for numbers in re.findall(rf"using \w+ = {kind.__name__}<([^;]+)>;", (ROOT / "csrc/cuda" / source).read_text()):
@@ -156,7 +154,7 @@ def _forward() -> Iterator[Instance]:
         for i, tile in enumerate(_tiles("forward.cu", Tile, element)):
             yield Instance(
                 "forward.cuh",
-                _name("forward_kernel", element, tile.text, _enum("Layout", layout), _enum("Form", form)),
+                _name("forward_kernel", element, tile.text, _enum("Layout", layout), _enum("Formula", form)),
                 f"forward {_ELEMENTS[element]} {form_name} {layout_name}",
                 str(tile),
                 ("FADD", 2) if form == 0 else ("FMNMX", 1),
@@ -196,9 +194,9 @@ def _gradients() -> Iterator[Instance]:
 
 
 def _int8() -> Iterator[Instance]:
-    """VABSDIFF4 adds four terms; sm_120 has none, and adds them by IDP.4A behind three instructions.
+    """VABSDIFF4 adds four terms; sm_120 lacks it and adds them by IDP.4A after three instructions.
 
-    Pieces of less than 16 bytes have no kernel for the first tile.
+    Pieces smaller than 16 bytes have no kernel for the first tile.
     """
     forms = ((_VABSDIFF4_ARCHITECTURES, "VABSDIFF4", ""), ((120,), "IDP", " sm_120"))
     for (architectures, opcode, suffix), piece in product(forms, (16, 4, 1)):
@@ -219,7 +217,7 @@ def _int8() -> Iterator[Instance]:
 
 
 def _others() -> Iterator[Instance]:
-    """What has no loop over terms in registers."""
+    """The kernels without a loop over terms in registers."""
     for element, name in _ELEMENTS.items():
         half = element in _HALVES
         for packing, purpose in enumerate(("forward", "grad_x", "mma") if half else ("forward", "grad_x")):
@@ -232,20 +230,18 @@ def _others() -> Iterator[Instance]:
         yield Instance("grad_w.cuh", _name("grad_w_finish_kernel", element), f"grad_w finish {name}")
         yield Instance("grad_w.cuh", _name("channels_kernel", element), f"grad_w dense channels {name}")
     for element, name in {**_ELEMENTS, "double": "float64"}.items():
-        for gradient, purpose in enumerate(("forward", "grad_x")):
-            arguments = (element, _enum("Gradient", gradient))
-            yield Instance("direct.cuh", _name("direct_kernel", *arguments), f"{purpose} {name} direct.cuh")
-        yield Instance("direct.cuh", _name("direct_grad_w_kernel", element), f"grad_w {name} direct.cuh")
+        for purpose in ("forward", "grad_x", "grad_w"):
+            yield Instance("direct.cuh", _name(f"direct_{purpose}_kernel", element), f"{purpose} {name} direct.cuh")
 
 
 INSTANCES = [*_forward(), *_gradients(), *_int8(), *_others()]
 
 
 def units(arch: int, scope: str = "all", kernel: str = "") -> list[tuple[Instance, ...]]:
-    """What is launched on an architecture and has `kernel` in its label, by header: the translation units.
+    """The translation units, one per header: what an architecture launches and has `kernel` in its label.
 
-    "all" takes minutes.  The tests make do with less: "bfloat16" leaves out float16, which differs in its conversions
-    only; "budgets" takes of that what has a budget, and one instance of every other kernel.
+    The scope "all" takes minutes.  "bfloat16" excludes float16, which differs in conversions only; "budgets" further
+    restricts that to the instances with a budget and one instance of every other kernel.
     """
     wanted = [i for i in INSTANCES if (not i.architectures or arch in i.architectures) and kernel in i.label]
     if scope != "all":
@@ -256,10 +252,10 @@ def units(arch: int, scope: str = "all", kernel: str = "") -> list[tuple[Instanc
     return [tuple(i for i in wanted if i.header == header) for header in dict.fromkeys(i.header for i in wanted)]
 
 
-# Lanes a clock and multiprocessor of each unit, which is 32 times the warps' instructions; 128 of all are issued.
-# CUDA C++ Programming Guide, "Throughput of Native Arithmetic Instructions": results there count 2 for a packed half.
-# alu takes integers, comparisons, FMNMX and HMNMX2; imad shares the float unit; tensor counts m16n8k16 with float32
-# sums (sm_90's rate is what mma.sync reaches of the unit's 1 warp a clock; 86, 89 and 120 at their full rate, which
+# Lanes per clock and multiprocessor of each unit: 32 times its warp instructions; 128 are issued in total.
+# CUDA C++ Programming Guide, "Throughput of Native Arithmetic Instructions", which counts 2 results per packed half.
+# alu executes integers, comparisons, FMNMX and HMNMX2; imad shares the float unit; tensor counts m16n8k16 with float32
+# sums (sm_90: the share that mma.sync reaches of the unit's 1 warp per clock; 86, 89 and 120: the full rate, which
 # consumer cards halve).
 _COMMON = {"alu": 64, "imad": 64, "xu": 16, "memory": 32, "issue": 128}
 UNITS: dict[int, dict[str, float]] = {
@@ -274,7 +270,7 @@ UNITS: dict[int, dict[str, float]] = {
 
 
 def model(arch: int, pipes: dict[str, int], terms: float) -> tuple[float, str]:
-    """Terms a clock and multiprocessor of a loop that issues `pipes` for `terms` of a thread, and what bounds it."""
+    """Terms per clock and multiprocessor of a loop that issues `pipes` for `terms` per thread, and its bottleneck."""
     load = {unit: float(pipes.get(unit, 0)) for unit in UNITS[arch]}
     load["fp32"] += 2 * pipes.get("fp32x2", 0) + load["imad"]
     load["issue"] = sum(pipes.values())
@@ -285,7 +281,7 @@ def model(arch: int, pipes: dict[str, int], terms: float) -> tuple[float, str]:
 
 @dataclass(frozen=True)
 class Row:
-    """One kernel on one architecture; the figures of the loop are None where the kernel has no loop over terms."""
+    """One kernel on one architecture; the fields of the loop are None if the kernel has no loop over terms."""
 
     arch: int
     kernel: str
@@ -293,7 +289,7 @@ class Row:
     registers: int
     shared: int
     local: int  # bytes of local memory
-    spills: int  # instructions that load or store it
+    spills: int  # instructions that load or store local memory
     occupancy: float
     instructions: int  # of the whole kernel
     issued_per_term: float | None = None
@@ -312,7 +308,7 @@ class Row:
             found.append(f"{name}: no loop over terms found")
         elif self.budget and self.issued_per_term > self.budget:
             mix = ", ".join(f"{count} {opcode}" for opcode, count in (self.mix or {}).items())
-            found.append(f"{name}: {self.issued_per_term:.3f} instructions a term, budget {self.budget:.2f}: {mix}")
+            found.append(f"{name}: {self.issued_per_term:.3f} instructions per term, budget {self.budget:.2f}: {mix}")
         return found
 
 
@@ -322,20 +318,20 @@ def _source(instances: Sequence[Instance]) -> str:
 
 @functools.cache
 def compile_nvrtc(arch: int, unit: tuple[Instance, ...]) -> nvrtc.Compiled:
-    """Raises nvrtc.Unavailable or nvrtc.CompileError.  Kept: two test modules look at the same kernels."""
+    """Raises nvrtc.Unavailable or nvrtc.CompileError.  Cached: two test modules use the same kernels."""
     expressions = [instance.expression for instance in unit]
     return nvrtc.compile(_source(unit), "kernels.cu", arch, expressions, [ROOT / "csrc"], FLAGS)
 
 
 def compile_all(arch: int, wanted: Sequence[tuple[Instance, ...]]) -> list[nvrtc.Compiled]:
-    """Several units at a time.  Raises as compile_nvrtc does."""
+    """Compiles the units in parallel.  Raises like compile_nvrtc."""
     nvrtc.library()
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         return list(pool.map(functools.partial(compile_nvrtc, arch), wanted))
 
 
 def compile_nvcc(arch: int, instances: Sequence[Instance]) -> dict[str, sass.Kernel]:
-    """The kernels by expression, from nvcc and c++filt of the path."""
+    """The kernels by expression, from nvcc and c++filt on the path."""
     if not shutil.which("nvcc") or not shutil.which("c++filt"):
         raise sass.Unavailable("no NVRTC, and nvcc and c++filt are not both on the path")
     # A host function that takes a kernel's address instantiates it.
@@ -349,8 +345,8 @@ def compile_nvcc(arch: int, instances: Sequence[Instance]) -> dict[str, sass.Ker
             raise nvrtc.CompileError(done.stdout + done.stderr)
         kernels = sass.read(cubin.read_bytes())
     names = subprocess.run(["c++filt"], input="\n".join(kernels), capture_output=True, text=True, check=True).stdout
-    # "void name<...>(arguments)": the parenthesis that opens the arguments is the last one outside <>; without a
-    # template, "name(arguments)".
+    # "void name<...>(arguments)": the arguments start at the last parenthesis outside <>; without a template,
+    # "name(arguments)".
     by_name = {}
     for name, kernel in zip(names.splitlines(), kernels.values(), strict=True):
         template = re.sub(r"^void ", "", name).rsplit(">(", 1)
@@ -359,7 +355,7 @@ def compile_nvcc(arch: int, instances: Sequence[Instance]) -> dict[str, sass.Ker
 
 
 def measure(arch: int, scope: str = "all", kernel: str = "") -> list[Row]:
-    """Compiles and reads what `units` names.  Raises sass.Unavailable, nvrtc.Unavailable or nvrtc.CompileError."""
+    """Compiles and disassembles the units.  Raises sass.Unavailable, nvrtc.Unavailable or nvrtc.CompileError."""
     sass.nvdisasm()
     wanted = units(arch, scope, kernel)
     try:
@@ -420,7 +416,7 @@ _COLUMNS = {
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Markdown, columns aligned."""
+    """A Markdown table with aligned columns."""
     cells = [list(_COLUMNS), *([cell(row) for cell in _COLUMNS.values()] for row in rows)]
     widths = [max(len(line[i]) for line in cells) for i in range(len(_COLUMNS))]
     lines = [
@@ -433,9 +429,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", type=int, nargs="+", choices=sorted(UNITS), default=ARCHITECTURES)
     parser.add_argument("--scope", choices=("all", "bfloat16", "budgets"), default="all", help="see units()")
-    parser.add_argument("--kernel", default="", help="only kernels whose label contains this")
-    parser.add_argument("--mix", action="store_true", help="also the opcodes of every hottest loop")
-    parser.add_argument("--json", type=Path, help="write the rows of all tables here")
+    parser.add_argument("--kernel", default="", help="only kernels with this text in their label")
+    parser.add_argument("--mix", action="store_true", help="also print the opcodes of every hottest loop")
     arguments = parser.parse_args(argv)
     rows: list[Row] = []
     try:
@@ -446,8 +441,6 @@ def main(argv: Sequence[str] | None = None) -> None:
                 print(f"  {row.kernel}, {row.tile}: " + " ".join(f"{o} {n}" for o, n in (row.mix or {}).items()))
     except (sass.Unavailable, nvrtc.Unavailable, nvrtc.CompileError) as reason:
         raise SystemExit(str(reason)) from None
-    if arguments.json:
-        arguments.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
     for row in rows:
         for violation in row.violations():
             print(violation)

@@ -1,6 +1,6 @@
-"""NVRTC, CUDA's compiler as a library, by ctypes: turns CUDA C++ into cubins without a GPU, nvcc or a C++ compiler.
+"""NVRTC, the CUDA compiler as a library, through ctypes: CUDA C++ to cubins without a GPU, nvcc or host compiler.
 
-Every CUDA build of torch brings the library; PyPI has it as nvidia-cuda-nvrtc.
+Every CUDA build of torch includes the library; on PyPI it is nvidia-cuda-nvrtc.
 """
 
 import ctypes
@@ -19,7 +19,7 @@ class Unavailable(Exception):
 
 
 class CompileError(Exception):
-    """NVRTC's message and its log."""
+    """The message and the log of NVRTC."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Compiled:
 
 
 def _candidates() -> list[str]:
-    """Paths and names to try: folders of installed packages first, then what the loader knows."""
+    """Paths and names to try: first the folders of installed packages, then the names known to the loader."""
     folders = dict.fromkeys([sysconfig.get_path("purelib"), sysconfig.get_path("platlib"), *sys.path])
     patterns = ("nvidia/*/lib/libnvrtc.so.*", "torch/lib/libnvrtc*.so*")
     found = [file for folder in folders if folder for pattern in patterns for file in glob.glob(f"{folder}/{pattern}")]
@@ -43,7 +43,7 @@ def _candidates() -> list[str]:
 def library() -> ctypes.CDLL:
     """The loaded library.  Raises Unavailable."""
     for name in _candidates():
-        # The library opens its builtins by bare name, which the loader may not find where a package has put them.
+        # The library opens its builtins by bare name, which the loader may not find inside a package.
         for builtins in glob.glob(str(Path(name).parent / "libnvrtc-builtins*")) if "/" in name else []:
             ctypes.CDLL(builtins, mode=ctypes.RTLD_GLOBAL)
         try:
@@ -71,7 +71,7 @@ def version() -> tuple[int, int]:
 
 @functools.cache
 def architectures() -> tuple[int, ...]:
-    """What this NVRTC compiles for: 80 stands for sm_80."""
+    """The architectures of this NVRTC; 80 stands for sm_80."""
     count = ctypes.c_int()
     _check(library().nvrtcGetNumSupportedArchs(ctypes.byref(count)), "nvrtcGetNumSupportedArchs")
     values = (ctypes.c_int * count.value)()
@@ -95,9 +95,9 @@ def compile(  # noqa: A001  (read as nvrtc.compile)
     include: Sequence[str | Path] = (),
     options: Sequence[str] = (),
 ) -> Compiled:
-    """Compiles `source`, called `name` in messages, to a cubin of sm_`arch`.
+    """Compiles `source`, called `name` in messages, to a cubin for sm_`arch`.
 
-    `expressions` are the kernels wanted, such as "scale<float, 4>"; naming an instance of a template instantiates it.
+    `expressions` name the kernels to keep, such as "scale<float, 4>"; naming an instance of a template instantiates it.
     Raises Unavailable, or CompileError with the log.
     """
     nvrtc, program = library(), ctypes.c_void_p()

@@ -1,10 +1,10 @@
-"""What the machine code of a CUDA kernel says without a GPU: registers, shared and local memory, loops, occupancy.
+"""Reads the machine code of CUDA kernels, without a GPU: registers, shared and local memory, loops, occupancy.
 
     python tests/machine_code/sass.py FILE.cubin [KERNEL]
 
-prints, for the kernels whose symbol contains KERNEL, the resources and the instruction mix of the hottest loop.
-Instructions come from nvdisasm (CUDA toolkit, pip install nvidia-cuda-nvdisasm, or inside the triton package that a
-CUDA build of torch brings); resources are read from the cubin, which is an ELF file, directly.
+prints the resources and the instruction mix of the hottest loop of the kernels whose symbol contains KERNEL.
+Instructions come from nvdisasm (CUDA toolkit, pip install nvidia-cuda-nvdisasm, or inside the triton package of a CUDA
+build of torch); resources are read directly from the cubin, which is an ELF file.
 """
 
 import argparse
@@ -29,7 +29,7 @@ class Unavailable(Exception):
 @dataclass(frozen=True)
 class Instruction:
     address: int
-    opcode: str  # with its modifiers: FADD.FTZ
+    opcode: str  # with modifiers: FADD.FTZ
     text: str
     target: int | None  # of a branch
 
@@ -40,27 +40,28 @@ class Instruction:
 
 @dataclass(frozen=True)
 class Loop:
-    """The instructions from a backward branch's target to the branch, in address order.
+    """The instructions from the target of a backward branch to the branch, in address order.
 
-    What a turn may jump over counts as if every turn ran it, a loop within as if it ran once: an upper bound.
+    Counts are an upper bound per iteration: instructions that a branch may skip count as executed, and those of an
+    inner loop count once.
     """
 
-    depth: int  # 1: within no other loop
+    depth: int  # 1: an outermost loop
     instructions: tuple[Instruction, ...]
-    own: tuple[Instruction, ...]  # those that are in no loop within this one
+    own: tuple[Instruction, ...]  # those outside inner loops
 
     def count(self, *opcodes: str) -> int:
-        """How many instructions have one of these opcodes, given without modifiers or with the leading ones."""
+        """The number of instructions with one of these opcodes, given without modifiers or with the leading ones."""
         return sum(any(f"{i.opcode}.".startswith(f"{opcode}.") for opcode in opcodes) for i in self.instructions)
 
     def always(self) -> int:
-        """How many instructions no branch within the loop jumps over: what every turn issues, a lower bound."""
+        """The number of instructions that no branch of the loop skips: a lower bound per iteration."""
         end = self.instructions[-1].address
         jumps = [(i.address, i.target) for i in self.instructions if i.target and i.address < i.target <= end]
         return sum(not any(start < i.address < stop for start, stop in jumps) for i in self.instructions)
 
     def mix(self) -> dict[str, int]:
-        """Opcodes without modifiers and how often they occur, most frequent first."""
+        """Counts of opcodes without modifiers, most frequent first."""
         return dict(collections.Counter(i.base for i in self.instructions).most_common())
 
     def pipes(self) -> dict[str, int]:
@@ -70,10 +71,10 @@ class Loop:
 @dataclass(frozen=True)
 class Kernel:
     symbol: str
-    registers: int  # a thread
-    shared: int  # static bytes a block, without what the driver reserves
-    local: int  # bytes of local memory a thread: spilled registers, arrays with computed indices
-    threads: int | None  # of __launch_bounds__
+    registers: int  # per thread
+    shared: int  # static bytes per block, without those reserved by the driver
+    local: int  # bytes of local memory per thread: spilled registers, arrays with computed indices
+    threads: int | None  # from __launch_bounds__
     instructions: tuple[Instruction, ...] = field(repr=False)
 
     @property
@@ -84,7 +85,7 @@ class Kernel:
     def loops(self) -> list[Loop]:
         ends: dict[int, int] = {}
         for i in self.instructions:
-            if i.target is not None and i.target < i.address:  # equal: the trap behind the last EXIT
+            if i.target is not None and i.target < i.address:  # equal: the trap after the last EXIT
                 ends[i.target] = max(i.address, ends.get(i.target, 0))
         spans = list(ends.items())
         loops = []
@@ -97,11 +98,11 @@ class Kernel:
         return loops
 
     def hottest(self) -> Loop | None:
-        """The loop with the most arithmetic of its own, the deepest among equals."""
+        """The loop with the most arithmetic outside inner loops; the deepest of several."""
         return max(self.loops(), default=None, key=lambda loop: (sum(map(_is_math, loop.own)), loop.depth))
 
 
-# Which unit an instruction goes to, by its opcode; what no line names is the integer and comparison unit, "alu".
+# The unit that executes an opcode; opcodes without a line go to the integer and comparison unit, "alu".
 _PIPES = [
     ("tensor", r"[HIBDQO]\w*MMA\b|UTC\w*MMA"),
     ("fp32", r"(FADD|FMUL|FFMA|FSWZADD)(32I)?\b"),
@@ -133,7 +134,7 @@ def _is_math(instruction: Instruction) -> bool:
 
 @functools.cache
 def nvdisasm() -> str:
-    """The newest nvdisasm found: an old one refuses the files of a newer compiler.  Raises Unavailable."""
+    """The newest nvdisasm found: an old one rejects the files of a newer compiler.  Raises Unavailable."""
     folders = dict.fromkeys([sysconfig.get_path("purelib"), sysconfig.get_path("platlib"), *sys.path])
     patterns = ("nvidia/*/bin/nvdisasm", "triton/backends/nvidia/bin/nvdisasm")
     found = [path for folder in folders if folder for pattern in patterns for path in Path(folder).glob(pattern)]
@@ -161,9 +162,9 @@ _TARGET = re.compile(r"`\((\.L[\w$.]*)\)")
 
 
 def _listing(text: str) -> dict[str, tuple[Instruction, ...]]:
-    """The instructions of every kernel of what `nvdisasm -c` prints."""
+    """The instructions of every kernel in the output of `nvdisasm -c`."""
     rows: dict[str, list[tuple[int, str, str]]] = {}
-    labels: dict[str, int] = {}  # unique in the file; targets are known when all are read
+    labels: dict[str, int] = {}  # unique in the file; targets are resolved at the end
     kernel: list[tuple[int, str, str]] | None = None
     waiting: list[str] = []
     for line in text.splitlines():
@@ -212,7 +213,7 @@ def _sections(elf: bytes) -> list[_Section]:
 
 
 def _attributes(info: bytes) -> list[tuple[int, bytes]]:
-    """The entries of a .nv.info section: format, attribute, 16 bits, in format 4 the length of what follows."""
+    """The entries of a .nv.info section: format, attribute, 16 bits; in format 4 these are the length of the data."""
     result, at = [], 0
     while at + 4 <= len(info):
         form, attribute, value = struct.unpack_from("<BBH", info, at)
@@ -223,9 +224,9 @@ def _attributes(info: bytes) -> list[tuple[int, bytes]]:
     return result
 
 
-# Attributes of .nv.info, as nvdisasm names them.
+# Attributes of .nv.info, with nvdisasm's names.
 _EIATTR_MAX_THREADS, _EIATTR_FRAME_SIZE, _EIATTR_REGCOUNT = 0x05, 0x11, 0x2F
-# From sm_90 on the linker puts the driver's 1 KiB at the front of a kernel's shared section.
+# From sm_90 on, the linker puts the driver's 1 KiB at the start of a kernel's shared section.
 _RESERVED_SHARED = 1024
 
 
@@ -255,7 +256,7 @@ def read(cubin: bytes) -> dict[str, Kernel]:
     kernels = {}
     for symbol, instructions in _listing(done.stdout).items():
         own = sections.get(f".nv.info.{symbol}")
-        if own is None:  # a function that a kernel calls
+        if own is None:  # a device function
             continue
         shared = sections.get(f".nv.shared.{symbol}")
         bounds = [
@@ -274,15 +275,15 @@ def read(cubin: bytes) -> dict[str, Kernel]:
 
 @dataclass(frozen=True)
 class Limits:
-    """What a multiprocessor holds at a time."""
+    """The resources of a multiprocessor."""
 
     threads: int
     blocks: int
-    shared: int  # bytes, of which each block also takes `reserved`
+    shared: int  # bytes; each block takes `reserved` in addition to its own
     reserved: int
-    shared_unit: int  # bytes are handed out in multiples of this
+    shared_unit: int  # granularity of a block's bytes
     registers: int = 65536
-    register_unit: int = 256  # a warp gets a multiple of this
+    register_unit: int = 256  # granularity of a warp's registers
     schedulers: int = 4  # each has a quarter of the registers
 
 
@@ -304,7 +305,7 @@ def _up(value: int, unit: int) -> int:
 
 
 def blocks_per_multiprocessor(arch: int, registers: int, shared: int, threads: int) -> int:
-    """How many blocks of `threads` fit a multiprocessor, with that many registers a thread and shared bytes a block."""
+    """The number of resident blocks, given registers per thread, shared bytes per block and threads per block."""
     limits, warps = LIMITS[arch], -(-threads // 32)
     quarter = limits.registers // limits.schedulers
     warps_by_registers = limits.schedulers * (quarter // max(1, _up(32 * registers, limits.register_unit)))
@@ -318,7 +319,7 @@ def blocks_per_multiprocessor(arch: int, registers: int, shared: int, threads: i
 
 
 def occupancy(arch: int, registers: int, shared: int, threads: int) -> float:
-    """Resident warps as a share of the most that a multiprocessor of sm_`arch` holds."""
+    """Resident warps divided by the maximum of a multiprocessor of sm_`arch`."""
     blocks = blocks_per_multiprocessor(arch, registers, shared, threads)
     return blocks * _up(threads, 32) / LIMITS[arch].threads
 
@@ -326,7 +327,7 @@ def occupancy(arch: int, registers: int, shared: int, threads: int) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("cubin", type=Path)
-    parser.add_argument("kernel", nargs="?", default="", help="part of the symbols wanted")
+    parser.add_argument("kernel", nargs="?", default="", help="part of the symbol")
     arguments = parser.parse_args()
     try:
         kernels = read(arguments.cubin.read_bytes())

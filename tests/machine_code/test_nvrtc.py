@@ -1,25 +1,15 @@
-"""Every CUDA kernel compiles for every architecture, by NVRTC: no GPU, no nvcc, nothing of the host in the kernels."""
+"""Every CUDA kernel compiles for every architecture with NVRTC: no GPU, no nvcc, no host headers in the kernels."""
 
 import re
 from itertools import product
 from pathlib import Path
 
+import cuda_budgets as budgets
+import nvrtc
 import pytest
-
-from machine_code import nvrtc
+from test_budgets import SCOPES
 
 ROOT = Path(__file__).resolve().parents[2]
-ARCHITECTURES = (75, 80, 90, 100, 120)
-MOST = 80  # where every kernel is launched: all tiles and layouts; elsewhere what has a budget, and one of each kernel
-
-
-@pytest.fixture
-def budgets(monkeypatch):
-    """The module cuda_budgets, whose INSTANCES are the kernels that the operators launch."""
-    monkeypatch.syspath_prepend(str(ROOT / "tests/machine_code"))
-    import cuda_budgets
-
-    return cuda_budgets
 
 
 @pytest.fixture
@@ -34,13 +24,13 @@ def found_in_sources(pattern: str) -> set[str]:
     return {found for file in (ROOT / "csrc/cuda").glob("*.cu*") for found in re.findall(pattern, file.read_text())}
 
 
-def test_instances_cover_all_kernels(budgets):
+def test_instances_cover_all_kernels():
     defined = found_in_sources(r"__global__\s+void\s+(?:__launch_bounds__\((?:[^()]|\([^()]*\))*\)\s+)?(\w+)\s*\(")
     assert defined == {re.sub(r"<.*", "", instance.expression).split("::")[-1] for instance in budgets.INSTANCES}
 
 
 @pytest.mark.parametrize("source", ["forward", "grad_x", "grad_w"])
-def test_instances_cover_all_tiles(budgets, source):
+def test_instances_cover_all_tiles(source):
     text = (ROOT / f"csrc/cuda/{source}.cu").read_text()
     lists = re.findall(r"TileSize \w+\[\] = \{(.*)\};", text)
     chosen = {f"{lanes}x{columns}" for tiles in lists for lanes, columns in re.findall(r"\{(\d+), (\d+)\}", tiles)}
@@ -50,7 +40,7 @@ def test_instances_cover_all_tiles(budgets, source):
         assert tiles == chosen
 
 
-def test_instances_cover_all_int8_tiles(budgets):
+def test_instances_cover_all_int8_tiles():
     (chosen,) = re.findall(r"TileSize \w+\[\] = \{(.*)\};", (ROOT / "csrc/cuda/int8.cu").read_text())
     chosen = [f"{lanes}x{columns}" for lanes, columns in re.findall(r"\{(\d+), (\d+)\}", chosen)]
     for piece, arch in product((16, 4, 1), (90, 120)):
@@ -58,11 +48,11 @@ def test_instances_cover_all_int8_tiles(budgets):
         assert [i.tile for i in instances] == (chosen if piece == 16 else chosen[1:])
 
 
-@pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_kernels_compile(budgets, has_nvrtc, arch):
+@pytest.mark.parametrize(("arch", "scope"), [*SCOPES, pytest.param(75, "budgets", marks=pytest.mark.slow)])
+def test_kernels_compile(has_nvrtc, arch, scope):
     if arch not in nvrtc.architectures():
         pytest.skip(f"NVRTC {'.'.join(map(str, nvrtc.version()))} has no sm_{arch}")
-    wanted = budgets.units(arch, "bfloat16" if arch == MOST else "budgets")
+    wanted = budgets.units(arch, scope)
     for unit, compiled in zip(wanted, budgets.compile_all(arch, wanted), strict=True):  # raises with the log
         assert set(compiled.names) == {instance.expression for instance in unit}
         assert compiled.cubin.startswith(b"\x7fELF")

@@ -230,9 +230,9 @@ def test_the_reasons_are_printed(capsys):
         line.removeprefix("convert: kept     ").split(": ", 1) for line in capsys.readouterr().out.splitlines()
     )
     assert lines["stem"] == "first convolution"
-    assert lines["body.2.reduce"] == "no normalisation behind it but relu"
-    assert lines["body.2.expand"] == "no normalisation behind it but sigmoid"
-    assert lines["body.3.conv2"] == "no normalisation behind it but add"
+    assert lines["body.2.reduce"] == "no normalisation after it but relu"
+    assert lines["body.2.expand"] == "no normalisation after it but sigmoid"
+    assert lines["body.3.conv2"] == "no normalisation after it but add"
 
 
 def test_a_model_that_counts_its_forwards_is_not_run():
@@ -341,7 +341,7 @@ def unconvertible():
     hooked = nn.Conv2d(4, 4, 3)
     hooked.register_forward_hook(lambda *_: None)
     return {
-        "Standardized has a forward of its own": Standardized(4, 4, 3),
+        "Standardized has a custom forward": Standardized(4, 4, 3),
         "parametrized": parametrized,
         "has hooks": hooked,
         "not yet initialised: run the model once first": nn.LazyConv2d(4, 3),

@@ -185,7 +185,10 @@ def logits_and_bound(model: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, f
 
 @pytest.mark.parametrize(
     "arch, form, options",
-    [("lenet5", "onnx", {"opset": 18}), *(("resnet20", form, {}) for form in FORMS)],
+    [
+        ("lenet5", "onnx", {"opset": 18}),
+        *(pytest.param("resnet20", form, {}, marks=pytest.mark.slow) for form in FORMS),
+    ],
     ids=("lenet5-onnx18", *(f"resnet20-{form}" for form in FORMS)),
 )
 def test_networks(arch, form, options, tmp_path):

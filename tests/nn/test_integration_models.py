@@ -44,6 +44,7 @@ def mobilenetv3() -> nn.Module:
     return converted(mobilenet.MobileNetV3(rows, last_channel=64, num_classes=4), 9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make, steps, lr", [(se_resnet, 60, 0.05), (efficientnet, 60, 0.05), (mobilenetv3, 100, 0.1)])
 def test_classifiers_with_gates_learn(make, steps, lr):
     losses, accuracy, spread = train_classifier(make(), steps, lr)
@@ -73,6 +74,7 @@ def unet() -> nn.Module:
     return converted(smp.Unet("resnet18", encoder_weights=None, **shape), 15)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make, heads", [(fcn_with_auxiliary_head, ("out", "aux")), (unet, (None,))])
 def test_segmentation_learns(make, heads):
     model, side = make(), 32
@@ -94,6 +96,7 @@ def test_segmentation_learns(make, heads):
             assert intersection_over_union(y, masks(other_labels, side)) > 0.5  # all in the bar: 0.25
 
 
+@pytest.mark.slow
 def test_the_loss_of_a_detector_falls():
     """RetinaNet on three stages of a ResNet; its forward cannot be traced as a whole."""
     torchvision = pytest.importorskip("torchvision")

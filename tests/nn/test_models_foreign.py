@@ -94,14 +94,14 @@ def test_what_stays_a_convolution_is_reported():
             create_model("timm/tf_mobilenetv3_small_100")
         assert warned[0].filename == __file__
         create_model("timm/vit_tiny_patch16_224", "cnn")
-        with pytest.raises(ValueError, match="convolutions with normalisation behind, got 'timm/vit_tiny_patch16_224'"):
+        with pytest.raises(ValueError, match="convolutions followed by normalisation, got 'timm/vit_tiny_patch16_224'"):
             create_model("timm/vit_tiny_patch16_224")
 
 
 def test_networks_without_normalisation_have_no_adder_form():
     need("torchvision")
     with torch.device("meta"):
-        with pytest.raises(ValueError, match="convolutions with normalisation behind, got 'torchvision/vgg11'"):
+        with pytest.raises(ValueError, match="convolutions followed by normalisation, got 'torchvision/vgg11'"):
             create_model("torchvision/vgg11")
         model = create_model("torchvision/vgg11_bn")
     assert all(isinstance(m, AdderConv2d) for m in matched_layers(model).values())

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from slow import slow_except
 from torch import nn
 
 from adderops import AdderConv2d, AdderLinear
@@ -533,7 +534,9 @@ def _shard(rank, x, state):
     return layer.weight.full_tensor().detach()
 
 
-@pytest.mark.parametrize("work", [_replica, _shard], ids=["DistributedDataParallel", "fully_shard"])
+@pytest.mark.parametrize(
+    "work", slow_except([_shard], [_replica, _shard]), ids=["DistributedDataParallel", "fully_shard"]
+)
 def test_processes_step_as_the_whole_batch(work, tmp_path):
     torch.manual_seed(0)
     layer = AdderConv2d(3, 5, 3, eta=0.3, dtype=torch.float64)

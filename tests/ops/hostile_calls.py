@@ -1,8 +1,8 @@
-"""Calls of every operator that no sane program makes: `python tests/hostile_calls.py --calls 10000 --seed 7`.
+"""Hostile calls of every operator: `PYTHONPATH=tests python tests/ops/hostile_calls.py --calls 10000 --seed 7`.
 
-A call starts from arguments that fit together; then some are exchanged: other ranks, sizes, dtypes, strides, devices,
-storages that are gone, integers up to 2^63, scales that are no numbers.  It may be answered or refused by a Python
-exception that names the operator; nothing else.  Between the calls an honest one must give the same bits as ever.
+A call starts from consistent arguments, some of which are then replaced: other ranks, sizes, dtypes, strides and
+devices, freed storages, integers up to 2^63, scales that are not numbers.  It must either return or raise a Python
+exception that names the operator.  After each hostile call, a regular call must still give the same bits.
 """
 
 import argparse
@@ -27,7 +27,7 @@ WRONG = (-(2**63), -(2**31), -1, 0, 2**31, 2**32 + 1, 2**40, 2**62, 2**63 - 1)
 SCALES = (0.1, 1.0, 3e-39, 0.0, -1.0, float("inf"), float("-inf"), float("nan"), 1e308, 1e-320)
 FLOATS = (torch.float32, torch.float32, torch.float32, torch.float64, torch.bfloat16, torch.float16)
 DTYPES = (*FLOATS, torch.uint8, torch.int8, torch.int32, torch.int64, torch.bool, torch.complex64, torch.float8_e4m3fn)
-SECONDS = 240  # a call that takes longer hangs
+SECONDS = 240  # a longer call counts as a hang
 REFUSALS = (RuntimeError, ValueError, TypeError, MemoryError, NotImplementedError)
 
 
@@ -53,7 +53,7 @@ class Hostile:
         return t
 
     def spoiled(self, t: torch.Tensor | None) -> torch.Tensor | None:
-        """Another tensor in place of t, or t with its memory taken away."""
+        """Another tensor instead of t, or t with its memory freed."""
         r = self.r
         if t is None:
             return self.tensor(tuple(r.choice(SMALL) for _ in range(r.randrange(5))), torch.float32)
@@ -86,14 +86,11 @@ class Hostile:
             return torch._neg_view(t)
         return t.clone().requires_grad_() if t.dtype.is_floating_point else t[..., None]
 
-    def integer(self, honest: int) -> int:
-        return self.r.choice((*LARGE, *WRONG, self.r.choice(WRONG))) if self.maybe(0.15) else honest
-
     def pair(self, values: tuple[int, ...]) -> list[int]:
         return [self.r.choice(LARGE) if self.maybe(0.2) else self.r.choice(values) for _ in range(2)]
 
     def convolution(self, dtype: torch.dtype) -> dict:
-        """x, w, y's shape and the geometry; y is small, or larger than any memory."""
+        """x, w, the shape of y and the geometry; y is small, or larger than any memory."""
         r = self.r
         groups, N = r.choice((1, 1, 2, 5)), r.choice((1, 1, 2, 3, 0))
         channels, filters = r.choice((1, 2, 8, 17)), r.choice((1, 2, 9, 16))
@@ -167,7 +164,7 @@ class Hostile:
                 arguments[key] = self.r.choice((*LARGE, *WRONG))
 
     def call(self) -> tuple[str, dict, bool]:
-        """The operator, its arguments, and whether the function of adderops.functional is called."""
+        """The operator, its arguments, and whether to call it through adderops.functional."""
         name = self.r.choice(NAMES)
         arguments = self.arguments(name)
         self.spoil(arguments)
@@ -202,7 +199,7 @@ def shown(arguments: dict) -> str:
 
 @contextmanager
 def memory_limit(room: int) -> Iterator[None]:
-    """What lies within may take `room` bytes beyond what the process has by now."""
+    """Limits the body to `room` bytes beyond the current size of the process."""
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     unlimited = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + room, unlimited[1]))
@@ -217,12 +214,12 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--calls", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--show", action="store_true", help="print each call before it is made")
+    parser.add_argument("--show", action="store_true", help="print each call first")
     args = parser.parse_args()
     faulthandler.enable()
     hostile, count = Hostile(args.seed), collections.Counter()
     x, w = torch.randn(2, 8, 9, 9), torch.randn(8, 8, 3, 3)
-    honest, slowest = functional.adder_conv2d(x, w), (0.0, "")
+    want, slowest = functional.adder_conv2d(x, w), (0.0, "")
     for i in range(args.calls):
         name, arguments, function = hostile.call()
         what = f"call {i}, {'functional' if function else 'ops'}.{name}({shown(arguments)})"
@@ -235,16 +232,16 @@ def main() -> None:
                 through_function(name, arguments) if function else getattr(OPS, name)(**arguments)
         except REFUSALS as error:
             outcome, text = type(error).__name__, str(error)
-            # of a NotImplementedError torch lists where kernels for other backends were registered
+            # in a NotImplementedError torch lists where kernels of other backends were registered
             if name not in text or (outcome != "NotImplementedError" and ("/csrc/" in text or "originally" in text)):
-                sys.exit(f"{what}: {outcome} without the operator, or with a place in its sources: {text[:500]}")
+                sys.exit(f"{what}: {outcome} without the operator's name, or with a source location: {text[:500]}")
         except Exception as error:
             sys.exit(f"{what}: {type(error).__name__}: {error}")
         faulthandler.cancel_dump_traceback_later()
         slowest = max(slowest, (time.process_time() - begin, what))
         count[outcome] += 1
-        if not torch.equal(functional.adder_conv2d(x, w), honest):
-            sys.exit(f"{what}: the honest call behind it is wrong")
+        if not torch.equal(functional.adder_conv2d(x, w), want):
+            sys.exit(f"{what}: the regular call after it is wrong")
     print("slowest: {:.1f} s, {}".format(*slowest))
     print(f"{args.calls} calls: " + ", ".join(f"{n} {outcome}" for outcome, n in count.most_common()))
 

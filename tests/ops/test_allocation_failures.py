@@ -80,6 +80,7 @@ print(failures)
 """
 
 
+@pytest.mark.slow
 def test_every_allocation_of_every_operator_fails_once(tmp_path):
     compiler = shutil.which("g++") or shutil.which("c++")
     if not compiler or not sys.platform.startswith("linux"):

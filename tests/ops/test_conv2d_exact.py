@@ -1,7 +1,9 @@
-"""The three passes, bit for bit: on small multiples of 1/4 no sum rounds, so there is one right answer.
+"""The three passes, bit for bit: sums of small multiples of 1/4 do not round, so there is one correct result.
 
 Every instruction set, memory layout and dtype must give it.
 """
+
+from dataclasses import replace
 
 import pytest
 import torch
@@ -30,9 +32,8 @@ def operands(name: str, inputs: Inputs) -> list[str]:
 
 
 def rearranged(inputs: Inputs, **how) -> Inputs:
-    return Inputs(
-        **{field: how.get(field, lambda t: t)(getattr(inputs, field)) for field in ("x", "w", "grad_y", "bias")}
-    )
+    """The fields named, each in a memory layout of its own."""
+    return replace(inputs, **{field: arrange(getattr(inputs, field)) for field, arrange in how.items()})
 
 
 @pytest.mark.parametrize("name", PASSES)
@@ -70,15 +71,14 @@ def test_other_dtypes(name, dtype, backend):
         # float32 holds the exact sum, so this rounds once
         want = exact_result(name, c).float().to(dtype)
         for how in FORMATS.values():
-            arranged = rearranged(inputs, x=how, w=how, grad_y=how)
-            assert_same(compute(name, c, arranged), want, f"{name} of {c!r} in {dtype}")
+            assert_same(compute(name, c, inputs.arranged(how)), want, f"{name} of {c!r} in {dtype}")
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, *HALVES), ids=str)
 @pytest.mark.parametrize("view", VIEWS)
 @pytest.mark.parametrize("name", PASSES)
 def test_views(name, view, dtype, backend):
-    """Any strides, one operand at a time and all at once; the memory around a view is NaN and is not written."""
+    """Any strides, one operand at a time and all at once; the memory around a view is NaN and stays unwritten."""
     for c in SELECTED:
         inputs, want = exact_inputs(c).to(dtype, backend.device), exact_result(name, c).float().to(dtype)
         fields = operands(name, inputs)
@@ -92,7 +92,7 @@ def test_views(name, view, dtype, backend):
 @pytest.mark.parametrize("name", PASSES)
 @pytest.mark.parametrize("c", SELECTED, ids=str)
 def test_expanded_operands(c, name, backend):
-    """Strides of zero: one image for the whole batch, one filter for all, one gradient for all pixels."""
+    """Zero strides: one image for the whole batch, one filter for all outputs, one gradient for all pixels."""
     inputs = exact_inputs(c).to(torch.float32, backend.device)
     expanded = Inputs(
         inputs.x[:1].expand(inputs.x.shape),
@@ -107,7 +107,7 @@ def test_expanded_operands(c, name, backend):
 @pytest.mark.parametrize("offset", (64, 1024))
 @pytest.mark.parametrize("c", SELECTED, ids=str)
 def test_common_offset(c, offset, backend):
-    """Far from zero sum x + sum w - 2*sum min(x, w) cancels; the sums are still exact, so the result is too."""
+    """Far from zero sum x + sum w - 2*sum min(x, w) cancels; the sums stay exact, and so does the result."""
     for how in FORMATS.values():
         arranged = rearranged(exact_inputs(c, offset).to(torch.float32, backend.device), x=how, w=how)
         for name in ("forward", "grad_x"):
@@ -116,9 +116,9 @@ def test_common_offset(c, offset, backend):
 
 @pytest.mark.parametrize("form", FORMATS)
 def test_opposite_offsets(form, backend):
-    """Offsets of either sign cancel within sum x + sum w, and leave nothing of the digits: the direct form is exact."""
+    """Offsets of both signs cancel within sum x + sum w and leave no digits; only the direct form is exact."""
     for c in [*SELECTED, case("deep", (1, 512, 2, 3), 33, 1), case("deep-k3", (1, 96, 5, 6), 20, 3)]:
-        if c.C_in == c.groups or any(c.padding):  # a padded zero is far from w, and y as large as the offset
+        if c.C_in == c.groups or any(c.padding):  # a padded zero is far from w, which makes y as large as the offset
             continue
         inputs = opposite_offsets(c, exact_inputs(c), 2**20)
         arranged = rearranged(inputs.to(torch.float32, backend.device), x=FORMATS[form], w=FORMATS[form])

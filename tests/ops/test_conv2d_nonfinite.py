@@ -1,7 +1,7 @@
-"""NaN and infinity come out where the definition puts them, with its signs, and nowhere else.
+"""NaN and infinity appear where the definition puts them, with its signs, and nowhere else.
 
-One element of one operand is poisoned at a time.  Everything else is a small multiple of 1/4, so the finite results
-must stay exact: a poison that spreads into a neighbour's lane, a padded column or an unreached pixel shows.
+One element of one operand is poisoned at a time.  Everything else is a small multiple of 1/4, so that finite results
+must stay exact: a poison that leaks into a neighbouring lane, a padded column or an unreached pixel is detected.
 """
 
 from functools import cache
@@ -24,7 +24,7 @@ from cases import (
 
 INF, NAN = float("inf"), float("nan")
 
-# Sums at the borders: taps that no input meets, pixels that no output reaches, lanes beyond the last channel.
+# Border sums: taps without an input, pixels that no output reaches, lanes beyond the last channel.
 SHAPES = [
     case("padded", (2, 5, 6, 7), 18, 3, padding=1),
     case("unpadded", (2, 16, 6, 5), 24, 3),
@@ -42,7 +42,7 @@ SHAPES = [
 
 
 def places(shape: tuple[int, ...]) -> list[tuple[int, ...]]:
-    """The corners of a tensor, its middle, and one place on every edge."""
+    """The corners of a tensor, its middle, and one place on each edge."""
     last = [s - 1 for s in shape]
     middle = [s // 2 for s in shape]
     return sorted(
@@ -78,7 +78,7 @@ def expected(name: str, c: Case, *poisons: Poison) -> tuple[Inputs, torch.Tensor
 def check(name: str, c: Case, dtype: torch.dtype, backend, *poisons: Poison) -> None:
     inputs, want = expected(name, c, *poisons)
     for form, how in FORMATS.items():
-        arranged = Inputs(how(inputs.x), how(inputs.w), how(inputs.grad_y), inputs.bias).to(dtype, backend.device)
+        arranged = inputs.arranged(how).to(dtype, backend.device)
         assert_same(compute(name, c, arranged), want.float().to(dtype), f"{name} of {c!r}, {form}, {dtype}, {poisons}")
 
 
@@ -106,7 +106,7 @@ def test_one_poisoned_element_of_other_dtypes(name, field, dtype, backend):
 @pytest.mark.parametrize("name", PASSES)
 @pytest.mark.parametrize("c", SHAPES, ids=str)
 def test_pairs_that_meet(c, name, pair, backend):
-    """inf - inf is NaN, inf - -inf is not: x and w, then x and grad_y, then w and grad_y poisoned together."""
+    """inf - inf is NaN, inf - -inf is not: x and w, then x and grad_y, then w and grad_y are poisoned together."""
     for fields in (("x", "w"), ("x", "grad_y"), ("w", "grad_y")):
         middles = [tuple(s // 2 for s in getattr(exact_inputs(c), f).shape) for f in fields]
         check(name, c, torch.float32, backend, *zip(fields, middles, pair, strict=True))
@@ -114,7 +114,7 @@ def test_pairs_that_meet(c, name, pair, backend):
 
 @pytest.mark.parametrize("name", PASSES)
 def test_infinity_times_zero(name, backend):
-    """Infinite grad_y times a clamp or difference of 0 is NaN; grad_y of 0 times an infinite difference is NaN too."""
+    """Infinite grad_y times a clamp or difference of 0 is NaN, and so is zero grad_y times an infinite difference."""
     for c in SHAPES:
         inputs = exact_inputs(c)
         middle = {f: tuple(s // 2 for s in getattr(inputs, f).shape) for f in ("x", "w", "grad_y")}
@@ -134,7 +134,7 @@ def test_everything_poisoned(name, field, value, backend):
 
 @pytest.mark.parametrize("name", PASSES)
 def test_nothing_is_left_behind(name, backend):
-    """Working memory is kept from call to call: a call full of NaN does not show in the next."""
+    """The workspace is reused: a call full of NaN must not affect the next one."""
     for c in [*SHAPES, *SELECTED]:
         clean = exact_inputs(c)
         dirty = poisoned(clean, *((field, None, NAN) for field in ("x", "w", "grad_y", "bias")))

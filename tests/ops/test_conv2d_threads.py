@@ -1,10 +1,12 @@
-"""The number of threads changes no bit of any result: no sum is cut by thread, none is added to by two."""
+"""The number of threads changes no bit of any result: threads neither split a sum nor share an accumulator."""
+
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from cases import FORMATS, PASSES, SELECTED, Inputs, case, compute, random_inputs
+from cases import FORMATS, PASSES, SELECTED, case, compute, random_inputs
 
-# Real layers, full size, at a batch that gives every thread several tasks, and some that give them few.
+# Real layers at full size, with a batch that gives each thread several tasks, and some with few tasks.
 LAYERS = [
     case("resnet20-16", (8, 16, 32, 32), 16, 3, padding=1),
     case("resnet20-32-s2", (8, 16, 32, 32), 32, 3, stride=2, padding=1),
@@ -23,11 +25,9 @@ LAYERS = [
 def test_bitwise_equal_for_any_number_of_threads(c, name, backend, set_threads):
     inputs = random_inputs(c, torch.float32)
     for form, how in FORMATS.items():
-        arranged = Inputs(how(inputs.x), how(inputs.w), how(inputs.grad_y), inputs.bias).to(
-            torch.float32, backend.device
-        )
+        arranged = inputs.arranged(how).to(torch.float32, backend.device)
         results = []
-        # 1 twice: a result that changes from call to call is no better
+        # 1 twice: a result that changes between calls is wrong too
         for threads in (1, 1, 2, 3, 5):
             set_threads(threads)
             results.append(compute(name, c, arranged).cpu())
@@ -51,9 +51,7 @@ def test_bitwise_equal_in_other_dtypes(name, dtype, backend, set_threads):
 
 
 def test_concurrent_callers(backend, set_threads):
-    """Two Python threads at once: no state is shared between calls."""
-    from concurrent.futures import ThreadPoolExecutor
-
+    """Two Python threads call at the same time: calls share no state."""
     set_threads(2)
     work = [
         (name, c, random_inputs(c, torch.float32).to(torch.float32, backend.device))

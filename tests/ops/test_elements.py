@@ -1,4 +1,4 @@
-"""The operators' own conversions of bfloat16 and float16: every bit pattern in, rounding to nearest even out."""
+"""The conversions of bfloat16 and float16: every bit pattern as input, rounding to nearest even of the output."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ def every_number(dtype: torch.dtype) -> torch.Tensor:
 
 
 def assert_bits(got: torch.Tensor, want: torch.Tensor, what: str) -> None:
-    """Equal in every bit but the sign of zero and the payload of NaN, which the formulas leave open."""
+    """Equal bits, except for the sign of zero and the payload of NaN, which the formulas leave open."""
     assert_same(got.flatten(), want, what)
 
 
@@ -21,7 +21,7 @@ def assert_bits(got: torch.Tensor, want: torch.Tensor, what: str) -> None:
 @pytest.mark.parametrize("channels", (1, 16), ids=lambda c: f"in{c}")
 @pytest.mark.parametrize("memory_format", (torch.contiguous_format, torch.channels_last), ids=str)
 def test_every_input_pattern_of_x(dtype, channels, memory_format, backend):
-    """With w = 0 the forward is -sum|x|: in, and out again, unchanged."""
+    """With w = 0 the forward is -sum|x|: every pattern comes out unchanged."""
     x = torch.zeros(1, channels, 256, 256, dtype=dtype)
     x[0, channels // 2] = every_number(dtype).view(256, 256)
     w = torch.zeros(3, channels, 1, 1, dtype=dtype)
@@ -39,7 +39,7 @@ def test_every_input_pattern_of_w(dtype, backend):
     x = torch.zeros(1, 1, 1, 3, dtype=dtype, device=backend.device)
     y = torch.ops.adderops.adder_conv2d(x, w, None, *POINTWISE)
     assert_bits(y[0, :, 0, 1], -every_number(dtype).abs(), "w")
-    wide = torch.zeros(4096, 16, 1, 1, dtype=dtype)  # packed from rows of channels
+    wide = torch.zeros(4096, 16, 1, 1, dtype=dtype)  # packed from channel rows
     wide.view(-1)[:] = every_number(dtype)
     x = torch.zeros(1, 16, 1, 1, dtype=dtype, device=backend.device)
     y = torch.ops.adderops.adder_conv2d(x, wide.to(backend.device), None, *POINTWISE)
@@ -51,7 +51,7 @@ def test_every_input_pattern_of_w(dtype, backend):
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("sign", (1.0, -1.0))
 def test_every_pattern_of_grad_y(dtype, sign, backend):
-    """clamp(w - x) = +-1 hands grad_y through grad_x; one output pixel and w = 0 hand it through grad_w as grad_y*x."""
+    """grad_y passes through grad_x if clamp(w - x) = +-1, and through grad_w if w = 0, x = +-1 and y is one pixel."""
     grad_y = every_number(dtype).view(1, 1, 256, 256).to(backend.device)
     x, w = torch.zeros_like(grad_y), torch.full((1, 1, 1, 1), 2 * sign, dtype=dtype, device=backend.device)
     got = torch.ops.adderops.adder_conv2d_grad_x(grad_y, x, w, *POINTWISE)
@@ -67,7 +67,7 @@ def test_every_pattern_of_grad_y(dtype, sign, backend):
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("memory_format", (torch.contiguous_format, torch.channels_last), ids=str)
 def test_rounding_of_the_sum(dtype, memory_format, backend):
-    """-(|a| + |b|) for neighbouring a and small b falls on, beside and between the dtype's numbers: ties to even."""
+    """-(|a| + |b|) with b a fraction of an ulp of a lies between two numbers of the dtype: ties go to even."""
     numbers = every_number(dtype)
     numbers = numbers[numbers.isfinite()].abs().unique()
     numbers = torch.cat((numbers, numbers.new_zeros(-len(numbers) % 256)))
@@ -88,7 +88,7 @@ def test_rounding_of_the_sum(dtype, memory_format, backend):
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 def test_overflow_and_subnormal_results(dtype, backend):
-    """Sums beyond the largest number become infinite, products below the least half round to zero or the least."""
+    """Sums beyond the largest number become infinite; tiny products round to zero or to the smallest subnormal."""
     largest, least = torch.finfo(dtype).max, torch.finfo(dtype).smallest_normal
     x = torch.tensor([largest, largest, largest / 2, largest], dtype=dtype).view(1, 2, 1, 2).to(backend.device)
     w = torch.zeros(1, 2, 1, 1, dtype=dtype, device=backend.device)

@@ -1,13 +1,12 @@
-"""Padding, dilation and stride up to 2^30 on tiny tensors: right, quick and small, as those of `F.conv2d` are."""
+"""Padding, dilation and stride up to 2^30 on tiny tensors: correct, with little time and memory, as in `F.conv2d`."""
 
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
 from cases import FAR_CASES, FORMATS, PASSES, assert_same, compute, exact_inputs, exact_result, near
+from child import run_python
 
 from adderops.functional import adder_conv2d, adder_conv2d_int8
 from ops.test_int8 import OP, OUTPUTS, expected, inputs
@@ -18,23 +17,22 @@ PAIRS = [pytest.param(far, near(far, geometry), id=far.name) for far, geometry i
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float64, torch.bfloat16), ids=str)
 @pytest.mark.parametrize("name", PASSES)
 @pytest.mark.parametrize("far, close", PAIRS)
-def test_the_sums_are_those_of_near_windows(far, close, name, dtype, backend):
+def test_sums_equal_those_of_near_windows(far, close, name, dtype, backend):
     for how in FORMATS.values():
-        arranged = exact_inputs(close).to(dtype)
-        arranged = type(arranged)(*(how(t) for t in (arranged.x, arranged.w, arranged.grad_y)), arranged.bias)
+        arranged = exact_inputs(close).to(dtype).arranged(how)
         assert_same(compute(name, far, arranged), exact_result(name, close).to(dtype), f"{name} of {far!r}")
 
 
 @pytest.mark.parametrize("output", OUTPUTS)
 @pytest.mark.parametrize("far, close", PAIRS)
-def test_the_bytes_too(far, close, output, backend):
+def test_int8_equals_that_of_near_windows(far, close, output, backend):
     b = inputs(close)
     for seed in range(4):
         got = OP(b.x, b.w, *b.epilogue(output, seed), *far.geometry)
         assert_same(got, expected(close, output, seed), f"{output} of {far!r}")
 
 
-def test_the_functions_take_what_conv2d_takes():
+def test_the_functions_accept_what_conv2d_accepts():
     x, w, big = torch.ones(1, 1, 1, 1), torch.ones(1, 1, 3, 3), (2**30, 2**30 - 1)
     y = adder_conv2d(x, w, padding=big, dilation=big)
     assert y.shape == F.conv2d(x, w, padding=big, dilation=big).shape and y.item() == -8
@@ -62,7 +60,7 @@ print(resident() - before)
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="no /proc/self/status to read the peak from")
 def test_time_and_memory_follow_the_taps():
-    """Copies of these windows would take from hundreds of MiB to more than any machine has."""
-    done = subprocess.run([sys.executable, "-c", FRUGAL], capture_output=True, text=True, timeout=60)
+    """Copies of these windows would take hundreds of MiB or more than any machine has."""
+    done = run_python("-c", FRUGAL, timeout=60)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) < 100, f"{done.stdout.strip()} MiB"

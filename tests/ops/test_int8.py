@@ -1,4 +1,4 @@
-"""The int8 convolution, bit for bit: sums, floats and bytes, for every geometry, layout, option and instruction set."""
+"""The int8 convolution, bit for bit: int32, float32 and uint8 outputs for every geometry, layout, option and ISA."""
 
 from dataclasses import dataclass
 from functools import cache
@@ -23,7 +23,7 @@ class Bytes:
     residual: torch.Tensor
 
     def epilogue(self, output: str, seed: int = 0) -> tuple:
-        """scale ... padding_value of the operator; `seed` picks the options."""
+        """The arguments scale to padding_value of the operator; `seed` selects the options."""
         if output == "sums":
             return None, None, None, 1.0, False, False, 0, 255, seed * 37 % 256
         residual, relu = (self.residual, 0.3) if seed % 2 else (None, 1.0), seed // 2 % 2 == 1
@@ -43,7 +43,7 @@ class Bytes:
 
 @cache
 def inputs(case: Case) -> Bytes:
-    """Bytes of every value; outputs spread over the bytes and somewhat beyond."""
+    """Bytes of every value; the outputs cover the range of uint8 and exceed it slightly."""
     g = generator(case)
     x, w, residual = (
         torch.randint(0, 256, shape, generator=g, dtype=torch.uint8)
@@ -73,7 +73,7 @@ def check(case: Case, output: str, form: str, seed: int = 0) -> None:
     assert got.is_contiguous(memory_format=torch.channels_last)
 
 
-# Channels at the edges of vectors of bytes: runs of 4 and 8, 32 channels of a depthwise vector and more.
+# Channel counts around byte vectors: runs of 4 and 8, depthwise vectors of 32 channels and more.
 BYTE_CASES = [
     *(case(f"bytes-in{c}", (2, c, 3, 5), 9, (2, 3), padding=(0, 1)) for c in (2, 7, 8, 12, 24, 40, 2048, 2050)),
     *(case(f"bytes-1x1-in{c}", (1, c, 3, 4), 17, 1) for c in (8, 12, 20, 64)),
@@ -105,7 +105,7 @@ def test_every_option(backend):
 
 
 def test_the_longest_sum(backend):
-    """As many terms of 255 as the operator takes: the sum is just below 2^31."""
+    """The maximum number of terms, all of them 255: the sum is just below 2^31."""
     k = (2**31 - 1) // 255
     x, w = torch.full((1, k, 1, 1), 255, dtype=torch.uint8), torch.zeros(2, k, 1, 1, dtype=torch.uint8)
     w[1] = 255
@@ -116,14 +116,14 @@ def test_the_longest_sum(backend):
 
 
 def test_the_largest_sums_of_depthwise_layers(backend):
-    """More terms of 255 than 16 bits hold."""
+    """A sum of terms of 255 that exceeds 16 bits."""
     x = torch.full((1, 3, 20, 19), 255, dtype=torch.uint8)
     w = torch.zeros(3, 1, 17, 16, dtype=torch.uint8)
     assert (adder_conv2d_int8(x, w, groups=3) == -255 * 17 * 16).all()
 
 
 def test_rounding_and_bounds(backend):
-    """Ties go to even, everything beyond the bytes to the nearest byte, also far beyond what an int32 holds."""
+    """Ties go to even; values outside uint8 go to its nearest value, even those far outside int32."""
     values = [-3e38, -1e10, -0.5, 0.5, 1.5, 2.5, 3.4999998, 254.5, 255.0, 255.5, 256.0, 1e10, 3e38, float("nan")]
     x = torch.zeros(1, 1, 1, 1, dtype=torch.uint8)
     w = torch.zeros(len(values), 1, 1, 1, dtype=torch.uint8)
@@ -154,8 +154,8 @@ def test_bitwise_equal_for_any_number_of_threads(backend, set_threads):
         assert all(torch.equal(results[0], r) for r in results[1:]), str(c)
 
 
-def test_one_grid_means_the_distance_of_the_floats():
-    """x = s (X - Z), w = s (W - Z): -sum |x - w| = s Y, padding included."""
+def test_a_shared_grid_gives_the_distance_of_the_floats():
+    """If x = s (X - Z) and w = s (W - Z), then -sum |x - w| = s Y, padding included."""
     c = case("grid", (2, 5, 6, 7), 6, 3, padding=1)
     b, s, z = inputs(c), 0.25, 77
     x, w = (s * (t.double() - z) for t in (b.x, b.w))
@@ -163,19 +163,29 @@ def test_one_grid_means_the_distance_of_the_floats():
     assert torch.equal(s * adder_conv2d_int8(b.x, b.w, padding=1, padding_value=z).double(), want)
 
 
+@cache
+def quantized(c: Case, dtype: torch.dtype) -> tuple[torch.Tensor, dict[tuple, torch.Tensor]]:
+    """Numbers with ties, an infinity and a NaN; {grid: the reference's bytes}."""
+    x = torch.randn(c.x_shape, generator=generator(c)) * 40
+    x.view(-1)[0] = float("nan")
+    x.view(-1)[-1] = float("inf")
+    x = x.mul(2).round().div(2).to(dtype)
+    grids = ((1.0, 0, 255), (0.37, 100, 255), (2.0, 255, 255), (5.0, 0, 15))
+    with one_thread():
+        return x, {grid: reference.quantize(x, *grid) for grid in grids}
+
+
 @pytest.mark.parametrize("form", [*FORMATS, *VIEWS])
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16), ids=str)
 def test_quantize(dtype, form, backend, set_threads):
-    """Bytes of every size of image; ties, infinities and NaN among the numbers."""
+    """Images of many sizes, in every layout."""
     for i, c in enumerate([*SELECTED, case("tall", (2, 3, 90, 80), 1), case("wide", (1, 9, 2, 2000), 1)]):
         set_threads(1 + i % 3)
-        x = torch.randn(c.x_shape, generator=generator(c)) * 40
-        x.view(-1)[0] = float("nan")
-        x.view(-1)[-1] = float("inf")
-        x = {**FORMATS, **VIEWS}[form](x.mul(2).round().div(2).to(dtype))
-        for grid in ((1.0, 0, 255), (0.37, 100, 255), (2.0, 255, 255), (5.0, 0, 15)):
+        x, wanted = quantized(c, dtype)
+        x = {**FORMATS, **VIEWS}[form](x)
+        for grid, want in wanted.items():
             got = quantize(x, *grid)
-            assert_same(got, reference.quantize(x, *grid), f"{c!r}, {form}, {grid}")
+            assert_same(got, want, f"{c!r}, {form}, {grid}")
             assert got.is_contiguous(memory_format=torch.channels_last)
 
 
@@ -195,7 +205,7 @@ def test_wrong_input_to_quantize(changed, error, message):
         quantize(**{"input": torch.ones(1, 1, 2, 2), "scale": 1.0, "zero_point": 0, **changed})
 
 
-def test_what_quantize_itself_refuses():
+def test_the_operator_quantize_refuses():
     op, x = torch.ops.adderops.quantize.default, torch.ones(1, 1, 2, 2)
     for arguments, message in (
         ((x.double(), 1.0, 0, 255), "x: expected dtype float32, bfloat16 or float16, got float64"),
@@ -298,7 +308,7 @@ WRONG_OPERATOR_CALLS = {
 
 
 @pytest.mark.parametrize("changed, message", WRONG_OPERATOR_CALLS.values(), ids=WRONG_OPERATOR_CALLS)
-def test_what_the_operator_itself_refuses(changed, message):
+def test_the_operator_refuses(changed, message):
     arguments = dict(x=X, w=W, scale=A, offset=B, residual=None, residual_scale=1.0, relu=False, quantize=True)
     geometry = dict(stride=[1, 1], padding=[0] * 4, dilation=[1, 1], groups=1)
     with pytest.raises(RuntimeError, match=f"adder_conv2d_int8: {message}"):

@@ -1,17 +1,16 @@
-"""Memory: what a training step takes beyond its results, and that no kernel reads outside its operands."""
+"""Memory: the extra memory of a training step, and no kernel reads outside its operands."""
 
 import mmap
 import os
 import signal
-import subprocess
 import sys
-import textwrap
 
 import pytest
+from child import run_python
 
 ROOM = 64 << 20
 
-# name, x, (C_out, k), stride, padding: real layers, among them the largest input, weight and output of their networks.
+# name, x, (C_out, k), stride, padding: real layers, including the largest input, weight and output of their networks.
 LAYERS = [
     ("resnet20-16", (128, 16, 32, 32), (16, 3), 1, 1),
     ("resnet20-64", (128, 64, 8, 8), (64, 3), 1, 1),
@@ -22,6 +21,7 @@ LAYERS = [
     ("resnet50-1x1-s2", (4, 1024, 14, 14), (2048, 1), 2, 0),
     ("one-long-row", (1, 64, 1, 60000), (32, 3), 1, 1),
 ]
+QUICK = ("resnet18-512", "one-long-row")  # those not marked slow
 
 STEP = """
 import re, sys
@@ -33,7 +33,7 @@ def resident(which):
 
 torch.set_num_threads(2)
 channels_last = {channels_last}
-# threads, code and the allocator's arenas are there before the measurement
+# starts threads, loads code and creates allocator arenas before the measurement
 adder_conv2d(torch.ones(2, 3, 5, 5, requires_grad=True), torch.ones(2, 3, 3, 3, requires_grad=True)).sum().backward()
 x, w = torch.randn({x}, requires_grad=True), torch.randn({w}, requires_grad=True)
 if channels_last:
@@ -41,7 +41,7 @@ if channels_last:
 with torch.no_grad():
     grad_y = torch.nn.functional.conv2d(x[:1], w, None, {stride}, {padding})
     grad_y = torch.randn(len(x), *grad_y.shape[1:])
-open("/proc/self/clear_refs", "w").write("5")  # the high-water mark starts again from here
+open("/proc/self/clear_refs", "w").write("5")  # resets the peak
 before = resident("VmRSS")
 y = adder_conv2d(x, w, None, {stride}, {padding})
 y.backward(grad_y)
@@ -50,21 +50,18 @@ print(resident("VmHWM") - before, 4 * (x.numel() + w.numel() + y.numel()))
 """
 
 
-def run(code: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=120, env=dict(os.environ)
-    )
-
-
 @pytest.mark.skipif(
     not os.access("/proc/self/clear_refs", os.W_OK), reason="no /proc/self/clear_refs to reset the peak with"
 )
 @pytest.mark.parametrize("channels_last", (False, True), ids=("contiguous", "channels_last"))
-@pytest.mark.parametrize("name, x, filters, stride, padding", LAYERS, ids=[layer[0] for layer in LAYERS])
+@pytest.mark.parametrize(
+    "name, x, filters, stride, padding",
+    [pytest.param(*layer, id=layer[0], marks=() if layer[0] in QUICK else pytest.mark.slow) for layer in LAYERS],
+)
 def test_extra_memory_of_a_step(name, x, filters, stride, padding, channels_last):
     """Forward and backward together stay below input + output + weights + 64 MiB, y and both gradients included."""
     w = (filters[0], x[1], filters[1], filters[1])
-    done = run(STEP.format(x=x, w=w, stride=stride, padding=padding, channels_last=channels_last))
+    done = run_python("-c", STEP.format(x=x, w=w, stride=stride, padding=padding, channels_last=channels_last))
     assert done.returncode == 0, done.stderr
     extra, tensors = map(int, done.stdout.split())
     print(f"{name}: {extra / 2**20:.1f} MiB, of which results {tensors / 2**20:.1f}")
@@ -72,9 +69,8 @@ def test_extra_memory_of_a_step(name, x, filters, stride, padding, channels_last
 
 
 GUARDED = """
-import ctypes, mmap, sys
+import ctypes, mmap
 import torch
-sys.path.insert(0, {tests!r})
 torch.set_num_threads(1)
 from cases import FORMATS, PASSES, Inputs, compute, exact_inputs, random_case, SELECTED, CASES
 
@@ -84,7 +80,7 @@ libc.mprotect.argtypes = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
 keep = []
 
 def guarded(t, end):
-    # t, its storage order kept, flush against a page that may not be touched: behind it, or in front of it
+    # a copy of t in its storage order, flush against an inaccessible page behind it or in front of it
     order = sorted(range(t.dim()), key=lambda d: -t.stride(d))
     dense = t.permute(order).contiguous()
     size = dense.numel() * dense.element_size()
@@ -117,19 +113,24 @@ print("done")
 
 @pytest.mark.skipif(not hasattr(mmap, "PAGESIZE") or not sys.platform.startswith("linux"), reason="needs mprotect")
 @pytest.mark.parametrize(
-    "cases", ("SELECTED", "[random_case(s) for s in range(30)]", "CASES[:42]"), ids=("selected", "random", "edges")
+    "cases",
+    (
+        pytest.param("[random_case(s) for s in range(30)]", id="random"),
+        pytest.param("SELECTED", id="selected", marks=pytest.mark.slow),
+        pytest.param("CASES[:42]", id="edges", marks=pytest.mark.slow),
+    ),
 )
 def test_no_read_outside_the_operands(cases, backend):
-    """Every operand lies flush against an inaccessible page: a read one byte outside ends the process."""
-    done = run(GUARDED.format(tests=os.path.dirname(__file__), cases=cases, touch=""))
+    """Every operand is flush against an inaccessible page: a read one byte outside kills the process."""
+    done = run_python("-c", GUARDED.format(cases=cases, touch=""))
     last = (done.stdout.splitlines() or ["nothing"])[-1]
     assert done.returncode == 0 and last == "done", f"exit {done.returncode} after {last}\n{done.stderr[-2000:]}"
 
 
 def test_the_guard_pages_guard():
-    """The test above can fail: reading one byte behind a guarded tensor does end the process."""
+    """The test above can fail: reading one byte behind a guarded tensor does kill the process."""
     touch = "x = guarded(torch.ones(1, 1, 3, 5), True); ctypes.string_at(x.data_ptr() + 60, 1)"
-    assert run(GUARDED.format(tests=os.path.dirname(__file__), cases="[]", touch=touch)).returncode == -signal.SIGSEGV
+    assert run_python("-c", GUARDED.format(cases="[]", touch=touch)).returncode == -signal.SIGSEGV
 
 
 THREADS = """
@@ -141,14 +142,14 @@ def resident():
     return int(re.search(r"VmRSS:\\s+(\\d+) kB", open("/proc/self/status").read()).group(1)) / 1024
 
 torch.set_num_threads(2)
-x, w = torch.randn(1, 512, 7, 7), torch.randn(512, 512, 3, 3)  # 9 MiB of packed weights a call
+x, w = torch.randn(1, 512, 7, 7), torch.randn(512, 512, 3, 3)  # 9 MiB of packed weights per call
 want = adder_conv2d(x, w)
 before, wrong, done = resident(), [], threading.Barrier(41)
 
 def work():
     if not torch.equal(adder_conv2d(x, w), want):
         wrong.append(1)
-    done.wait()   # every thread has made its call,
+    done.wait()   # every thread has made its call
     done.wait()   # and none has ended
 
 threads = [threading.Thread(target=work) for _ in range(40)]
@@ -162,8 +163,8 @@ done.wait()
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="no /proc/self/status to read the memory from")
 def test_calling_threads_keep_no_memory_each():
-    """What calls leave for later ones is the process's: at most a block for each of torch's threads, of 32 MiB."""
-    done = run(THREADS)
+    """The process, not each calling thread, keeps memory for later calls: at most 32 MiB per torch thread."""
+    done = run_python("-c", THREADS)
     assert done.returncode == 0, done.stderr
     kept, wrong = done.stdout.split()
     print(f"{float(kept):.1f} MiB for 40 threads")

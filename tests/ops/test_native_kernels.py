@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = [
-    "tests/native/kernels_against_definition.cpp",
+    "tests/ops/native/kernels_against_definition.cpp",
     "csrc/cpu/select.cpp",
     *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc/cpu").glob("kernels_*.cpp")),
 ]
@@ -22,6 +22,7 @@ def compile_and_run(compiler: list[str], runner: list[str], program: Path) -> st
     return result.stdout
 
 
+@pytest.mark.slow
 def test_kernels_need_no_torch(tmp_path):
     compiler = shutil.which("g++") or shutil.which("c++")
     if not compiler:
@@ -29,6 +30,7 @@ def test_kernels_need_no_torch(tmp_path):
     assert "60 cases, 0 failed" in compile_and_run([compiler], [], tmp_path / "native")
 
 
+@pytest.mark.slow
 def test_neon_under_an_emulator(tmp_path):
     compiler = shutil.which("aarch64-linux-gnu-g++")
     runner = shutil.which("qemu-aarch64-static") or shutil.which("qemu-aarch64")

@@ -1,4 +1,4 @@
-"""What the operators refuse when they are called past the Python layer: operator, argument, expected, got."""
+"""Errors of the operators called directly, without the Python layer: operator, argument, expected, got."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ OPS = torch.ops.adderops
 GEOMETRY = dict(stride=[1, 1], padding=[0, 0, 0, 0], dilation=[1, 1], groups=1)
 X, W, GRAD_Y, BIAS = (2, 4, 5, 6), (8, 4, 3, 3), (2, 8, 3, 4), (8,)
 
-# what is wrong, changed arguments, the message behind "operator: "
+# what is wrong, changed arguments, the message after "operator: "
 WRONG_IN_EVERY_OPERATOR = [
     (
         "three dimensions",
@@ -124,7 +124,7 @@ def test_empty_instruction_set_means_the_best(monkeypatch):
 
 
 def freed(t: torch.Tensor, share: float = 0) -> torch.Tensor:
-    """t, with only a share of the memory that its elements need: as FSDP leaves a parameter."""
+    """Returns t with only a share of the memory that its elements need, as FSDP leaves a parameter."""
     t = t.clone()
     t.untyped_storage().resize_(int(t.untyped_storage().nbytes() * share))
     return t
@@ -136,7 +136,7 @@ def bytes_of(shape: tuple[int, ...]) -> torch.Tensor:
 
 IMAGES, NUMBERS = (2, 3, 4, 5), (0.1, 0.2, 0.3, 0.4, True)
 INT8_OPTIONS = (1.0, False, False, 0, 255, 0, *GEOMETRY.values())
-# operator, the tensors of a call by name, and the call
+# operator, its tensors by name, and the call
 CALLS_WITH_STORAGE = [
     (
         "adder_conv2d",
@@ -184,7 +184,7 @@ def test_an_empty_tensor_needs_no_storage():
 
 
 def test_errors_are_the_text_alone():
-    """No line of our sources, nor of libtorch's headers, on the machine that built them."""
+    """They name no line of our sources or of libtorch's headers on the build machine."""
     for arguments in (dict(stride=[0, 1]), dict(x=torch.ones(1, 1, 1, 1).expand(2**50, 4, 5, 6))):
         with pytest.raises(RuntimeError) as caught:
             call("adder_conv2d", **arguments)

@@ -1,21 +1,19 @@
-"""Hostile calls of every operator end in an answer, or in a Python exception that names the operator."""
+"""Hostile calls of every operator end in a result, or in a Python exception that names the operator."""
 
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from child import run_python
 
-HERE = Path(__file__).resolve().parent
+SCRIPT = Path(__file__).with_name("hostile_calls.py")
 CALLS = int(os.environ.get("ADDEROPS_HOSTILE_CALLS", "500"))
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits the process by what /proc tells of it")
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc to limit the memory of the process")
 def test_hostile_calls():
-    command = [sys.executable, str(HERE / "hostile_calls.py"), "--calls", str(CALLS), "--seed", "1"]
-    environ = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE.parent), *sys.path])}  # cases.py
-    done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=300 + CALLS)
+    done = run_python(str(SCRIPT), "--calls", str(CALLS), "--seed", "1", timeout=300 + CALLS)
     print(done.stdout)
     assert done.returncode == 0, f"exit {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-5000:]}"
     assert f"{CALLS} calls: " in done.stdout and "answered" in done.stdout

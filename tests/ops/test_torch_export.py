@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 from cases import assert_same, one_thread, quarters
+from slow import slow_except
 from torch import nn
 from torch.export import Dim
 from torch.nn.utils import parametrizations, parametrize, prune
@@ -66,7 +67,7 @@ def test_dynamic_batch_height_and_width(name, strict):
         assert_same(run(x).detach(), model(x).detach(), f"{size}")
 
 
-@pytest.mark.parametrize("name", GEOMETRIES)
+@pytest.mark.parametrize("name", slow_except(("stride", "groups"), GEOMETRIES))
 def test_plain_onnx_export_with_dynamic_sizes(name, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
@@ -94,6 +95,7 @@ assert [node.op_type for node in program.model.graph].count("Scan") == 1
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("early", (False, True), ids=("onnxscript later", "onnxscript first"))
 def test_plain_onnx_export_whatever_is_imported_first(early):
     """`import adderops` does not import onnxscript, and still the plain call knows the operator."""
@@ -142,7 +144,7 @@ CHANGED = {
 }
 
 
-@pytest.mark.parametrize("name", CHANGED)
+@pytest.mark.parametrize("name", slow_except(("parametrized", "AveragedModel"), CHANGED))
 def test_changed_and_wrapped_models(name, tmp_path):
     model, example, x = CHANGED[name](), quarters(1, 6, 16, 16), quarters(3, 6, 16, 16)
     with torch.no_grad():

@@ -257,6 +257,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_layers_go_to_other_processes(tmp_path):
     (tmp_path / "spawn.py").write_text(SPAWN)
     done = subprocess.run([sys.executable, tmp_path / "spawn.py"], capture_output=True, text=True, timeout=180)

@@ -1,6 +1,6 @@
-"""What can be known of the CUDA kernels without a GPU: when they are built, for what, that they load and register.
+"""CUDA without a GPU: when the kernels are built, for which architectures, and that they load and register.
 
-The toolkits here are folders with a script for an nvcc; tests/test_cuda.py runs the kernels where there is a GPU.
+The toolkits here are folders whose nvcc is a script; tests/gpu runs the kernels on a GPU.
 """
 
 import importlib.util
@@ -56,7 +56,7 @@ def script(path: Path, text: str) -> None:
 
 
 def toolkit(home: Path, version="13.0", archs=("75", "80", "87", "120"), include="include", libraries="lib64") -> Path:
-    """A folder that looks like a toolkit."""
+    """Makes a folder that looks like a toolkit."""
     listed = "".join(f"compute_{arch}\\n" for arch in archs)
     script(home / "bin" / "nvcc", NVCC.format(version=version, archs=listed, home=home))
     for folder, name in ((include, "cuda_runtime_api.h"), (libraries, "libcudart_static.a")):
@@ -66,7 +66,7 @@ def toolkit(home: Path, version="13.0", archs=("75", "80", "87", "120"), include
 
 
 def wrapper(folder: Path, nvcc: Path) -> str:
-    """A PATH whose nvcc is a script that calls another."""
+    """Returns a PATH whose nvcc is a script that calls another nvcc."""
     script(folder / "nvcc", f'#!/bin/sh\nexec {nvcc} "$@"\n')
     return f"{folder}:/usr/bin:/bin"
 
@@ -85,7 +85,7 @@ def test_the_variable_wins_over_the_path(variable, tmp_path):
     on_path, named = toolkit(tmp_path / "a", "13.0"), toolkit(tmp_path / "b", "13.1")
     environ = {"PATH": wrapper(tmp_path / "bin", on_path / "bin" / "nvcc"), variable: str(named)}
     assert toolkits.find_toolkit(environ).home == named
-    # a name that is wrong is an error, not a reason to take another
+    # a wrong name is an error, not a reason to fall back
     with pytest.raises(toolkits.Unavailable, match=f"{variable}={tmp_path}/c holds no bin/nvcc"):
         toolkits.find_toolkit({**environ, variable: f"{tmp_path}/c"})
 
@@ -110,7 +110,7 @@ def test_a_compiler_alone_is_no_toolkit(missing, tmp_path):
         (None, "13.0", "13.2", "built"),
         ("AUTO", "13.2", "13.0", "built"),
         ("1", "13.0", "13.2", "built"),
-        ("1", "13.0", None, "built"),  # for another torch: the library needs nothing of this one's CUDA
+        ("1", "13.0", None, "built"),  # the library does not depend on the CUDA of this torch
         ("0", "13.0", "13.2", "ADDEROPS_CUDA=0"),
         ("auto", "13.0", None, "this torch is built without CUDA"),
         ("auto", "12.8", "13.2", "nvcc 12.8 in .*, but torch is built with CUDA 13.2"),
@@ -153,7 +153,7 @@ def test_the_architectures_that_the_compiler_knows(tmp_path):
         (None, {"7.5", "8.0", "8.6", "8.7", "8.9", "9.0", "10.0", "12.0"}, "7.5;8.0;8.6;8.9;9.0;10.0;12.0+PTX"),
         (None, {"5.0", "7.5", "8.0", "8.6", "8.9", "9.0"}, "7.5;8.0;8.6;8.9;9.0+PTX"),  # an older toolkit
         ("", {"9.0", "10.0"}, "9.0;10.0+PTX"),
-        ("8.0", {"9.0"}, "8.0"),  # what is asked for is nvcc's to refuse
+        ("8.0", {"9.0"}, "8.0"),  # an unknown architecture is left to nvcc to refuse
         (" 8.0 9.0+PTX; ", {"9.0"}, "8.0;9.0+PTX"),
     ],
 )
@@ -173,7 +173,7 @@ def test_a_compiler_for_other_architectures():
 
 
 def setup_decides(**environ: str) -> list[str]:
-    """What setup.py would build: its line, and the names of the libraries."""
+    """Returns what setup.py would build: its message, and the names of the libraries."""
     code = (
         "import runpy, sys; sys.argv = ['setup.py', '--version']; found = runpy.run_path('setup.py'); "
         "print(found['DECISION']); print(*(e.name for e in found['EXTENSIONS']))"
@@ -204,7 +204,7 @@ def test_no_two_sources_share_an_object_file(folder):
     assert stems and set(stems.values()) == {1}, stems
 
 
-# --- the library, where it was built: it loads and registers without a GPU ---
+# --- the library, if it was built: it loads and registers without a GPU ---
 
 
 @needs_kernels
@@ -233,7 +233,7 @@ def test_the_library_knows_its_architectures():
 @pytest.mark.parametrize(
     "archs, codes",
     [
-        # machine code serves its own generation from its minor number on, PTX everything later
+        # machine code runs on its own generation from its minor version on, PTX on everything later
         ("8.0", {75: 0, 80: 80, 86: 80, 89: 80, 90: 0}),
         (
             "7.5;8.0;8.6;8.9;9.0;10.0;12.0+PTX",
@@ -264,7 +264,7 @@ def test_the_devices_line_says_which_code_runs(monkeypatch):
 
 @needs_kernels
 def test_the_library_brings_its_own_runtime():
-    """Of torch's CUDA the current stream alone: one build serves every torch; the runtime is linked in, unseen."""
+    """It needs only the current stream of torch's CUDA, so one build serves every torch; its runtime is hidden."""
     readelf = shutil.which("readelf")
     if not readelf:
         pytest.skip("no readelf")
@@ -278,7 +278,7 @@ def test_the_library_brings_its_own_runtime():
     assert set(of_others) == {"aoti_torch_device_type_cuda", "aoti_torch_get_current_cuda_stream"}
 
 
-# --- tensors of a device that may not be there: fake ones, which have a device and no data ---
+# --- tensors on a device that may not exist: fake tensors, which have a device but no data ---
 
 
 def fake_cuda_tensors() -> tuple[torch.Tensor, torch.Tensor]:
@@ -304,7 +304,7 @@ def test_shapes_on_a_cuda_device():
     ],
 )
 def test_a_cuda_tensor_without_kernels(cause, says, monkeypatch):
-    """The causes are staged, and so is the tensor; what is asked and what is answered is real."""
+    """The causes and the tensor are faked; the question and the answer are real."""
     monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: cause != "torch")
     monkeypatch.setattr(_ops, "find_spec", lambda name: None if cause == "library" else name)
     if cause == "loading":
@@ -337,7 +337,7 @@ def test_other_devices_are_named():
 
 
 def test_a_package_without_the_library(tmp_path):
-    """A copy of the package, in a process of its own: the CPU kernels work, and there are no CUDA kernels."""
+    """In a copy of the package, in its own process, the CPU kernels work and there are no CUDA kernels."""
     if not torch.backends.cuda.is_built():
         pytest.skip("this torch is built without CUDA: the library would not be loaded anyway")
     shutil.copytree(INSTALLED, tmp_path / "adderops", ignore=shutil.ignore_patterns("_cuda*", "__pycache__"))
@@ -366,9 +366,9 @@ def test_the_benchmark_says_what_is_missing():
 
 
 def test_the_bound_of_the_model(monkeypatch):
-    """Terms a clock and multiprocessor x multiprocessors x clock; a step is one pass after the other."""
+    """Terms per clock and multiprocessor x multiprocessors x clock; a step runs the three passes in turn."""
     monkeypatch.syspath_prepend(str(CHECKOUT / "benchmarks"))
-    import cuda_device
+    from harness import cuda_device
 
     device = SimpleNamespace(major=9, minor=0, multi_processor_count=132, clock_rate=1_500_000)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda: device)

@@ -1,4 +1,4 @@
-"""Atomic writes: writers do not disturb each other, what is special stays so, and errors name the file."""
+"""Atomic writes: concurrent writers do not interfere, links and devices stay what they are, errors name the file."""
 
 import os
 import stat
@@ -33,7 +33,7 @@ def test_two_writers_of_one_path(tmp_path):
     assert os.listdir(tmp_path) == ["file"]
 
 
-def test_what_a_killed_writer_left_goes_with_the_next_write(tmp_path):
+def test_the_next_write_removes_the_remains_of_a_killed_writer(tmp_path):
     path, program = tmp_path / "file", WRITER.replace("150", "10**9").replace("200_000", "20_000_000")
     writer = subprocess.Popen([sys.executable, "-c", program, str(path), "a"])
     while not any(name.endswith(".tmp") for name in os.listdir(tmp_path)):
@@ -58,7 +58,7 @@ def test_a_link_keeps_its_target_and_a_file_its_mode(tmp_path):
     assert dangling.is_symlink() and (tmp_path / "later").read_bytes() == b"new"
 
 
-def test_a_new_file_has_the_mode_that_the_umask_leaves(tmp_path):
+def test_a_new_file_has_the_mode_of_the_umask(tmp_path):
     before = os.umask(0o027)
     try:
         write_atomically(tmp_path / "file", b"")

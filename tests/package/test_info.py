@@ -1,4 +1,4 @@
-"""`python -m adderops.info` says what is true, also where something is broken."""
+"""`python -m adderops.info` reports the facts, even if a part is broken."""
 
 import os
 import subprocess
@@ -12,7 +12,7 @@ from adderops import _ops
 from adderops.info import describe
 
 
-def test_lines_say_what_is_true():
+def test_lines_report_the_facts():
     lines = describe()
     assert lines["adderops"].startswith(f"{adderops.__version__} in ")
     assert lines["torch"].startswith(torch.__version__)
@@ -46,7 +46,7 @@ def test_command_line(isa, tmp_path):
     run = subprocess.run(
         [sys.executable, "-m", "adderops.info"],
         env={**os.environ, "ADDEROPS_CPU_ISA": isa},
-        cwd=tmp_path,  # not the checkout, whose adderops/ would be found first
+        cwd=tmp_path,  # in the checkout its adderops/ would be imported
         capture_output=True,
         text=True,
         check=True,

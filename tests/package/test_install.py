@@ -1,4 +1,4 @@
-"""The package as it was built and installed.  Whole installations into fresh environments are the work of .ci/run."""
+"""The package as built and installed; .ci/run installs it into a fresh environment."""
 
 import importlib.util
 import os
@@ -22,7 +22,7 @@ def test_installed_version():
     try:
         installed = version("adderops")
     except PackageNotFoundError:
-        pytest.skip("not installed but built in place: there is no metadata to compare with")
+        pytest.skip("built in place, not installed: there is no metadata to compare with")
     assert installed == adderops.__version__
 
 
@@ -54,7 +54,7 @@ def test_sources_without_the_library_say_what_to_do(tmp_path):
     ],
 )
 def test_cuda_that_cannot_be_built_is_refused(value, message):
-    """A CPU build in its place would be a silent surprise."""
+    """It must not silently become a CPU build."""
     run = subprocess.run(
         [sys.executable, "setup.py", "--version"],
         cwd=CHECKOUT,
@@ -67,7 +67,7 @@ def test_cuda_that_cannot_be_built_is_refused(value, message):
 
 
 def build_requirements(monkeypatch, folder):
-    """What the build backend asks for when `folder` is the interpreter's only site-packages."""
+    """The requirements of the build backend if `folder` is the interpreter's only site-packages."""
     monkeypatch.setattr("site.getsitepackages", lambda: [str(folder)])
     monkeypatch.setattr("site.ENABLE_USER_SITE", False)
     monkeypatch.setattr("sys.path", list(sys.path))
@@ -91,7 +91,7 @@ def test_the_build_uses_an_installed_torch(installed, monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("installed", [None, "2.10.1+cu130", "1.99.0"])
-def test_the_build_asks_for_torch_where_none_is_new_enough(installed, monkeypatch, tmp_path):
+def test_the_build_requires_torch_if_none_is_new_enough(installed, monkeypatch, tmp_path):
     if installed:
         (tmp_path / "torch").mkdir()
         (tmp_path / "torch" / "version.py").write_text(f"__version__ = '{installed}'\ndebug = False\n")
@@ -99,8 +99,13 @@ def test_the_build_asks_for_torch_where_none_is_new_enough(installed, monkeypatc
 
 
 def copied_sources(folder: Path) -> Path:
-    """The files of the checkout that are not results of a build."""
-    ignored = shutil.ignore_patterns(".git", "*.so", "build", "dist", "*.egg-info", "__pycache__", ".*_cache", "runs")
+    """A copy of the checkout without the results of builds and runs."""
+    patterns = shutil.ignore_patterns(".git", "*.so", "*.egg-info", "__pycache__", ".*_cache")
+
+    def ignored(directory: str, names: list[str]) -> set[str]:
+        results = {"build", "dist", "runs", "site"} if Path(directory) == CHECKOUT else set()
+        return patterns(directory, names) | results
+
     return Path(shutil.copytree(CHECKOUT, folder / "tree", ignore=ignored))
 
 
@@ -118,7 +123,7 @@ def test_no_compiler_is_one_line(tmp_path):
 
 
 def test_the_source_distribution_is_whole(tmp_path):
-    """Whatever a test or a build reads is in it: every tracked file but those of the repository alone."""
+    """It holds whatever a test or a build reads: every file of the repository except .gitignore."""
     tree = copied_sources(tmp_path)
     command = [sys.executable, "setup.py", "-q", "sdist", "--formats=tar", "--dist-dir", str(tmp_path)]
     run = subprocess.run(command, cwd=tree, env={**os.environ, "ADDEROPS_CUDA": "0"}, capture_output=True, text=True)

@@ -1,9 +1,7 @@
-"""`import adderops` gives every public submodule, and imports those that cost something when they are first used."""
-
-import subprocess
-import sys
+"""`import adderops` provides every public submodule; the expensive ones are imported on first use."""
 
 import pytest
+from child import run_python
 
 import adderops
 
@@ -25,7 +23,7 @@ assert module is sys.modules["adderops.{name}"] and module.__doc__
 @pytest.mark.parametrize("name", ["distill", "export", "info", "models", "operations", "quant"])
 def test_submodule_of_the_package(name):
     code = CODE.replace("{name} in", f"{name!r} in").replace("{name}", name)
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    done = run_python("-c", code)
     assert done.returncode == 0, done.stderr[-2000:]
 
 

@@ -165,10 +165,10 @@ def test_heads_that_run_in_training_only(batches):
 
 def test_a_dead_layer(batches):
     model = nn.Sequential(AdderConv2d(1, 4, 3), nn.ReLU(), AdderConv2d(4, 4, 3))  # sums of distances are negative
-    with pytest.warns(UserWarning, match="nothing but zeros reaches '2'"):
+    with pytest.warns(UserWarning, match="only zeros reach '2'"):
         calibrate(model, batches)
     assert torch.allclose(convert(model, batches[0])(batches[0]), model(batches[0]), atol=1e-3)
-    with pytest.raises(ValueError, match="expected inputs that reach layer '0', got none but zeros there"):
+    with pytest.raises(ValueError, match="expected inputs that reach layer '0', got only zeros there"):
         calibrate(nn.Sequential(AdderConv2d(1, 4, 3)), [batches[0] * 0])
 
 

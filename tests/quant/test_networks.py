@@ -284,9 +284,9 @@ def test_wrong_models(network, images):
         calibrate(nn.Sequential(nn.Conv2d(3, 4, 3)), [images])
     with pytest.raises(ValueError, match="batches: expected at least one, got none"):
         calibrate(copy.deepcopy(network), [])
-    with pytest.raises(ValueError, match="batches: expected inputs that reach layer '0', got none but zeros"):
+    with pytest.raises(ValueError, match="batches: expected inputs that reach layer '0', got only zeros"):
         calibrate(nn.Sequential(AdderConv2d(3, 4, 3)), [images * 0])
-    with pytest.raises(ValueError, match="model: expected a network of floats, got one that is quantized already"):
+    with pytest.raises(ValueError, match="model: expected a floating-point network, got one that is quantized already"):
         calibrate(calibrate(copy.deepcopy(network), [images]), [images])
 
 

@@ -1,13 +1,18 @@
 """Runs the passes of csrc/cuda on the host, on torch tensors.
 
-passes = build("race")
-y = passes.run("forward", x, w, padding=(1, 1, 1, 1), order="random", seed=3)
+    kernels = build("race")
+    y = kernels.conv2d("forward", x, w, padding=(1, 1, 1, 1), order="random", seed=3)
+    y = kernels.int8(x, w, *epilogue, *geometry, tile=2)
+    y = kernels.quantize(x, scale, zero_point)
+
+Every call also takes what `_launch` takes: the device, the choice of a kernel, the order of threads, the poison.
 """
 
 import ctypes
 import shutil
 import sys
 import tempfile
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 
@@ -15,18 +20,21 @@ import torch
 
 from simt import builder
 
-PASSES = ("forward", "grad_x", "grad_w")
+PASSES = ("forward", "grad_x", "grad_w", "int8", "quantize")  # as simt_library.cpp numbers them
+CONV2D, INT8 = PASSES[:3], PASSES[3:]
 ELEMENT_TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
-PADDING = 4096  # bytes around every array that belong to nobody, kPadding of executor.h
+INT8_OUTPUTS = (torch.int32, torch.float32, torch.uint8)
+PADDING = 4096  # bytes around every array that belong to no one, kPadding of executor.h
 
 
 class KernelError(RuntimeError):
-    """A kernel went wrong: an error of the executor, findings of the race checker, or writes where none may be."""
+    """A kernel went wrong: an error of the executor, a finding of the race checker, or a write outside the output."""
 
 
-class Problem(ctypes.Structure):
-    """Conv2dProblem of csrc/args/conv2d.h."""
+# --- the structs of csrc/args and csrc/cuda/kernels.h, field by field; Kernels compares their sizes ---
 
+
+class Conv2dProblem(ctypes.Structure):
     _fields_ = [
         (name, ctypes.c_int64)
         for name in (
@@ -37,36 +45,53 @@ class Problem(ctypes.Structure):
 
 
 class Operand(ctypes.Structure):
-    """Operand of csrc/args/conv2d.h."""
-
     _fields_ = [("data", ctypes.c_void_p), ("stride", ctypes.c_int64 * 4)]
 
 
-class Args(ctypes.Structure):
-    """Conv2dArgs of csrc/args/conv2d.h."""
-
+class Conv2dArgs(ctypes.Structure):
     _fields_ = [
-        ("problem", Problem),
+        ("problem", Conv2dProblem),
         ("type", ctypes.c_int),
         *((name, Operand) for name in ("x", "w", "grad_y", "out")),
         ("bias", ctypes.c_void_p),
     ]
 
 
-class Device(ctypes.Structure):
-    """Device of csrc/cuda/kernels.h."""
+class Int8Args(ctypes.Structure):
+    _fields_ = [
+        ("problem", Conv2dProblem),
+        *((name, ctypes.c_void_p) for name in ("x", "w", "y", "residual", "scale", "offset")),
+        ("float_residual", ctypes.c_bool),
+        *((name, ctypes.c_float) for name in ("residual_scale", "least", "most")),
+        ("padding", ctypes.c_uint8),
+        ("output", ctypes.c_int),
+    ]
 
+
+class QuantizeArgs(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("N", "C", "H", "W")),
+        ("type", ctypes.c_int),
+        ("x", Operand),
+        ("y", ctypes.c_void_p),
+        ("inverse_scale", ctypes.c_float),
+        *((name, ctypes.c_int32) for name in ("zero_point", "quant_max")),
+    ]
+
+
+class Device(ctypes.Structure):
     _fields_ = [("capability", ctypes.c_int), ("multiprocessors", ctypes.c_int)]
 
 
 class Choice(ctypes.Structure):
-    """Choice of csrc/cuda/kernels.h."""
+    _fields_ = [("tile", ctypes.c_int), ("layout", ctypes.c_int), ("formula", ctypes.c_int)]
 
-    _fields_ = [("tile", ctypes.c_int), ("layout", ctypes.c_int), ("form", ctypes.c_int)]
+
+STRUCTS = (Conv2dProblem, Operand, Conv2dArgs, Int8Args, QuantizeArgs, Device, Choice)
 
 
 class Buffer:
-    """A copy of a tensor with its strides and alignment, padded, everything but its elements filled with poison."""
+    """A padded copy of a tensor with its strides and alignment; every byte except its elements is poison."""
 
     def __init__(self, name: str, tensor: torch.Tensor, poison: int, writable: bool):
         self.name, self.writable = name, writable
@@ -98,23 +123,28 @@ class Buffer:
     def check(self) -> None:
         """Raises where a byte has changed that is not an element of the output."""
         if not torch.equal(self.raw[self.outside], self.before[self.outside]):
-            raise KernelError(f"{self.name}: a kernel wrote beside its elements")
+            raise KernelError(f"{self.name}: a kernel wrote outside its elements")
 
 
-class Passes(builder.Library):
+class Kernels(builder.Library):
     """The passes of one build of the sources."""
 
     def __init__(self, path: Path):
         super().__init__(path)
-        pointers = (ctypes.POINTER(structure) for structure in (Args, Device, Choice))
-        self.c.simt_run.argtypes = (ctypes.c_int, *pointers)
+        self.c.simt_run.argtypes = (ctypes.c_int, ctypes.c_void_p, *map(ctypes.POINTER, (Device, Choice)))
         self.c.simt_run.restype = ctypes.c_char_p
+        self.c.simt_set_epilogue_bounds.argtypes = (ctypes.POINTER(Int8Args), *[ctypes.c_int] * 3)
+        self.c.simt_set_epilogue_bounds.restype = None
+        for struct in STRUCTS:
+            got, want = ctypes.sizeof(struct), self.c.simt_sizeof(struct.__name__.encode())
+            if got != want:
+                raise TypeError(f"{struct.__name__}: host.py has {got} bytes, csrc has {want}")
 
     def tiles(self, name: str) -> int:
-        """How many tiles a pass has: `tile` of run() counts from 0."""
+        """How many tiles a pass has: `tile` counts from 0."""
         return self.c.simt_tiles(PASSES.index(name))
 
-    def run(
+    def conv2d(
         self,
         name: str,
         *operands: torch.Tensor,
@@ -124,19 +154,12 @@ class Passes(builder.Library):
         dilation: tuple[int, int] = (1, 1),
         groups: int = 1,
         out: torch.Tensor | None = None,
-        tile: int = -1,
-        layout: int = -1,
-        form: int = -1,
-        capability: int = 80,
-        multiprocessors: int = 16,
-        order: str = "forward",
-        seed: int = 1,
-        poison: int = 0xFF,
+        **how,
     ) -> torch.Tensor:
         """A pass on (x, w) for "forward", (grad_y, x, w) for the others; raises KernelError if it goes wrong.
 
         `padding` is (top, bottom, left, right). `out` gives the strides of the result, and is not written; without it
-        the result is channels last where the first operand is. Elements that no kernel wrote are poison.
+        the result is channels_last where the first operand is. Elements that no kernel wrote are poison.
         """
         names = ("x", "w") if name == "forward" else ("grad_y", "x", "w")
         tensors = dict(zip(names, operands, strict=True))
@@ -153,66 +176,136 @@ class Passes(builder.Library):
             tensors["bias"] = bias
         if len({t.dtype for t in (*tensors.values(), out)}) != 1:
             raise ValueError("expected all tensors of one dtype")
+        args = Conv2dArgs(problem=problem, type=ELEMENT_TYPES[x.dtype])
+        return self._launch(name, args, tensors, {"out": out}, **how)
 
-        buffers = {key: Buffer(key, tensor, poison, False) for key, tensor in tensors.items()}
-        buffers["out"] = Buffer("out", out, poison, True)
-        args = Args(problem=problem, type=ELEMENT_TYPES[x.dtype])
-        for key, buffer in buffers.items():
-            if key == "bias":
-                args.bias = buffer.data
-            else:
-                setattr(args, key, Operand(buffer.data, (ctypes.c_int64 * 4)(*buffer.tensor.stride())))
-            buffer.watch(self)
+    def int8(
+        self,
+        x: torch.Tensor,
+        w: torch.Tensor,
+        scale: torch.Tensor | None = None,
+        offset: torch.Tensor | None = None,
+        residual: torch.Tensor | None = None,
+        residual_scale: float = 1.0,
+        relu: bool = False,
+        quantize: bool = False,
+        zero_point: int = 0,
+        quant_max: int = 255,
+        padding_value: int = 0,
+        stride: tuple[int, int] = (1, 1),
+        padding: tuple[int, int, int, int] = (0, 0, 0, 0),
+        dilation: tuple[int, int] = (1, 1),
+        groups: int = 1,
+        **how,
+    ) -> torch.Tensor:
+        """The operator adder_conv2d_int8; raises KernelError if it goes wrong."""
+        tensors = {"x": channels_last(x), "w": channels_last(w)}
+        problem = _problem(x.shape, w.shape, stride, padding, dilation, groups)
+        output = 0 if scale is None else 2 if quantize else 1
+        if scale is not None:
+            tensors |= {"scale": scale.contiguous(), "offset": offset.contiguous()}
+        if residual is not None:
+            tensors["residual"] = channels_last(residual)
+        args = Int8Args(
+            problem=problem,
+            float_residual=residual is not None and residual.dtype == torch.float32,
+            residual_scale=residual_scale if residual is not None else 0.0,
+            padding=padding_value,
+            output=output,
+        )
+        self.c.simt_set_epilogue_bounds(args, relu, zero_point, quant_max)
+        y = torch.empty(x.shape[0], problem.OH, problem.OW, w.shape[0], dtype=INT8_OUTPUTS[output])
+        return self._launch("int8", args, tensors, {"y": y.permute(0, 3, 1, 2)}, **how)
+
+    def quantize(self, x: torch.Tensor, scale: float, zero_point: int, quant_max: int = 255, **how) -> torch.Tensor:
+        """The operator quantize; raises KernelError if it goes wrong."""
+        n, c, h, w = x.shape
+        args = QuantizeArgs(n, c, h, w, ELEMENT_TYPES[x.dtype])
+        args.inverse_scale, args.zero_point, args.quant_max = 1 / scale, zero_point, quant_max
+        y = torch.empty(n, h, w, c, dtype=torch.uint8).permute(0, 3, 1, 2)
+        return self._launch("quantize", args, {"x": x}, {"y": y}, **how)
+
+    def _launch(
+        self,
+        name: str,
+        args: ctypes.Structure,
+        inputs: dict[str, torch.Tensor],
+        output: dict[str, torch.Tensor],
+        *,
+        tile: int = -1,
+        layout: int = -1,
+        formula: int = -1,
+        capability: int = 80,
+        multiprocessors: int = 16,
+        order: str = "forward",
+        seed: int = 1,
+        poison: int = 0xFF,
+    ) -> torch.Tensor:
+        """Runs a pass on copies of its tensors; raises KernelError for an error, a finding or a write outside."""
         self.configure(order, seed, poison)
-        device, choice = Device(capability, multiprocessors), Choice(tile, layout, form)
-        error = self.c.simt_run(PASSES.index(name), args, device, choice)
-        findings = self.findings()
-        if error:
-            raise KernelError("\n".join((self.with_places(error.decode()), *findings)))
-        if findings:
-            raise KernelError("\n".join(findings))
-        for buffer in buffers.values():
+        buffers = [Buffer(key, tensor, poison, False) for key, tensor in inputs.items()]
+        buffers += [Buffer(key, tensor, poison, True) for key, tensor in output.items()]
+        types = dict(args._fields_)
+        for buffer in buffers:
+            operand = Operand(buffer.data, (*buffer.tensor.stride(), 0, 0, 0)[:4])
+            setattr(args, buffer.name, operand if types[buffer.name] is Operand else buffer.data)
+            buffer.watch(self)
+        device, choice = Device(capability, multiprocessors), Choice(tile, layout, formula)
+        error = self.c.simt_run(PASSES.index(name), ctypes.byref(args), device, choice)
+        messages = [*([self.with_places(error.decode())] if error else []), *self.findings()]
+        if messages:
+            raise KernelError("\n".join(messages))
+        for buffer in buffers:
             buffer.check()
-        return buffers["out"].tensor
+        return buffers[-1].tensor
 
 
-def _problem(x, w, stride, padding, dilation, groups) -> Problem:
+def channels_last(tensor: torch.Tensor) -> torch.Tensor:
+    """Dense in (N, H, W, C); the tensor itself where it already is."""
+    strides = tensor.permute(0, 2, 3, 1)
+    return tensor if strides.is_contiguous() else strides.contiguous().permute(0, 3, 1, 2)
+
+
+def _problem(x, w, stride, padding, dilation, groups) -> Conv2dProblem:
     top, bottom, left, right = padding
     oh = (x[2] + top + bottom - dilation[0] * (w[2] - 1) - 1) // stride[0] + 1
     ow = (x[3] + left + right - dilation[1] * (w[3] - 1) - 1) // stride[1] + 1
-    return Problem(*x, w[0], *w[2:], oh, ow, *stride, top, left, *dilation, groups)
+    return Conv2dProblem(*x, w[0], *w[2:], oh, ow, *stride, top, left, *dilation, groups)
 
 
-def library(variant: str, kernels: tuple[Path, ...] | None = None, csrc: Path = builder.CSRC) -> Path:
-    """The path of a library of the passes, of csrc/cuda/<pass>.cu unless other `kernels` define them."""
-    kernels = tuple(csrc / "cuda" / f"{name}.cu" for name in PASSES) if kernels is None else kernels
-    return builder.build(variant, kernels, csrc, more=("simt_library",))
+def library(variant: str, kernels: Iterable[str | Path] = PASSES, csrc: Path = builder.CSRC) -> Path:
+    """The path of a library: passes by name, from csrc/cuda, or files that define passes."""
+    files = (csrc / "cuda" / f"{k}.cu" if isinstance(k, str) else k for k in kernels)
+    return builder.build(variant, tuple(files), csrc, more=("simt_library",))
 
 
 @cache
-def build(variant: str = "plain", kernels: tuple[Path, ...] | None = None) -> Passes:
-    """This checkout's passes, compiled as "plain" or with the "race" checker."""
-    return Passes(library(variant, kernels))
+def build(variant: str = "plain", kernels: tuple[str | Path, ...] = CONV2D) -> Kernels:
+    """The passes of this checkout, "plain" or with the "race" checker."""
+    return Kernels(library(variant, kernels))
 
 
-def mutant(file: str, old: str, new: str, variant: str = "plain", kernels: tuple[Path, ...] | None = None) -> Passes:
-    """The passes with one deliberate change: `old` occurs exactly once in csrc/`file` and becomes `new`."""
+def mutant(
+    edits: Iterable[tuple[str, str, str]], variant: str = "plain", kernels: tuple[str | Path, ...] = CONV2D
+) -> Kernels:
+    """The passes with deliberate changes (file, old, new): `old`, once in csrc/`file`, becomes `new`."""
     with tempfile.TemporaryDirectory() as folder:
         csrc = Path(folder) / "csrc"
         shutil.copytree(builder.CSRC, csrc)
-        text = (csrc / file).read_text()
-        if text.count(old) != 1:
-            raise ValueError(f"{file}: expected {old!r} once, found it {text.count(old)} times")
-        (csrc / file).write_text(text.replace(old, new))
-        return Passes(library(variant, kernels, csrc))
+        for file, old, new in edits:
+            text = (csrc / file).read_text()
+            if text.count(old) != 1:
+                raise ValueError(f"{file}: expected {old!r} once, found it {text.count(old)} times")
+            (csrc / file).write_text(text.replace(old, new))
+        return Kernels(library(variant, kernels, csrc))
 
 
 def run_sanitized(
-    calls: list[tuple[tuple, dict]], kernels: tuple[Path, ...] | None = None, timeout: float = 300
+    calls: list[tuple[str, tuple, dict]], kernels: tuple[str | Path, ...] = CONV2D, timeout: float = 300
 ) -> list[torch.Tensor]:
-    """Passes.run(*positional, **named) for each call, under AddressSanitizer and UBSan in a process of its own.
+    """The method of Kernels by name, (*positional, **named), for each call, under AddressSanitizer and UBSan.
 
-    That process needs seconds to import torch: put many calls into one.
+    In a process of its own, which needs seconds to import torch: put many calls into one.
     """
     with tempfile.TemporaryDirectory() as folder:
         torch.save(calls, f"{folder}/calls")
@@ -225,9 +318,9 @@ def run_sanitized(
 
 
 def serve(path: str, calls: str, results: str) -> None:
-    """The other side of run_sanitized()."""
-    passes = Passes(Path(path))
+    """The process of run_sanitized()."""
+    kernels = Kernels(Path(path))
     try:
-        torch.save([passes.run(*positional, **named) for positional, named in torch.load(calls)], results)
+        torch.save([getattr(kernels, name)(*args, **named) for name, args, named in torch.load(calls)], results)
     except KernelError as error:
         sys.exit(str(error))

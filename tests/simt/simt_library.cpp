@@ -9,17 +9,21 @@
 #include "race_checker.h"
 #include "simt_interface.h"
 
+namespace adderops {
+namespace cuda {
+// A library holds the passes that a test needs: the others are null.
+extern const Pass<Conv2dArgs> kForward __attribute__((weak)), kGradX __attribute__((weak)),
+    kGradW __attribute__((weak));
+extern const Pass<Int8Args> kInt8 __attribute__((weak));
+extern const Pass<QuantizeArgs> kQuantize __attribute__((weak));
+}  // namespace cuda
+}  // namespace adderops
+
 namespace {
 
-using adderops::Conv2dArgs;
+using namespace adderops;
 using adderops::cuda::Choice;
 using adderops::cuda::Device;
-using adderops::cuda::Pass;
-
-const Pass* pass_named(int pass) {
-  const Pass* const passes[] = {&adderops::cuda::kForward, &adderops::cuda::kGradX, &adderops::cuda::kGradW};
-  return pass >= 0 && pass < 3 ? passes[pass] : nullptr;
-}
 
 // Exactly as long as asked for, the padding around it out of bounds.
 struct Workspace {
@@ -38,32 +42,64 @@ struct Workspace {
   ~Workspace() { free(memory); }
 };
 
-std::string message;
+template <typename Args>
+std::string run(const cuda::Pass<Args>* pass, const void* pass_args, const Device& device, const Choice& choice) {
+  if (!pass) return "the library has no such pass";
+  const Args& args = *static_cast<const Args*>(pass_args);
+  const int64_t bytes = pass->workspace ? pass->workspace(args, device, choice) : 0;
+  Workspace workspace((size_t(bytes)));
+  simt::clear_error();
+  const cudaError_t error = pass->run(args, device, choice, workspace.data, nullptr);
+  simt_forget();
+  if (simt::error()) return simt::error();
+  if (error != cudaSuccess) return "cudaError_t " + std::to_string(int(error));
+  if (workspace.overrun()) return "writes beyond the workspace of " + std::to_string(bytes) + " bytes";
+  return "";
+}
+
+// f(the pass of a number): PASSES of host.py.
+template <typename F>
+auto with_pass(int pass, const F& f) {
+  switch (pass) {
+    case 0: return f(&cuda::kForward);
+    case 1: return f(&cuda::kGradX);
+    case 2: return f(&cuda::kGradW);
+    case 3: return f(&cuda::kInt8);
+    default: return f(&cuda::kQuantize);
+  }
+}
 
 }  // namespace
 
 extern "C" {
 
-EXPORTED int simt_tiles(int pass) { return pass_named(pass) ? pass_named(pass)->tiles : -1; }
-
-EXPORTED int64_t simt_workspace(int pass, const Conv2dArgs* args, const Device* device, const Choice* choice) {
-  return pass_named(pass)->workspace(*args, *device, *choice);
+EXPORTED int simt_tiles(int pass) {
+  return with_pass(pass, [](const auto* p) { return p ? p->tiles : -1; });
 }
 
-// Null, or why not.  Forgets the arrays that simt_watch() named.
-EXPORTED const char* simt_run(int pass, const Conv2dArgs* args, const Device* device, const Choice* choice) {
-  const int64_t bytes = simt_workspace(pass, args, device, choice);
-  Workspace workspace((size_t(bytes)));
-  simt::clear_error();
-  const cudaError_t error = pass_named(pass)->run(*args, *device, *choice, workspace.data, nullptr);
-  simt_forget();
-  message.clear();
-  if (simt::error())
-    message = simt::error();
-  else if (error != cudaSuccess)
-    message = "cudaError_t " + std::to_string(int(error));
-  else if (workspace.overrun())
-    message = "writes beyond the workspace of " + std::to_string(bytes) + " bytes";
+// Runs a pass on its struct of arguments.  Null, or the error.  Forgets the arrays that simt_watch() named.
+EXPORTED const char* simt_run(int pass, const void* args, const Device* device, const Choice* choice) {
+  static std::string message;
+  message = with_pass(pass, [&](const auto* p) { return run(p, args, *device, *choice); });
   return message.empty() ? nullptr : message.c_str();
+}
+
+EXPORTED void simt_set_epilogue_bounds(Int8Args* args, int relu, int zero_point, int quant_max) {
+  set_epilogue_bounds(args, relu, zero_point, quant_max);
+}
+
+// The size of a struct that host.py copies field by field; -1 for another name.
+EXPORTED int simt_sizeof(const char* name) {
+#define ADDEROPS_SIZE(type) \
+  if (!strcmp(name, #type)) return sizeof(type);
+  ADDEROPS_SIZE(Conv2dProblem)
+  ADDEROPS_SIZE(Operand)
+  ADDEROPS_SIZE(Conv2dArgs)
+  ADDEROPS_SIZE(Int8Args)
+  ADDEROPS_SIZE(QuantizeArgs)
+  ADDEROPS_SIZE(Device)
+  ADDEROPS_SIZE(Choice)
+#undef ADDEROPS_SIZE
+  return -1;
 }
 }

@@ -1,4 +1,4 @@
-"""The int8 kernels of csrc/cuda, the very same source, run on the host against the reference: bits, order, races."""
+"""The sources of the int8 CUDA kernels, run on the host against the reference: bits, order, races."""
 
 from itertools import product
 
@@ -8,91 +8,96 @@ from cases import CASES, FORMATS, SELECTED, VIEWS, Case, assert_same, case, gene
 from ops.test_int8 import BYTE_CASES, OUTPUTS, Bytes, arranged, expected, inputs
 
 from adderops import reference
-from simt import builder, host_int8
+from simt import builder, host
+from simt.builder import ORDERS
+from simt.test_passes import SEEDS
 
 pytestmark = pytest.mark.skipif(not builder.compiler(), reason="no C++ compiler: set CXX, or install g++")
 
-ORDERS = ("forward", "reverse", "random")
 TILES = ((128, 128), (64, 128), (32, 128), (16, 128), (64, 64))  # csrc/cuda/int8.cu
-PIECES = {16: 32, 4: 20, 1: 7}  # bytes that one copy moves: channels that make it so
+COPIES = {16: 32, 4: 20, 1: 7}  # bytes per copy: channels that lead to it
 
 
-def check(kernels: host_int8.Kernels, c: Case, output: str, options: int = 0, b: Bytes | None = None, **how) -> None:
+def build(variant: str = "plain") -> host.Kernels:
+    return host.build(variant, host.INT8)
+
+
+def check(kernels: host.Kernels, c: Case, output: str, options: int = 0, b: Bytes | None = None, **how) -> None:
     b = inputs(c) if b is None else b
-    got = kernels.forward(b.x, b.w, *b.epilogue(output, options), *c.geometry, **how)
+    got = kernels.int8(b.x, b.w, *b.epilogue(output, options), *c.geometry, **how)
     assert_same(got, expected(c, output, options), f"{output} of {c!r}, options {options}, {how}")
 
 
 @pytest.mark.parametrize("c", [*CASES, *BYTE_CASES], ids=str)
 def test_every_geometry(c):
-    """Output, options, tile, order and layout change from case to case."""
+    """Output, options, tile, order and layout vary from case to case."""
     index = [*CASES, *BYTE_CASES].index(c)
     how = {"order": ORDERS[index % 3], "tile": index // 3 % 6 - 1, "seed": index}
-    check(host_int8.build(), c, OUTPUTS[index // 2 % 3], index, arranged(inputs(c), list(FORMATS)[index % 2]), **how)
+    check(build(), c, OUTPUTS[index // 2 % 3], index, arranged(inputs(c), list(FORMATS)[index % 2]), **how)
 
 
-@pytest.mark.parametrize("seed", range(60))
+@pytest.mark.parametrize("seed", SEEDS)
 def test_random_geometries(seed):
     how = {"order": ORDERS[seed % 3], "tile": seed % len(TILES), "seed": seed}
-    check(host_int8.build(), random_case(3000 + seed), OUTPUTS[seed // 3 % 3], seed, **how)
+    check(build(), random_case(3000 + seed), OUTPUTS[seed // 3 % 3], seed, **how)
 
 
 @pytest.mark.parametrize("output", OUTPUTS)
 def test_every_option(output):
-    """Filters in fours and not, on a tile and by the definition."""
+    """Filters in groups of four and not, by tile and by the definition."""
     for c in (case("fours", (2, 16, 5, 6), 24, 3, padding=1), *(s for s in SELECTED if s.name in OPTION_CASES)):
         for seed in range(9):
-            check(host_int8.build(), c, output, seed, tile=seed % 5)
+            check(build(), c, output, seed, tile=seed % 5)
 
 
 OPTION_CASES = ("groups4", "depthwise17x2", "padding0123", "out33", "k5x2-s2x1")
 
 
-@pytest.mark.parametrize("piece", PIECES)
+@pytest.mark.parametrize("copy", COPIES)
 @pytest.mark.parametrize("tile", range(len(TILES)), ids=lambda tile: "{}x{}".format(*TILES[tile]))
-def test_tile_edges(tile, piece):
+def test_tile_edges(tile, copy):
     """One filter or pixel, one less than a tile, a tile, one more."""
-    lanes, columns = TILES[tile]
+    tile_m, tile_n = TILES[tile]
     for i, (m, n) in enumerate(
-        zip((1, lanes - 1, lanes, lanes + 1), (columns + 1, 1, columns, columns - 1), strict=True)
+        zip((1, tile_m - 1, tile_m, tile_m + 1), (tile_n + 1, 1, tile_n, tile_n - 1), strict=True)
     ):
-        c = case(f"filters{m}-pixels{n}", (1, PIECES[piece], 1, n), m, 1)
-        check(host_int8.build(), c, OUTPUTS[i % 3], i, tile=tile, order=ORDERS[i % 3])
+        c = case(f"filters{m}-pixels{n}", (1, COPIES[copy], 1, n), m, 1)
+        check(build(), c, OUTPUTS[i % 3], i, tile=tile, order=ORDERS[i % 3])
 
 
-def test_the_tiles_are_those_of_the_source():
-    assert host_int8.build().tiles() == len(TILES)
+def test_tiles_are_those_of_the_source():
+    assert build().tiles("int8") == len(TILES)
     text = (builder.CSRC / "cuda/int8.cu").read_text()
-    assert "{" + ", ".join(f"{{{lanes}, {columns}}}" for lanes, columns in TILES) + "}" in text
+    assert "{" + ", ".join(f"{{{m}, {n}}}" for m, n in TILES) + "}" in text
 
 
-def ragged(piece: int) -> Case:
-    return case(f"ragged-{piece}", (2, 2 * PIECES[piece], 7, 6), 42, (3, 2), stride=(1, 2), padding=(1, 0), groups=2)
+def ragged(copy: int) -> Case:
+    return case(f"ragged-{copy}", (2, 2 * COPIES[copy], 7, 6), 42, (3, 2), stride=(1, 2), padding=(1, 0), groups=2)
 
 
-@pytest.mark.parametrize("piece", PIECES)
+@pytest.mark.parametrize("copy", COPIES)
 @pytest.mark.parametrize("tile", range(len(TILES)))
-def test_same_bits_in_every_order(tile, piece):
-    """Threads and blocks in three orders, and other poison: nothing depends on who comes first or on what was there."""
+def test_same_bits_in_every_order(tile, copy):
+    """Threads and blocks in three orders, and other poison: no result depends on order or on what memory held."""
     for order, poison in zip(ORDERS, (0xFF, 0x00, 0x5A), strict=True):
-        check(host_int8.build(), ragged(piece), "bytes", 3, tile=tile, order=order, poison=poison)
+        check(build(), ragged(copy), "bytes", 3, tile=tile, order=order, poison=poison)
 
 
-@pytest.mark.parametrize("piece", PIECES)
+@pytest.mark.parametrize("copy", COPIES)
 @pytest.mark.parametrize("tile", range(len(TILES)))
-def test_no_race_and_nothing_out_of_bounds(tile, piece):
-    c = case(f"raced-{piece}", (1, PIECES[piece], 4, 5), 23, 3, stride=(1, 2), padding=1)
+def test_no_race_and_nothing_out_of_bounds(tile, copy):
+    c = case(f"raced-{copy}", (1, COPIES[copy], 4, 5), 23, 3, stride=(1, 2), padding=1)
     for i, order in enumerate(ORDERS):
-        check(host_int8.build("race"), c, OUTPUTS[i], 2 * i + 1, tile=tile, order=order)
+        check(build("race"), c, OUTPUTS[i], 2 * i + 1, tile=tile, order=order)
 
 
 def test_no_race_in_the_direct_kernel():
     for i, c in enumerate((case("depthwise", (2, 6, 5, 4), 12, 3, padding=1, groups=6), random_case(3001))):
-        check(host_int8.build("race"), c, OUTPUTS[i], 3, order="reverse")
+        check(build("race"), c, OUTPUTS[i], 3, order="reverse")
 
 
 def misaligned(t: torch.Tensor, elements: int) -> torch.Tensor:
-    """Dense channels last, so many elements behind an aligned address."""
+    """A channels_last copy that starts `elements` elements after an aligned address."""
     n, c, h, w = t.shape
     store = torch.zeros(t.numel() + 64 + elements, dtype=t.dtype)
     begin = -store.data_ptr() % 64 // t.element_size() + elements
@@ -101,16 +106,16 @@ def misaligned(t: torch.Tensor, elements: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("variant", ("plain", "race"))
 def test_operands_anywhere_in_memory(variant):
-    """16 bytes are copied at a time where they are aligned, and no access is wider than its address allows."""
+    """16 bytes are copied at a time where they are aligned; no access is wider than its address allows."""
     c = case("anywhere", (1, 32, 4, 4), 24, 3, padding=1)
     b = inputs(c)
     for x, w, residual in ((0, 0, 0), (4, 0, 1), (0, 4, 4), (1, 0, 2), (0, 3, 0), (8, 8, 16)):
         moved = Bytes(misaligned(b.x, x), misaligned(b.w, w), b.scale, b.offset, misaligned(b.residual, residual))
         for output, seed in (("bytes", 1), ("floats", 5)):
-            check(host_int8.build(variant), c, output, seed, moved)
+            check(build(variant), c, output, seed, moved)
         epilogue = moved.epilogue("bytes", 3)
         floats = (*epilogue[:2], misaligned(epilogue[2], residual), *epilogue[3:])
-        got = host_int8.build(variant).forward(moved.x, moved.w, *floats, *c.geometry)
+        got = build(variant).int8(moved.x, moved.w, *floats, *c.geometry)
         assert_same(got, expected(c, "bytes", 3), f"{x}, {w}, {residual}")
 
 
@@ -120,23 +125,23 @@ def test_long_sums():
     x, w = torch.full((1, k, 1, 1), 255, dtype=torch.uint8), torch.zeros(2, k, 1, 1, dtype=torch.uint8)
     w[1] = 255
     w[0, 0] = 1
-    kernels = host_int8.build()
-    assert kernels.forward(x, w, tile=3).flatten().tolist() == [-255 * k + 1, 0]
+    kernels = build()
+    assert kernels.int8(x, w, tile=3).flatten().tolist() == [-255 * k + 1, 0]
     epilogue = torch.tensor([2.0**-20, 1.0]), torch.tensor([3.0, 300.0])
     for quantize in (False, True):
         want = reference.adder_conv2d_int8(x, w, *epilogue, quantize=quantize)
-        assert_same(kernels.forward(x, w, *epilogue, quantize=quantize, tile=3), want, f"quantize {quantize}")
+        assert_same(kernels.int8(x, w, *epilogue, quantize=quantize, tile=3), want, f"quantize {quantize}")
 
 
 def test_rounding_and_bounds():
-    """Ties go to even, everything beyond the bytes to the nearest byte, a NaN to the largest; four at a time or not."""
+    """Ties go to even, values out of range to the nearest uint8, a NaN to the largest; by vectors of four or not."""
     values = [-3e38, -1e10, -0.5, 0.5, 1.5, 2.5, 3.4999998, 254.5, 255.0, 255.5, 256.0, 1e10, 3e38, float("nan")]
     for filters in (13, 14, 28):
         offset = torch.tensor((values * 2)[-filters:])
         x, w = torch.zeros(1, 1, 1, 1, dtype=torch.uint8), torch.zeros(filters, 1, 1, 1, dtype=torch.uint8)
         for relu, quantize, most in product((False, True), (False, True), (255, 15)):
             how = (torch.ones(filters), offset, None, 1.0, relu, quantize, 3, most)
-            got, want = host_int8.build().forward(x, w, *how), reference.adder_conv2d_int8(x, w, *how)
+            got, want = build().int8(x, w, *how), reference.adder_conv2d_int8(x, w, *how)
             assert_same(got, want, f"{filters} filters, {how[4:]}")
 
 
@@ -156,7 +161,7 @@ GRIDS = ((1.0, 0, 255), (0.37, 100, 255), (2.0, 255, 255), (5.0, 0, 15))
 def test_quantize(dtype, form):
     for i, c in enumerate(QUANTIZE_CASES):
         x, grid = {**FORMATS, **VIEWS}[form](images(c, dtype)), GRIDS[i % len(GRIDS)]
-        got = host_int8.build().quantize(x, *grid, order=ORDERS[i % 3])
+        got = build().quantize(x, *grid, order=ORDERS[i % 3])
         assert_same(got, reference.quantize(x, *grid), f"{c!r}, {form}, {grid}")
 
 
@@ -165,23 +170,23 @@ def test_quantize_has_no_race(form):
     for c in (QUANTIZE_CASES[-2], case("small", (2, 3, 5, 7), 1)):
         x = {**FORMATS, **VIEWS}[form](images(c, torch.float32))
         for order in ORDERS:
-            got = host_int8.build("race").quantize(x, 0.37, 100, order=order)
+            got = build("race").quantize(x, 0.37, 100, order=order)
             assert_same(got, reference.quantize(x, 0.37, 100), f"{c!r}, {form}")
 
 
 def test_sanitized():
     """AddressSanitizer and UBSan over every kernel once, in a process of their own."""
     calls, wanted = [], []
-    for (piece, channels), tile in product(PIECES.items(), range(len(TILES))):
-        c = case(f"sanitized-{piece}", (1, channels, 5, 4), 21, (2, 3), stride=(2, 1), padding=(1, 0))
+    for (copy, channels), tile in product(COPIES.items(), range(len(TILES))):
+        c = case(f"sanitized-{copy}", (1, channels, 5, 4), 21, (2, 3), stride=(2, 1), padding=(1, 0))
         b, output = inputs(c), OUTPUTS[tile % 3]
-        calls.append(("forward", (b.x, b.w, *b.epilogue(output, tile), *c.geometry), {"tile": tile}))
+        calls.append(("int8", (b.x, b.w, *b.epilogue(output, tile), *c.geometry), {"tile": tile}))
         wanted.append(expected(c, output, tile))
     c = case("sanitized-depthwise", (1, 6, 5, 4), 6, 3, padding=1, groups=6)
-    calls.append(("forward", (inputs(c).x, inputs(c).w, *inputs(c).epilogue("bytes", 3), *c.geometry), {}))
+    calls.append(("int8", (inputs(c).x, inputs(c).w, *inputs(c).epilogue("bytes", 3), *c.geometry), {}))
     wanted.append(expected(c, "bytes", 3))
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         calls.append(("quantize", (images(c, dtype), 0.37, 100), {}))
         wanted.append(reference.quantize(images(c, dtype), 0.37, 100))
-    for got, want, (name, _, how) in zip(host_int8.run_sanitized(calls), wanted, calls, strict=True):
+    for got, want, (name, _, how) in zip(host.run_sanitized(calls, host.INT8), wanted, calls, strict=True):
         assert_same(got, want, f"{name}, {how}")

@@ -1,6 +1,6 @@
-"""Deliberate errors in the CUDA kernels, each of which the host executor must catch: who passes them proves nothing.
+"""Deliberate errors in the CUDA kernels, each of which the host executor must catch.
 
-A mutant is one textual change of a kernel, compiled into a library of its own; no mutant stands in the product. The
+A mutant is one textual change of a kernel, compiled into a library of its own; no mutant is part of the product. The
 summary of the run lists who caught what:
 
 values       a result differs from the reference, or from itself in another order of the threads
@@ -8,213 +8,294 @@ race         the race and bounds checker reports it
 executor     threads that do not meet at a barrier, or a barrier that some never reach
 """
 
-import shutil
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 import torch
 from cases import Inputs, assert_same, case, define, exact_inputs, random_inputs
+from ops import test_int8 as int8
 from tolerances import assert_within, tolerance
 
+from adderops import reference
 from simt import builder, host
+from simt.builder import ORDERS
+from simt.test_int8 import images
 from simt.test_passes import arranged, compute
 
 pytestmark = pytest.mark.skipif(not builder.compiler(), reason="no C++ compiler: set CXX, or install g++")
 
-# One tile of each pass, float32 and float16: what a mutant needs, and seconds to compile instead of minutes.
+# One tile of each pass (two of int8), float32 and float16: all that a mutant needs, and seconds to compile it.
 SLIM = {
-    "cuda/launch.cuh": ("  if (type == ElementType::kBFloat16) f(BFloat16{});\n",),
-    "cuda/forward.cu": tuple(
-        f"    case {i}: return launch_tile<T, {tile}>(args, f, form, stream);\n"
-        for i, tile in enumerate(("Tile0<T>", "Tile1", "Tile2"))
-    )
-    + tuple(f"      if (f.tile == {i}) launch_mma_tile<T, MmaTile{i}>(args, f, stream);\n" for i in (0, 1)),
-    "cuda/grad_x.cu": tuple(
-        f"      if (f.tile == {i}) launch_phase<T, Tile{i}>(args, f, phase, walk, grid, stream);\n" for i in (0, 1)
+    "launch.cuh": ("  if (type == ElementType::kBFloat16) f(BFloat16{});\n",),
+    "forward.cu": (
+        *(
+            f"    case {i}: return launch_tile<T, {tile}>(args, f, formula, stream);\n"
+            for i, tile in enumerate(("Tile0<T>", "Tile1", "Tile2"))
+        ),
+        *(f"      if (f.tile == {i}) launch_mma_tile<T, MmaTile{i}>(args, f, stream);\n" for i in (0, 1)),
     ),
-    "cuda/grad_w.cu": tuple(f"  if (f.tile == {i}) launch_tile<T, Tile{i}<T>>(args, f, stream);\n" for i in (0, 1, 2)),
+    "grad_x.cu": tuple(
+        f"      if (f.tile == {i}) launch_phase<T, Tile{i}>(args, f, phase, params, grid, stream);\n" for i in (0, 1)
+    ),
+    "grad_w.cu": tuple(f"  if (f.tile == {i}) launch_tile<T, Tile{i}<T>>(args, f, stream);\n" for i in (0, 1, 2)),
+    "int8.cu": tuple(f"    case {i}: launch<Tile{i}>(args, bytes, grid, stream); break;\n" for i in range(3)),
 }
-TILE = {"forward": 3, "grad_x": 2, "grad_w": 3}
+TILES = {"forward": 3, "grad_x": 2, "grad_w": 3}
+INT8_TILES = (3, 4)
 
 
 @dataclass(frozen=True)
 class Mutant:
-    """`old` becomes `new` in csrc/cuda/`file`; `on` is the pass that has to notice, by one of `detectors`."""
+    """`old` becomes `new` in csrc/cuda/`file`; the pass `on` has to notice, by one of `detectors`."""
 
     what: str
+    on: str
     file: str
     old: str
     new: str
-    on: str
     detectors: tuple[str, ...]
     dtype: torch.dtype = torch.float32
     capability: int = 90
-    tile: int | None = None  # another one than TILE's
+    tile: int | None = None  # another one than TILES has
 
     def __str__(self) -> str:
         return f"{self.file}: {self.what}"
 
 
-RACE, VALUES = ("race",), ("values",)
+RACE, VALUES, EITHER = ("race",), ("values",), ("race", "values")
 F16 = {"dtype": torch.float16, "capability": 80}
-BARRIER = "cp_async_wait<0>();\n    __syncthreads();\n"
-MUTANTS = [
-    Mutant("no barrier between slabs", "walk.cuh", BARRIER, "cp_async_wait<0>();\n", "forward", RACE),
-    Mutant("no barrier between slabs", "forward_half.cuh", BARRIER, "cp_async_wait<0>();\n", "forward", RACE, **F16),
-    Mutant("no barrier between slabs", "grad_w.cuh", BARRIER, "cp_async_wait<0>();\n", "grad_w", RACE),
-    Mutant(
-        *("sums written over a slab still read (write after read)", "walk.cuh"),
-        "    __syncthreads();\n    shares[threadIdx.x] = share;",
-        *("    shares[threadIdx.x] = share;", "grad_x", RACE),
-    ),
-    Mutant(
-        *("sums read before they are written (read after write)", "walk.cuh"),
-        *("shares[threadIdx.x] = share;\n    __syncthreads();", "shares[threadIdx.x] = share;", "forward", RACE),
-        capability=80,
-        tile=4,  # whose shares are of two groups of threads
-    ),
-    Mutant("cp.async not waited for", "walk.cuh", "    cp_async_wait<0>();\n", "", "forward", ("race", "values")),
-    Mutant("cp.async not waited for", "grad_w.cuh", "    cp_async_wait<0>();\n", "", "grad_w", ("race", "values")),
-    Mutant(
-        "cp.async not waited for",
-        "forward_half.cuh",
-        "    cp_async_wait<0>();\n",
-        "",
-        "forward",
-        ("race", "values"),
-        **F16,
-    ),
-    Mutant(
-        *("a row of weights too far", "walk.cuh"),
-        *("kPieces = kSlab * kRow;", "kPieces = (kSlab + 1) * kRow;", "forward", ("race", "values")),
-    ),
-    Mutant(
-        *("a pixel of dY too far", "grad_w.cuh"),
-        *("x.h = y.left > 0 ?", "x.h = y.left > -1 ?", "grad_w", ("race", "values")),
-    ),
-    Mutant(
-        "one channel too many",
-        "walk.cuh",
-        "i * kNextPart < left;",
-        "i * kNextPart <= left;",
-        "forward",
-        ("race", "values"),
-    ),
-    Mutant(
-        *("one pixel too many is stored", "forward.cuh"),
-        *("if (pixel >= pixels) continue;", "if (pixel > pixels) continue;", "forward", ("race", "values")),
-    ),
-    Mutant(
-        *("one filter too many is stored", "forward_half.cuh"),
-        *("lane0 + column >= M", "lane0 + column > M", "forward", ("race", "values")),
-        **F16,
-    ),
-    Mutant("stride_w for stride_h", "forward.cuh", "OH * p.stride_h", "OH * p.stride_w", "forward", VALUES),
-    Mutant("stride_w for stride_h", "grad_w.cuh", "oh * p.stride_h", "oh * p.stride_w", "grad_w", VALUES),
-    Mutant("strides swapped", "grad_x.cuh", "(int)i * f.stride_h", "(int)i * f.stride_w", "grad_x", ("race", "values")),
-    Mutant(
-        *("the left border is not looked at", "walk.cuh"),
-        "(unsigned)(corner.w + tap_j * walk.step_w) < (unsigned)walk.W",
-        *("corner.w + tap_j * walk.step_w < walk.W", "forward", ("race", "values")),
-    ),
-    Mutant(
-        *("corners in the places of another thread", "walk.cuh", "corner = in_shared()[i * Threads];"),
-        *("corner = in_shared()[i];", "forward", ("race", "values")),
-    ),
-    Mutant(
-        *("sums of halves in half", "forward_half.cuh", "          mma_16x8x16<T>(c[m][co / 8], a, b);"),
-        "          mma_16x8x16<T>(c[m][co / 8], a, b);\n"
-        "          for (float& sum : c[m][co / 8]) {\n            T half;\n            from_float(sum, &half);\n"
-        "            sum = to_float(half);\n          }",
-        *("forward", VALUES),
-        **F16,
-    ),
-    Mutant(
-        *("cancelled sums are trusted", "forward.cuh"),
-        *("fmaxf(fabsf(both), size_w) <= kCancellation * fabsf(y) && is_finite(y)", "is_finite(y)", "forward", VALUES),
-        capability=80,
-    ),
-    Mutant(
-        *("NaN of x is not looked for", "grad_x.cuh"),
-        *("|| x[i][j] != x[i][j];", ";", "grad_x", VALUES),
-    ),
-    Mutant(
-        "padding of the weights is not zero", "pack.cuh", "real ? *from : T{}", "*from", "forward", ("race", "values")
-    ),
-    Mutant("weights of group 0 for all", "pack.cuh", "(int64_t)group * co_step + co", "co", "forward", VALUES),
-    Mutant(
-        *("the last run of pixels is left out", "grad_w.cuh"),
-        *("split < s.splits; ++split", "split + 1 < s.splits; ++split", "grad_w", VALUES),
-    ),
-    Mutant("dY is not subtracted", "grad_x.cuh", "2 * acc[i][j] - sum;", "2 * acc[i][j];", "grad_x", VALUES),
-]
+WAIT = "    cp_async_wait<0>();\n"
+BARRIER = "    __syncthreads();\n"
+PIXEL = "if (pixel >= pixels"
 
-# Ragged in every direction; groups; both strides; several runs of pixels for grad_w.
-BATTERY = [
+
+def mutants():
+    def on(name: str, file: str, *rows: tuple, **how):
+        return [
+            Mutant(what, name, file, old, new, detectors, **how | dict(*more))
+            for what, old, new, detectors, *more in rows
+        ]
+
+    half = "          mma_16x8x16<T>(c[f][filter / 8], a, b);"
+    rounded = (
+        f"{half}\n          for (float& sum : c[f][filter / 8]) {{\n            T half;\n"
+        "            from_float(sum, &half);\n            sum = to_float(half);\n          }"
+    )
+    loop = [
+        ("no barrier between slabs", WAIT + BARRIER, WAIT, RACE),
+        ("cp.async not waited for", WAIT, "", EITHER),
+    ]
+    inside = "(unsigned)(position.w + tap_j * params.dilation_w) < (unsigned)params.W"
+    reliable = "fmaxf(fabsf(both), size_w) <= kCancellation * fabsf(y) && is_finite(y)"
+    yield from on(
+        *("forward", "implicit_gemm.cuh", *loop),
+        (
+            *("sums read before they are written (read after write)",),
+            *(f"s_partials[threadIdx.x] = partial;\n{BARRIER}", "s_partials[threadIdx.x] = partial;\n", RACE),
+            {"capability": 80, "tile": 4},  # whose sums come from two groups of threads
+        ),
+        ("a step of weights too far", "kCopies = kSlab * kRow;", "kCopies = (kSlab + 1) * kRow;", EITHER),
+        ("one channel too many", "i * kNextPart < left;", "i * kNextPart <= left;", EITHER),
+        ("the left border is not checked", inside, inside.replace("(unsigned)", ""), EITHER),
+        (
+            *("positions in the places of another thread", "position = in_shared()[i * Threads];"),
+            *("position = in_shared()[i];", EITHER),
+        ),
+    )
+    yield from on(
+        *("grad_x", "implicit_gemm.cuh"),
+        (
+            "sums written over a slab still read (write after read)",
+            *(f"{BARRIER}    s_partials[threadIdx.x] = partial;", "    s_partials[threadIdx.x] = partial;", RACE),
+        ),
+    )
+    yield from on(
+        *("forward", "forward.cuh"),
+        ("one pixel too many is stored", f"{PIXEL}) continue;", "if (pixel > pixels) continue;", EITHER),
+        ("stride_w for stride_h", "OH * p.stride_h", "OH * p.stride_w", VALUES),
+        ("cancelled sums are trusted", reliable, "is_finite(y)", VALUES, {"capability": 80}),
+    )
+    yield from on(
+        *("forward", "forward_half.cuh", *loop),
+        ("one filter too many is stored", "m0 + filter >= M", "m0 + filter > M", EITHER),
+        ("sums of halves in half", half, rounded, VALUES),
+        **F16,
+    )
+    yield from on(
+        *("grad_w", "grad_w.cuh", *loop),
+        ("a pixel of dY too far", "x.h = y.left > 0 ?", "x.h = y.left > -1 ?", EITHER),
+        ("stride_w for stride_h", "oh * p.stride_h", "oh * p.stride_w", VALUES),
+        ("the last split is left out", "split < params.splits; ++split", "split + 1 < params.splits; ++split", VALUES),
+    )
+    yield from on(
+        *("grad_x", "grad_x.cuh"),
+        ("strides swapped", "(int)at.i * stride_h", "(int)at.i * stride_w", EITHER),
+        ("NaN of x is not looked for", "|| x[i][j] != x[i][j];", ";", VALUES),
+        ("dY is not subtracted", "2 * acc[i][j] - sum;", "2 * acc[i][j];", VALUES),
+    )
+    yield from on(
+        *("forward", "pack.cuh"),
+        ("padding of the weights is not zero", "valid ? *from : T{}", "*from", EITHER),
+        ("weights of group 0 for all", "(int64_t)group * filters + co", "co", VALUES),
+    )
+    right = "(unsigned)(window.w + right) < (unsigned)params.W"
+    down = "(unsigned)(window.h + down) < (unsigned)height"
+    quotient = "r >= d ? q + 1 : q, *rest = r >= d ? r - d : r"
+    yield from on(
+        *("int8", "int8.cuh", *loop),
+        ("one place for all slabs", "at = kWords - at) {", "at = at) {", EITHER),
+        (
+            "pixels used before they are known (read after write)",
+            *("  __syncthreads();\n\n  const uint8_t* const x", "\n  const uint8_t* const x", EITHER),
+        ),
+        (
+            "sums written over a slab still read (write after read)",
+            *(f"++round) {{\n{BARRIER}", "++round) {\n", RACE),
+        ),
+        (
+            "sums read before they are written (read after write)",
+            *(f"{BARRIER}#pragma unroll 1", "#pragma unroll 1", EITHER),
+        ),
+        ("one filter too many is read", "m(r) < filters_left", "m(r) <= filters_left", EITHER),
+        ("one filter too many is stored", "if (k < count) definition", "if (k <= count) definition", EITHER),
+        ("one pixel too many is stored", f"{PIXEL} ||", "if (pixel > pixels ||", EITHER),
+        ("the left border is not checked", right, right.replace("(unsigned)", ""), EITHER),
+        ("one row too many", down, down.replace("<", "<="), EITHER),
+        ("copies after the last tap are read", "i < params.KH ? params.H : 0", "params.H", EITHER),
+        ("one channel too many", "if (b < left)", "if (b <= left)", EITHER),
+        ("pixels beyond the last are read", "pixel0 + i < pixels ? h : kOutside", "h", EITHER),
+        ("stride_w for stride_h", "OH * p.stride_h", "OH * p.stride_w", VALUES),
+        ("words in another order", "(word / 4 ^ row / 2 % 4) * 4", "word / 4 * 4", VALUES),
+        ("filters in another order", "n % 4 + n / 4", "n % 2 + n / 4", EITHER),
+        ("channels of group 0 for all", "args.x + group * params.C", "args.x", VALUES),
+        ("a quotient is not corrected", quotient, "q, *rest = r", VALUES),
+        ("bytes of the residual mixed up", "(bytes >> 8 * k & 255u)", "(bytes >> 4 * k & 255u)", VALUES),
+        ("the direct kernel mixes rows", "row / OH, co, row % OH", "row / OH, co, row % OW", EITHER),
+    )
+    yield from on(
+        *("int8", "int8.cu"),
+        ("another padding", "args.padding * 0x01010101u", "args.padding * 0x00010101u", VALUES),
+        ("dilation_w for dilation_h", "f.dilation_h = (int)p.dilation_h", "f.dilation_h = (int)p.dilation_w", EITHER),
+        ("unaligned fours", "f.vector_epilogue = f.M % 4 == 0", "f.vector_epilogue = true", EITHER),
+        ("copies across taps", "fits(16) ? 16 : fits(4) ? 4 : 1", "fits(4) ? 16 : 1", EITHER),
+    )
+    yield from on(
+        *("quantize", "quantize.cuh"),
+        ("a NaN becomes the least", "z < least ? least : z", "z > least ? z : least", VALUES),
+        ("bytes read before they are written", f"    }}\n{BARRIER}", "    }\n", EITHER),
+        ("bytes written over those still read", "    __syncthreads();  // s_pixels", "    // s_pixels", EITHER),
+        ("one pixel too many", "if (pixel >= count)", "if (pixel > count)", EITHER),
+    )
+
+
+MUTANTS = list(mutants())
+
+# Ragged in every direction; groups; both strides; several splits of grad_w.
+CONV2D_CASES = [
     case("ragged", (3, 38, 9, 11), 34, (3, 2), stride=(1, 2), padding=(1, 0), groups=2),
     case("even", (1, 16, 16, 16), 16, 1, stride=(2, 1)),
 ]
+# The three widths of a copy, ragged in every direction; groups, both strides, both dilations; the direct kernel.  The
+# filters of the second come in fours.
+INT8_CASES = [
+    case("mutants-16", (2, 64, 8, 9), 44, (3, 2), stride=(1, 2), padding=(1, 0, 2, 0), dilation=(2, 1), groups=2),
+    case("mutants-4", (3, 24, 7, 6), 40, (2, 3), stride=(2, 1), padding=(0, 1), groups=2),
+    case("mutants-1", (1, 7, 6, 7), 18, 3, stride=(1, 2), padding=1),
+    case("mutants-depthwise", (2, 5, 6, 4), 5, 3, padding=1, groups=5),
+]
+IMAGES = [case("mutants-images", (2, 130, 5, 7), 1), case("mutants-few", (1, 3, 9, 9), 1)]
 
 
-def build(mutant: Mutant | None, variant: str, folder: Path) -> host.Passes:
-    csrc = folder / variant / "csrc"
-    shutil.copytree(builder.CSRC, csrc)
-    for file, lines in SLIM.items():
-        text = (csrc / file).read_text()
-        for line in lines:
-            assert text.count(line) == 1, f"{file}: expected {line!r} once"
-            text = text.replace(line, "")
-        (csrc / file).write_text(text)
+def build(mutant: Mutant | None, variant: str, name: str) -> host.Kernels:
+    edits = [(f"cuda/{file}", line, "") for file, lines in SLIM.items() for line in lines]
     if mutant:
-        path = csrc / "cuda" / mutant.file
-        text = path.read_text()
-        assert text.count(mutant.old) == 1, f"{mutant.file}: expected {mutant.old!r} once"
-        path.write_text(text.replace(mutant.old, mutant.new))
-    return host.Passes(host.library(variant, None, csrc))
+        edits.append((f"cuda/{mutant.file}", mutant.old, mutant.new))
+    return host.mutant(edits, variant, (name,))
 
 
-def check(passes: host.Passes, name: str, dtype: torch.dtype, capability: int, tile: int | None = None) -> str | None:
-    """Who objects: "values", "race", "executor"; None if nobody does."""
-    how = {"tile": TILE[name] if tile is None else tile, "capability": capability, "multiprocessors": 4}
-    # sums of so large numbers round, so that the minimum form cancels; float16 has quarters next to 64
+def check_conv2d(kernels: host.Kernels, name: str, dtype: torch.dtype, capability: int, tile: int | None) -> None:
+    how = {"tile": TILES[name] if tile is None else tile, "capability": capability, "multiprocessors": 4}
+    # sums of numbers this large round, so that the minimum formula cancels; float16 has quarters next to 64
     offset = 64 if dtype == torch.float16 else 65536 if name == "forward" else 512
-    poisoned = exact_inputs(BATTERY[0])
+    poisoned = exact_inputs(CONV2D_CASES[0])
     poisoned = Inputs(poisoned.x.clone(), poisoned.w, poisoned.grad_y, poisoned.bias)
     poisoned.x[1, 3, 4, 5] = float("nan")
+    for c in CONV2D_CASES:
+        for order in ORDERS:
+            layout = "channels_last" if order == "reverse" else "contiguous"
+            for inputs in (exact_inputs(c), exact_inputs(c, offset)):
+                got = compute(kernels, name, c, arranged(inputs, layout, dtype), order=order, **how)
+                assert_same(got, define(name, c, inputs).float().to(dtype), "")
+    got = compute(kernels, name, CONV2D_CASES[0], arranged(poisoned, "contiguous", dtype), **how)
+    assert_same(got, define(name, CONV2D_CASES[0], poisoned).float().to(dtype), "")
+    deep = case("deep", (1, 96, 3, 3), 16, 3, padding=1)
+    inputs = random_inputs(deep, dtype)
+    want = define(name, deep, inputs)
+    got = compute(kernels, name, deep, inputs, **how)
+    assert_within(got, want, tolerance(name, deep, inputs, want, gpu=True), "")
+
+
+def check_int8(kernels: host.Kernels) -> None:
+    for i, c in enumerate(INT8_CASES):
+        b = int8.inputs(c)
+        for seed, order in enumerate(ORDERS, 1):
+            for output in (int8.OUTPUTS[(seed + i) % 3], "bytes"):
+                tile = INT8_TILES[(seed + i) % 2]
+                got = kernels.int8(b.x, b.w, *b.epilogue(output, seed), *c.geometry, tile=tile, order=order)
+                assert_same(got, int8.expected(c, output, seed), "")
+
+
+def check_quantize(kernels: host.Kernels) -> None:
+    for c in IMAGES:
+        for form in (torch.contiguous_format, torch.channels_last):
+            x = images(c, torch.float32).contiguous(memory_format=form)
+            for order in ORDERS:
+                assert_same(kernels.quantize(x, 0.37, 100, order=order), reference.quantize(x, 0.37, 100), "")
+
+
+def detector(kernels: host.Kernels, name: str, dtype=torch.float32, capability=90, tile=None) -> str | None:
+    """Who objects: "values", "race", "executor"; None if none does."""
     try:
-        for c in BATTERY:
-            for order in ("forward", "reverse", "random"):
-                layout = "channels_last" if order == "reverse" else "contiguous"
-                for inputs in (exact_inputs(c), exact_inputs(c, offset)):
-                    got = compute(passes, name, c, arranged(inputs, layout, dtype), order=order, **how)
-                    assert_same(got, define(name, c, inputs).float().to(dtype), "")
-        got = compute(passes, name, BATTERY[0], arranged(poisoned, "contiguous", dtype), **how)
-        assert_same(got, define(name, BATTERY[0], poisoned).float().to(dtype), "")
-        deep = case("deep", (1, 96, 3, 3), 16, 3, padding=1)
-        inputs = random_inputs(deep, dtype)
-        want = define(name, deep, inputs)
-        got = compute(passes, name, deep, inputs, **how)
-        assert_within(got, want, tolerance(name, deep, inputs, want, gpu=True), "")
+        if name == "int8":
+            check_int8(kernels)
+        elif name == "quantize":
+            check_quantize(kernels)
+        else:
+            check_conv2d(kernels, name, dtype, capability, tile)
     except AssertionError:
         return "values"
     except host.KernelError as error:
-        found = ("race", "out of bounds", "beside its elements", "uninitialised", "async")
+        found = ("race", "out of bounds", "outside its elements", "uninitialised", "async", "not aligned")
         return "race" if any(word in str(error) for word in found) else "executor"
     return None
 
 
-@pytest.mark.parametrize("name", TILE)
+def test_every_mutant_is_in_the_sources():
+    """Quick, where the others compile for minutes: a renamed line shows here first."""
+    for mutant in MUTANTS:
+        assert (builder.CSRC / "cuda" / mutant.file).read_text().count(mutant.old) == 1, f"{mutant}: {mutant.old!r}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", host.PASSES)
 @pytest.mark.parametrize("variant", ("plain", "race"))
-def test_the_kernels_themselves_pass(variant, name, tmp_path):
-    passes = build(None, variant, tmp_path)
-    for dtype, capability in ((torch.float32, 80), (torch.float32, 90), (torch.float16, 80)):
-        assert check(passes, name, dtype, capability) is None
+def test_the_kernels_themselves_pass(variant, name):
+    kernels = build(None, variant, name)
+    settings = ((torch.float32, 80), (torch.float32, 90), (torch.float16, 80)) if name in host.CONV2D else ((),)
+    for setting in settings:
+        assert detector(kernels, name, *setting) is None
 
 
-@pytest.mark.parametrize("mutant", MUTANTS, ids=str)
-def test_mutant_is_caught(mutant, tmp_path, record_mutant):
+# Each compiles a library of its own: by default the first of each pass and kind of detector.
+QUICK = {(m.on, m.detectors): m for m in reversed(MUTANTS)}.values()
+
+
+@pytest.mark.parametrize(
+    "mutant", [pytest.param(m, marks=() if m in QUICK else pytest.mark.slow, id=str(m)) for m in MUTANTS]
+)
+def test_mutant_is_caught(mutant, record_mutant):
     variant = "race" if "race" in mutant.detectors else "plain"
-    detector = check(build(mutant, variant, tmp_path), mutant.on, mutant.dtype, mutant.capability, mutant.tile)
-    record_mutant(str(mutant), detector)
-    assert detector in mutant.detectors, f"expected one of {mutant.detectors} to catch it, got {detector}"
+    kernels = build(mutant, variant, mutant.on)
+    found = detector(kernels, mutant.on, mutant.dtype, mutant.capability, mutant.tile)
+    record_mutant(str(mutant), found)
+    assert found in mutant.detectors, f"expected one of {mutant.detectors} to catch it, got {found}"

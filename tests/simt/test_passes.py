@@ -1,7 +1,7 @@
-"""The CUDA kernels, the very same source, run on the host against the float64 reference: values, order, races.
+"""The sources of the CUDA kernels, run on the host against the float64 reference: values, order, races.
 
-Every kernel that csrc/cuda launches, each tile, type, layout and form of it, over shapes that are ragged against it;
-see docs/cuda.md for what that proves and what not.
+Every kernel that csrc/cuda launches, with each tile, type, layout and formula, on shapes that are ragged
+against it; docs/cuda.md says what that proves and what it does not.
 """
 
 from itertools import product
@@ -32,19 +32,20 @@ from cases import (
 from tolerances import assert_within, tolerance
 
 from simt import builder, host
+from simt.builder import ORDERS
 
 pytestmark = pytest.mark.skipif(not builder.compiler(), reason="no C++ compiler: set CXX, or install g++")
 
 INF, NAN = float("inf"), float("nan")
+SEEDS = [*range(15), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(15, 60))]
 HALVES = (torch.bfloat16, torch.float16)
-ORDERS = ("forward", "reverse", "random")
 LAYOUTS = {
     "contiguous": torch.Tensor.contiguous,
     "channels_last": lambda t: t.contiguous(memory_format=torch.channels_last),
     "sliced": sliced,
     "channel-slice": channel_slice,
 }
-# Lanes and columns of the tiles, as csrc/cuda/<pass>.cu has them: of float32, and of the halves from sm_80 on.
+# kM x kN of the tiles, as csrc/cuda/<pass>.cu has them: for float32, and for the halves from sm_80 on.
 TILES = {
     "forward": (((128, 128), (64, 128), (32, 128), (16, 128), (64, 64)), ((64, 128), (32, 128), (16, 128))),
     "grad_x": (((64, 128), (32, 128), (16, 128)),) * 2,
@@ -52,32 +53,32 @@ TILES = {
 }
 
 
-def compute(passes: host.Passes, name: str, c: Case, i: Inputs, **how) -> torch.Tensor:
+def compute(passes: host.Kernels, name: str, c: Case, i: Inputs, **how) -> torch.Tensor:
     operands = (i.x, i.w) if name == "forward" else (i.grad_y, i.x, i.w)
     stride, padding, dilation, groups = c.stride, c.padding, c.dilation, c.groups
     bias = i.bias if name == "forward" else None
-    return passes.run(
+    return passes.conv2d(
         name, *operands, bias=bias, stride=stride, padding=padding, dilation=dilation, groups=groups, **how
     )
 
 
 def arranged(inputs: Inputs, layout: str, dtype: torch.dtype) -> Inputs:
-    """The halves go through float32, as everything: float64 -> half may differ by an ulp."""
+    """Halves go through float32: a direct conversion from float64 may differ by an ulp."""
     how = LAYOUTS[layout]
     return Inputs(*(how(t.float().to(dtype)) for t in (inputs.x, inputs.w, inputs.grad_y)), inputs.bias.to(dtype))
 
 
 def at_edges(name: str, tile: tuple[int, int], i: int) -> Case:
-    """One channel or pixel, one less than a tile, a tile, one more: of lanes and columns, not both the same."""
-    lanes, columns = tile
-    m = (1, lanes - 1, lanes, lanes + 1)[i]
-    n = (columns + 1, 1, columns, columns - 1)[i]
+    """One channel or pixel, one less than a tile, a tile, one more; m and n never the same of these."""
+    tile_m, tile_n = tile
+    m = (1, tile_m - 1, tile_m, tile_m + 1)[i]
+    n = (tile_n + 1, 1, tile_n, tile_n - 1)[i]
     if name == "forward":
-        return case(f"lanes{m}-columns{n}", (1, 8, 1, n), m, 1)
+        return case(f"m{m}-n{n}", (1, 8, 1, n), m, 1)
     if name == "grad_x":
-        return case(f"lanes{m}-columns{n}", (1, m, 1, n), 8, 1) if m > 1 else case("narrow", (1, 3, 1, n), 8, 1)
+        return case(f"m{m}-n{n}", (1, m, 1, n), 8, 1) if m > 1 else case("narrow", (1, 3, 1, n), 8, 1)
     c = max(2, n)
-    return case(f"lanes{m}-columns{c}", (1, c, 3, 11), m, 1)
+    return case(f"m{m}-n{c}", (1, c, 3, 11), m, 1)
 
 
 @pytest.mark.parametrize("layout", ("contiguous", "channels_last"))
@@ -99,7 +100,7 @@ SHAPES = list(dict.fromkeys([*SELECTED, *PEER_CASES, *GEOMETRY_CASES, *LARGER]))
 @pytest.mark.parametrize("name", PASSES)
 @pytest.mark.parametrize("c", SHAPES, ids=str)
 def test_exact(c, name):
-    """Every geometry, the tables' choice of kernel; type, layout, device and order change from case to case."""
+    """Every geometry, with the automatic choice of kernel; type, layout, device and order vary from case to case."""
     passes, index = host.build(), CASES.index(c)
     dtype = (torch.float32, torch.bfloat16, torch.float32, torch.float16)[index % 4]
     layout = list(LAYOUTS)[index // 2 % 4]
@@ -108,7 +109,7 @@ def test_exact(c, name):
     assert_same(got, exact_result(name, c).float().to(dtype), f"{name} of {c!r}, {dtype}, {layout}, {how}")
 
 
-@pytest.mark.parametrize("seed", range(60))
+@pytest.mark.parametrize("seed", SEEDS)
 def test_exact_random_geometry(seed):
     c, passes = random_case(1000 + seed), host.build()
     for number, name in enumerate(PASSES):
@@ -131,10 +132,10 @@ RAGGED = case("ragged", (2, 24, 9, 8), 40, 3, stride=(1, 2), padding=1)
 @pytest.mark.parametrize("layout", ("contiguous", "channels_last"))
 @pytest.mark.parametrize("kernel", KERNELS, ids=str)
 def test_same_bits_in_every_order(kernel, layout):
-    """Threads and blocks in three orders, and other poison: nothing depends on who comes first or on what was there."""
-    name, dtype, tile, form, capability = kernel
+    """Threads and blocks in three orders, and other poison: no result depends on order or on what memory held."""
+    name, dtype, tile, formula, capability = kernel
     inputs = arranged(random_inputs(RAGGED, torch.float64), layout, dtype)
-    how = {"tile": tile, "form": form, "capability": capability}
+    how = {"tile": tile, "formula": formula, "capability": capability}
     first, *others = (
         compute(host.build(), name, RAGGED, inputs, order=order, poison=poison, **how)
         for order, poison in (("forward", 0xFF), ("reverse", 0xFF), ("random", 0x3F))
@@ -147,11 +148,11 @@ def test_same_bits_in_every_order(kernel, layout):
 @pytest.mark.parametrize("layout", ("contiguous", "channels_last"))
 @pytest.mark.parametrize("kernel", KERNELS, ids=str)
 def test_no_race_and_nothing_out_of_bounds(kernel, layout):
-    name, dtype, tile, form, capability = kernel
+    name, dtype, tile, formula, capability = kernel
     c = case("raced", (1, 24, 5, 6), 24, 3, stride=(1, 2), padding=1)
     got = compute(
         *(host.build("race"), name, c, arranged(exact_inputs(c), layout, dtype)),
-        **{"tile": tile, "form": form, "capability": capability, "order": "random"},
+        **{"tile": tile, "formula": formula, "capability": capability, "order": "random"},
     )
     assert_same(got, exact_result(name, c).float().to(dtype), f"{kernel}, {layout}")
 
@@ -169,15 +170,16 @@ def test_sanitized():
     """AddressSanitizer and UBSan over every kernel once, in a process of their own."""
     c = case("sanitized", (1, 19, 5, 4), 21, (2, 3), stride=(2, 1), padding=(1, 0))
     calls, wanted = [], []
-    for (name, dtype, tile, form, capability), layout in product(KERNELS, ("contiguous", "channels_last")):
+    for (name, dtype, tile, formula, capability), layout in product(KERNELS, ("contiguous", "channels_last")):
         i = arranged(exact_inputs(c), layout, dtype)
         operands = (i.x, i.w) if name == "forward" else (i.grad_y, i.x, i.w)
         geometry = {"stride": c.stride, "padding": c.padding, "dilation": c.dilation, "groups": c.groups}
         bias = {"bias": i.bias} if name == "forward" else {}
-        calls.append(((name, *operands), geometry | bias | {"tile": tile, "form": form, "capability": capability}))
+        how = {"tile": tile, "formula": formula, "capability": capability}
+        calls.append(("conv2d", (name, *operands), geometry | bias | how))
         wanted.append(exact_result(name, c).float().to(dtype))
-    for got, want, (positional, named) in zip(host.run_sanitized(calls), wanted, calls, strict=True):
-        assert_same(got, want, f"{positional[0]}, {named}")
+    for got, want, (_, operands, how) in zip(host.run_sanitized(calls), wanted, calls, strict=True):
+        assert_same(got, want, f"{operands[0]}, {how}")
 
 
 @pytest.mark.parametrize("capability", (75, 80, 90))
@@ -207,7 +209,7 @@ CANCELLING = [
 
 @pytest.mark.parametrize("dtype, offset, c", CANCELLING, ids=str)
 def test_minimum_form_where_it_cancels(dtype, offset, c):
-    """A common offset that float32 sums of X and W round away: the direct form steps in, exactly."""
+    """A common offset that float32 sums of X and W round away: the distance formula steps in, exactly."""
     inputs = exact_inputs(c, offset)
     if dtype == torch.float16:  # integers next to 2032
         inputs = Inputs(*(t.round() for t in (inputs.x, inputs.w, inputs.grad_y, inputs.bias)))
@@ -225,7 +227,7 @@ OPPOSITE = [
 
 @pytest.mark.parametrize("dtype, offset, c", OPPOSITE, ids=str)
 def test_minimum_form_where_offsets_cancel_within_its_sums(dtype, offset, c):
-    """sum X + sum W is small, and wrong: what tells is sum |W|."""
+    """sum X + sum W is small, and wrong: sum |W| reveals it."""
     inputs = exact_inputs(c)
     if dtype == torch.float16:  # integers next to 2032
         inputs = Inputs(*(t.round() for t in (inputs.x, inputs.w, inputs.grad_y, inputs.bias)))
@@ -241,7 +243,7 @@ def test_minimum_form_where_offsets_cancel_within_its_sums(dtype, offset, c):
     "far, close", [(far, near(far, geometry)) for far, geometry in FAR_CASES], ids=lambda c: c.name
 )
 def test_far_windows(far, close, name):
-    """Windows of up to 2^31 pixels: the same sums as near at hand, in a workspace as small."""
+    """Windows that span up to 2^31 pixels: the same sums as nearby, and a workspace as small."""
     for dtype, capability in ((torch.float32, 80), (torch.float64, 80), (torch.bfloat16, 90)):
         got = compute(
             host.build(), name, far, arranged(exact_inputs(close), "contiguous", dtype), capability=capability
@@ -265,8 +267,8 @@ def test_accuracy(name, scales):
             assert_within(got, want, bound, f"{name} of {c!r}, {dtype}, scales {scales}, sm_{capability}")
 
 
-def test_many_runs_of_pixels():
-    """grad_w splits its sum over blocks: as many as the device can use, and the same bits on the same device."""
+def test_many_splits_of_pixels():
+    """grad_w divides its sum into as many splits as the device can use; each number of them gives the exact sum."""
     c = case("split", (6, 10, 20, 23), 12, 3, padding=1)
     inputs = arranged(exact_inputs(c), "contiguous", torch.float32)
     for multiprocessors in (1, 4, 132):

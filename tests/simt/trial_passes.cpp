@@ -1,8 +1,9 @@
-// The three passes one element a thread, straight from the definition: what tests host.py without the real kernels.
+// The three conv2d passes with one output per thread, straight from the definition: they test host.py without the real
+// kernels.
 // Two of the `tiles` have a deliberate bug: 1 asks for a byte of workspace too few, 2 writes a pixel too far to the
 // right.
 #include "cuda/kernels.h"
-#include "definition.h"
+#include "definition/conv2d.h"
 
 namespace adderops {
 namespace cuda {
@@ -63,9 +64,9 @@ cudaError_t run(const Conv2dArgs& args, const Device&, const Choice& choice, voi
 
 }  // namespace
 
-extern const Pass kForward = {workspace<kY>, run<kY>, 3};
-extern const Pass kGradX = {workspace<kDX>, run<kDX>, 3};
-extern const Pass kGradW = {workspace<kDW>, run<kDW>, 3};
+extern const Pass<Conv2dArgs> kForward = {workspace<kY>, run<kY>, 3};
+extern const Pass<Conv2dArgs> kGradX = {workspace<kDX>, run<kDX>, 3};
+extern const Pass<Conv2dArgs> kGradW = {workspace<kDW>, run<kDW>, 3};
 
 }  // namespace cuda
 }  // namespace adderops

@@ -1,28 +1,47 @@
-// Moments of the kernels of two layers (moments_args.h), and the gradient of what depends on them, float32.
+// Moments of the features of two layers (args/moments.h), and the gradient of a loss that depends on them, float32.
 //
-//   panel   a band of pixels in scratch, [pixel][student's C, teacher's C, zeros up to whole vectors]: z, made in place
-//           of the outputs loaded there, so that the outputs are read once and z never leaves the cache
-//   second  partial sums [chunk][j][k], k up to whole vectors; only tiles on and below the diagonal
+//   panel   the pixels of a band, [pixel][student's C, teacher's C, zeros up to `pitch`]: loaded, then turned into z in
+//           place, so that the tensors are read once and z never leaves the cache
+//   second  partial sums [split][j][k], k up to whole vectors; only tiles on and below the diagonal
+//   mean    partial sums [split][j]
 //
-//   moments   stage 0: task = chunk of bands.  second += z z^T by the tile of grad_w.h: kGradWRows rows of j by
-//             kGradWVectors vectors of k, a pixel after the other.
-//             stage 1: one task: the chunks in order, divided by the number of pixels; the upper half from the lower.
-//   gradient  stage 0: the weights in rows of whole vectors.  stage 1: task = band, out by tiles of kGradRows pixels x
-//             kGradVectors vectors of channels, a loop over j: a load of the weights, broadcasts of z, an fma each.
+//   moments   stage 0: task = split of the bands; second += z^T z by the tile of outer_product.h
 //
-// How pixels are cut into bands and chunks depends on the problem alone, so the order of every sum does.
+//       panel [pixel][channel]            second [j][k]
+//       pixel 0  z z z z z z z z          j  [tile]
+//       pixel 1  z z z z z z z z          |  [tile][tile]            above the diagonal: mirrored in stage 1
+//       ...      a a     b b b            v  [tile][tile][tile]      a: kOuterRows channels j, b: vectors of k
+//                                          k ->
+//             stage 1: one task adds up the splits in order, divides by the number of pixels, mirrors the upper half
+//
+//   gradient  stage 0: one task packs the weights into rows of whole vectors, [j][c]
+//             stage 1: task = band; tile of kMomentsRows pixels x NV vectors of channels, summed over j:
+//
+//       weights[j]    [ vector 0 | vector 1 ]   NV loads, shared by the pixels
+//       z[pixel 0][j] [ accumulators        ]   1 broadcast and NV fma per pixel and j
+//       ...           [                     ]   32 registers: 12 x 2, 12 x 1;  16 registers: 6 x 2, 6 x 1.
+//
+// Tails: rows of the panel end with zeros; a band's last tile computes pixels that are never stored.  Bands and splits
+// depend on the problem alone, and so does the order of every sum.
+#pragma once
+#include "outer_product.h"
+#include "plan.h"
+#include "rows.h"
 
-constexpr int64_t kMomentsFloats = 96 * 1024;  // of a panel
-constexpr int64_t kMomentsChunks = 16;
-constexpr int kGradRows = kRegisters == 32 ? 12 : 6;
-constexpr int kGradVectors = 2;
+namespace adderops {
+namespace cpu {
+namespace {
+
+constexpr int64_t kMomentsFloats = 96 * 1024;  // per panel
+constexpr int kMomentsRows = kRegisters == 32 ? 12 : 6;
+constexpr int kMomentsVectors = 2;
 constexpr float kMostExponent = 10.f;
 
 // exp(x) for x clamped to -87 .. 10, within 2 units in the last place.  x = n ln 2 + r, |r| <= ln 2 / 2.
 ALWAYS_INLINE vf exponential(vf x) {
   const vf low = splat(-87.f), high = splat(kMostExponent);
   x = -minimum(-minimum(x, high), -low);
-  const vf magic = splat(12582912.f);  // 1.5 * 2^23: adding it rounds to an integer, which stands in the low bits
+  const vf magic = splat(12582912.f);  // 1.5 * 2^23: adding it rounds to an integer, in the low bits of the result
   const vf shifted = fused(x, splat(1.44269504f), magic);
   const vf n = shifted - magic;
   vf r = fused(n, splat(-0.693359375f), x);
@@ -38,48 +57,49 @@ ALWAYS_INLINE vf exponential(vf x) {
 }
 
 struct MomentsShape {
-  int64_t C, D, pitch;  // channels of one network, of both, floats of a panel's pixel
+  int64_t C, D, pitch;  // channels of one network, of both, floats per pixel of the panel
+  int64_t row;          // floats of a row of packed weights
   Bands bands;
-  int64_t pixels, chunks;
+  int64_t splits;
+  struct Shared : Layout {
+    Part<float> second, mean;  // [split][pitch][pitch], [split][pitch]
+    Part<float> weights;       // gradient: [D + 1][row]
+  } shared;
+  struct Worker : Layout {
+    Part<float> panel, out;
+    Part<const float*> pixel;
+  } worker;
 };
 
-static MomentsShape moments_shape(const MomentsArgs& a) {
+inline MomentsShape moments_shape(const MomentsArgs& a, bool gradient) {
   MomentsShape f{};
-  f.C = a.C, f.D = product(2, a.C);
-  // rows of second are tiles of kGradWRows, its columns vectors
-  f.pitch = round_up(round_up(f.D, kW), kGradWRows);
+  f.C = a.C, f.D = product(2, a.C), f.row = round_up(f.C, kW);
+  // rows of `second` are tiles of kOuterRows, its columns vectors
+  f.pitch = round_up(round_up(f.D, kW), kOuterRows);
   f.bands = make_bands(a.N, a.H, a.W, product(a.W, f.pitch), kMomentsFloats, 64);
-  f.pixels = product(f.bands.images, f.bands.rows, f.bands.columns);
-  f.chunks = larger(1, smaller(kMomentsChunks, f.bands.count));
+  f.splits = larger(1, smaller(kMostSplits, f.bands.count));
+  // loads of a pixel's last vector, and of a tile's missing pixels, run over the end
+  const int64_t pixels = f.bands.pixels();
+  const int64_t floats = product(pixels + kMomentsRows, f.pitch) + kOuterVectors * kW;
+  f.worker.add(&f.worker.panel, floats);
+  if (gradient) {
+    f.shared.add(&f.shared.weights, product(f.D + 1, f.row) + kMomentsVectors * kW);
+    f.worker.add(&f.worker.out, floats);
+  } else {
+    f.shared.add(&f.shared.second, product(f.splits, f.pitch, f.pitch));
+    f.shared.add(&f.shared.mean, product(f.splits, f.pitch));
+    f.worker.add(&f.worker.pixel, pixels);
+  }
   return f;
 }
 
-struct MomentsScratch {
-  float *panel, *out;
-  const float** pixel;
-};
-static MomentsScratch moments_scratch(const MomentsShape& f, bool gradient, Carver* carve) {
-  // loads of a pixel's last vector, and of a tile's missing pixels, run over the end
-  const int64_t floats = product(f.pixels + kGradRows, f.pitch) + kGradWVectors * kW;
-  return {carve->take<float>(floats), carve->take<float>(gradient ? floats : 0), carve->take<const float*>(f.pixels)};
-}
-
-struct MomentsShared {
-  float *second, *mean;  // [chunk][pitch][pitch], [chunk][pitch]
-};
-static MomentsShared moments_shared(const MomentsShape& f, Carver* carve) {
-  return {carve->take<float>(product(f.chunks, f.pitch, f.pitch)), carve->take<float>(product(f.chunks, f.pitch))};
-}
-
-// Loads a band and makes z of it; returns the number of its pixels.
-static int64_t moments_panel(const MomentsArgs& a, const MomentsShape& f, const Band& b, float* panel) {
-  const int64_t rows = b.h1 - b.h0, columns = b.w1 - b.w0, pixels = (b.n1 - b.n0) * rows * columns;
+// Loads a band and turns it into z in place; returns the number of its pixels.
+inline int64_t moments_panel(const MomentsArgs& a, const MomentsShape& f, const Region& b, float* panel) {
+  const int64_t pixels = b.pixels();
   for (int64_t i = 0; i < pixels; ++i)
     for (int64_t j = f.D; j < f.pitch; ++j) panel[i * f.pitch + j] = 0.f;
   for (int half = 0; half < 2; ++half)
-    for (int64_t n = b.n0; n < b.n1; ++n)
-      load_rows(ElementType::kFloat32, half ? a.teacher : a.student, a.H, a.W, {n, 0, f.C, b.h0, rows, b.w0, columns},
-                panel + (n - b.n0) * rows * columns * f.pitch + half * f.C, f.pitch);
+    load_rows(ElementType::kFloat32, half ? a.teacher : a.student, a.H, a.W, b, 0, f.C, panel + half * f.C, f.pitch);
   for (int64_t i = 0; i < pixels; ++i)
     for (int half = 0; half < 2; ++half) {
       const vf scale = splat(a.scale[half]), centre = splat(a.centre[half]);
@@ -94,121 +114,108 @@ static int64_t moments_panel(const MomentsArgs& a, const MomentsShape& f, const 
   return pixels;
 }
 
-static void moments_run(const MomentsArgs& a, int stage, int64_t task, char* shared_block, char* worker_block) {
-  const MomentsShape f = moments_shape(a);
-  Carver carve{shared_block, 0}, carve_scratch{worker_block, 0};
-  const MomentsShared shared = moments_shared(f, &carve);
-  if (stage == 0) {
-    const MomentsScratch s = moments_scratch(f, false, &carve_scratch);
-    float* const second = shared.second + task * f.pitch * f.pitch;
-    float* const mean = shared.mean + task * f.pitch;
-    zero(mean, f.pitch);
-    const int64_t begin = f.bands.count * task / f.chunks, end = f.bands.count * (task + 1) / f.chunks;
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t pixels = moments_panel(a, f, band_at(f.bands, i), s.panel);
-      for (int64_t q = 0; q < pixels; ++q) s.pixel[q] = s.panel + q * f.pitch;
-      add_grad_y(s.panel, f.pitch, pixels, f.D, mean);
-      for (int64_t j = 0; j < f.D; j += kGradWRows)
-        for (int64_t k = 0; k < smaller(f.D, j + kGradWRows); k += kGradWVectors * kW) {
-          const int64_t nv = smaller(kGradWVectors, blocks(f.pitch - k, kW));
-          const auto tile = nv == 1 ? grad_w_tile<1> : nv == 2 ? grad_w_tile<2> : grad_w_tile<kGradWVectors>;
-          tile(s.panel + j, f.pitch, s.pixel, k, pixels, second + j * f.pitch + k, f.pitch, i == begin);
-        }
-    }
-    return;
+inline void moments_split(const MomentsArgs& a, const MomentsShape& f, int64_t task, char* shared, char* worker) {
+  float* const second = f.shared.second.in(shared) + task * f.pitch * f.pitch;
+  float* const mean = f.shared.mean.in(shared) + task * f.pitch;
+  float* const panel = f.worker.panel.in(worker);
+  const float** const pixel = f.worker.pixel.in(worker);
+  zero(mean, f.pitch);
+  const int64_t begin = split_begin(f.bands, f.splits, task);
+  for (int64_t i = begin; i < split_begin(f.bands, f.splits, task + 1); ++i) {
+    const int64_t pixels = moments_panel(a, f, band_at(f.bands, i), panel);
+    for (int64_t q = 0; q < pixels; ++q) pixel[q] = panel + q * f.pitch;
+    add_rows(panel, f.pitch, pixels, f.D, mean);
+    for (int64_t j = 0; j < f.D; j += kOuterRows)
+      for (int64_t k = 0; k < smaller(f.D, j + kOuterRows); k += kOuterVectors * kW) {
+        const int64_t nv = smaller(kOuterVectors, ceil_div(f.pitch - k, kW));
+        const auto tile = nv == 1   ? outer_product_tile<1>
+                          : nv == 2 ? outer_product_tile<2>
+                                    : outer_product_tile<kOuterVectors>;
+        tile(panel + j, f.pitch, pixel, k, pixels, second + j * f.pitch + k, f.pitch, i == begin);
+      }
   }
+}
+
+inline void moments_reduce(const MomentsArgs& a, const MomentsShape& f, int64_t, char* shared, char*) {
   const float inverse = 1.f / (float)(a.N * a.H * a.W);
   for (int64_t j = 0; j < f.D; ++j) {
     float total = 0.f;
-    for (int64_t chunk = 0; chunk < f.chunks; ++chunk) total += shared.mean[chunk * f.pitch + j];
+    for (int64_t i = 0; i < f.splits; ++i) total += f.shared.mean.in(shared)[i * f.pitch + j];
     a.mean[j] = total * inverse;
     for (int64_t k = 0; k <= j; ++k) {
       float sum = 0.f;
-      for (int64_t chunk = 0; chunk < f.chunks; ++chunk) sum += shared.second[(chunk * f.pitch + j) * f.pitch + k];
+      for (int64_t i = 0; i < f.splits; ++i) sum += f.shared.second.in(shared)[(i * f.pitch + j) * f.pitch + k];
       a.second[j * f.D + k] = a.second[k * f.D + j] = sum * inverse;
     }
   }
 }
 
-static Plan<MomentsArgs> moments_plan(const MomentsArgs& a) {
-  const MomentsShape f = moments_shape(a);
-  Carver shared{nullptr, 0}, scratch{nullptr, 0};
-  moments_shared(f, &shared);
-  moments_scratch(f, false, &scratch);
-  return {shared.used, scratch.used, 2, {f.chunks, 1, 0}, moments_run};
+inline Plan<MomentsArgs> moments_plan(const MomentsArgs& a) {
+  const MomentsShape f = moments_shape(a, false);
+  return make_plan<MomentsArgs, MomentsShape, moments_split, moments_reduce>(f, f.splits, 1);
 }
 
-// out[q][c] = packed[D][c] + sum over j < D of z[q][j] * packed[j][c], for kGradRows pixels and NV vectors of c
+// out[q][c] = packed[D][c] + sum over j < D of z[q][j] * packed[j][c], for kMomentsRows pixels and NV vectors of c
 template <int NV>
-static __attribute__((noinline)) void moments_gradient_tile(const float* z, int64_t pitch, const float* packed,
-                                                            int64_t row, int64_t D, float* out) {
-  vf c[kGradRows][NV];
+__attribute__((noinline)) void moments_gradient_tile(const float* z, int64_t pitch, const float* packed, int64_t row,
+                                                     int64_t D, float* out) {
+  vf c[kMomentsRows][NV];
   UNROLL_FOR (v, NV) {
     const vf start = load(packed + D * row + v * kW);
-    UNROLL_FOR (i, kGradRows) c[i][v] = start;
+    UNROLL_FOR (i, kMomentsRows) c[i][v] = start;
   }
   for (int64_t j = 0; j < D; ++j) {
     vf b[NV];
     UNROLL_FOR (v, NV) b[v] = load(packed + j * row + v * kW);
-    UNROLL_FOR (i, kGradRows)
+    UNROLL_FOR (i, kMomentsRows)
       UNROLL_FOR (v, NV) c[i][v] = fused_of(z + i * pitch + j, b[v], c[i][v]);
   }
-  UNROLL_FOR (i, kGradRows)
+  UNROLL_FOR (i, kMomentsRows)
     UNROLL_FOR (v, NV) store(out + i * pitch + v * kW, c[i][v]);
 }
 
-// Shared: the weights in rows of whole vectors, [D + 1][row].
-static int64_t moments_packed_row(const MomentsShape& f) { return round_up(f.C, kW); }
-static float* moments_packed(const MomentsShape& f, Carver* carve) {
-  return carve->take<float>(product(f.D + 1, moments_packed_row(f)) + kGradVectors * kW);
+inline void moments_gradient_pack(const MomentsArgs& a, const MomentsShape& f, int64_t, char* shared, char*) {
+  float* const packed = f.shared.weights.in(shared);
+  zero(packed, (f.D + 1) * f.row + kMomentsVectors * kW);
+  for (int64_t j = 0; j <= f.D; ++j)
+    for (int64_t c = 0; c < f.C; ++c) packed[j * f.row + c] = a.weights[j * f.C + c];
 }
 
-static void moments_gradient_run(const MomentsArgs& a, int stage, int64_t task, char* shared_block,
-                                 char* worker_block) {
-  const MomentsShape f = moments_shape(a);
-  Carver carve{shared_block, 0}, carve_scratch{worker_block, 0};
-  const int64_t row = moments_packed_row(f);
-  float* const packed = moments_packed(f, &carve);
-  if (stage == 0) {
-    zero(packed, (f.D + 1) * row + kGradVectors * kW);
-    for (int64_t c = 0; c < f.C; ++c) {
-      for (int64_t j = 0; j <= f.D; ++j) packed[j * row + c] = a.weights[j * f.C + c];
-    }
-    return;
-  }
-  const MomentsScratch s = moments_scratch(f, true, &carve_scratch);
-  const Band b = band_at(f.bands, task);
-  const int64_t pixels = moments_panel(a, f, b, s.panel);
-  for (int64_t q = 0; q < pixels; q += kGradRows)
-    for (int64_t c = 0; c < row; c += kGradVectors * kW) {
-      const auto tile = row - c > kW ? moments_gradient_tile<kGradVectors> : moments_gradient_tile<1>;
-      tile(s.panel + q * f.pitch, f.pitch, packed + c, row, f.D, s.out + q * f.pitch + c);
+inline void moments_gradient_task(const MomentsArgs& a, const MomentsShape& f, int64_t task, char* shared,
+                                  char* worker) {
+  const float* const packed = f.shared.weights.in(shared);
+  float* const panel = f.worker.panel.in(worker);
+  float* const out = f.worker.out.in(worker);
+  const Region b = band_at(f.bands, task);
+  const int64_t pixels = moments_panel(a, f, b, panel);
+  for (int64_t q = 0; q < pixels; q += kMomentsRows)
+    for (int64_t c = 0; c < f.row; c += kMomentsVectors * kW) {
+      const auto tile = f.row - c > kW ? moments_gradient_tile<kMomentsVectors> : moments_gradient_tile<1>;
+      tile(panel + q * f.pitch, f.pitch, packed + c, f.row, f.D, out + q * f.pitch + c);
     }
   if (a.exponential) {  // exp' = exp = z + centre
     const vf centre = splat(a.centre[0]);
     for (int64_t q = 0; q < pixels; ++q)
       for (int64_t c = 0; c < f.C; c += kW) {
-        float* at = s.out + q * f.pitch + c;
-        store(at, load(at) * (load(s.panel + q * f.pitch + c) + centre));
+        float* at = out + q * f.pitch + c;
+        store(at, load(at) * (load(panel + q * f.pitch + c) + centre));
       }
   }
-  const int64_t rows = b.h1 - b.h0, columns = b.w1 - b.w0;
-  for (int64_t n = b.n0; n < b.n1; ++n)
-    store_rows(ElementType::kFloat32, s.out + (n - b.n0) * rows * columns * f.pitch, f.pitch, a.out,
-               {n, 0, f.C, b.h0, rows, b.w0, columns});
+  store_rows(ElementType::kFloat32, out, f.pitch, a.out, b, 0, f.C);
 }
 
-static Plan<MomentsArgs> moments_gradient_plan(const MomentsArgs& a) {
-  const MomentsShape f = moments_shape(a);
-  Carver shared{nullptr, 0}, scratch{nullptr, 0};
-  moments_packed(f, &shared);
-  moments_scratch(f, true, &scratch);
-  return {shared.used, scratch.used, 2, {1, f.bands.count, 0}, moments_gradient_run};
+inline Plan<MomentsArgs> moments_gradient_plan(const MomentsArgs& a) {
+  const MomentsShape f = moments_shape(a, true);
+  return make_plan<MomentsArgs, MomentsShape, moments_gradient_pack, moments_gradient_task>(f, 1, f.bands.count);
 }
 
-// sum |x| of each image into mean[n], of images that are each one piece of memory.  A task is an image; sums of 64
-// numbers a lane, then of those: they round like sums of few.
-static void abs_sum_run(const MomentsArgs& a, int, int64_t task, char*, char*) {
+// mean[n] = sum |x| of image n, for images that are contiguous.  Task = one image.  Each lane sums at most 64 numbers,
+// then those sums are added: the error grows as in short sums.
+struct AbsSumShape {
+  Layout shared, worker;  // none
+};
+
+inline void abs_sum_task(const MomentsArgs& a, const AbsSumShape&, int64_t task, char*, char*) {
   const float* x = static_cast<const float*>(a.student.data) + task * a.student.stride[0];
   const int64_t count = a.C * a.H * a.W;
   vf total{};
@@ -226,4 +233,10 @@ static void abs_sum_run(const MomentsArgs& a, int, int64_t task, char*, char*) {
   a.mean[task] = sum;
 }
 
-static Plan<MomentsArgs> abs_sum_plan(const MomentsArgs& a) { return {0, 0, 1, {a.N, 0, 0}, abs_sum_run}; }
+inline Plan<MomentsArgs> abs_sum_plan(const MomentsArgs& a) {
+  return make_plan<MomentsArgs, AbsSumShape, abs_sum_task>({}, a.N);
+}
+
+}  // namespace
+}  // namespace cpu
+}  // namespace adderops

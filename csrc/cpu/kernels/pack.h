@@ -1,15 +1,21 @@
-// Weights in the order the kernels read them: panels of output lanes, [term][lane], converted to float32.
+// Packed weights: panels in the order that the kernels read, [term][lane], as float32.
+#pragma once
+#include "vector.h"
 
-// Of each lane: the sum of its weights, and that of their absolute values.
+namespace adderops {
+namespace cpu {
+namespace {
+
+// The sum of each lane's weights, and of their absolute values.
 struct LaneSums {
   vf value, size;
   ALWAYS_INLINE void add(vf w) { value += w, size += absolute(w); }
 };
 
-// dst[k * stride + lane] = w[lane][k] for `lanes` <= kW filters of `terms` contiguous weights each; lanes beyond are 0.
-// `place(k)` gives the term's position; adds to the sums of each lane.
+// dst[place(k) * dst_stride + lane] = w[lane][k] for `lanes` <= kW filters of `terms` contiguous weights each; the
+// other lanes become 0.  Adds the weights to the sums of their lanes.
 template <typename T, typename Place>
-static void pack_filters(const T* w, int64_t filter_stride, int64_t lanes, int64_t terms, const Place& place,
+inline void pack_filters(const T* w, int64_t filter_stride, int64_t lanes, int64_t terms, const Place& place,
                          float* dst, int64_t dst_stride, LaneSums* sums) {
   for (int64_t k = 0; k < terms; k += kW) {
     const int64_t nk = smaller(kW, terms - k);
@@ -24,15 +30,15 @@ static void pack_filters(const T* w, int64_t filter_stride, int64_t lanes, int64
   }
 }
 
-// Are a filter's weights contiguous in the order (ci, kh, kw)?
-static bool dense_filters(const Conv2dProblem& p, const int64_t* stride) {
+// Whether a filter's weights are contiguous in the order (ci, kh, kw).
+inline bool dense_filters(const Conv2dProblem& p, const int64_t* stride) {
   return (p.KW == 1 || stride[3] == 1) && (p.KH == 1 || stride[2] == p.KW) &&
          (p.C_in == p.groups || stride[1] == p.KH * p.KW);
 }
 
-// One vector of filters from co on, all terms (ci, kh, kw), to dst[(tap * channels + ci) * dst_stride]: tap after tap.
+// Packs one vector of filters, from co on: term (tap, ci) goes to dst[(tap * channels + ci) * dst_stride].
 template <typename T>
-static LaneSums pack_vector(const Conv2dArgs& args, int64_t co, int64_t lanes, float* dst, int64_t dst_stride) {
+inline LaneSums pack_vector(const Conv2dArgs& args, int64_t co, int64_t lanes, float* dst, int64_t dst_stride) {
   const Conv2dProblem& p = args.problem;
   const int64_t channels = p.C_in / p.groups, taps = p.KH * p.KW;
   const int64_t* stride = args.w.stride;
@@ -62,3 +68,7 @@ static LaneSums pack_vector(const Conv2dArgs& args, int64_t co, int64_t lanes, f
   }
   return sums;
 }
+
+}  // namespace
+}  // namespace cpu
+}  // namespace adderops

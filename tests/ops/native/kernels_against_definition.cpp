@@ -46,9 +46,9 @@ void run(cpu::Pass<Args> pass, const Args& args, bool last_first = true) {
   // sizes that aligned_alloc accepts, and never zero
   char* shared = static_cast<char*>(std::aligned_alloc(64, (plan.shared_bytes / 64 + 1) * 64));
   char* worker = static_cast<char*>(std::aligned_alloc(64, (plan.worker_bytes / 64 + 1) * 64));
-  for (int stage = 0; stage < plan.stages; ++stage)
-    for (int64_t i = 0; i < plan.tasks[stage]; ++i)
-      plan.run(args, stage, last_first ? plan.tasks[stage] - 1 - i : i, shared, worker);
+  for (const auto& stage : plan.stages)
+    for (int64_t i = 0; i < stage.tasks; ++i)
+      stage.run(plan, args, last_first ? stage.tasks - 1 - i : i, shared, worker);
   std::free(shared);
   std::free(worker);
 }

@@ -1,0 +1,50 @@
+// Any architecture, by the compiler's vector extensions alone: 4 lanes.  isa.h says what each function does.
+#pragma once
+#include "../../definition/elements.h"
+#include "four_lanes.h"
+
+namespace adderops {
+namespace cpu {
+namespace {
+
+constexpr int kRegisters = 16;
+constexpr int kRun = 4;
+
+ALWAYS_INLINE vf minimum(vf a, vf b) { return a < b ? a : b; }
+ALWAYS_INLINE vf fused(vf a, vf b, vf c) { return a * b + c; }
+ALWAYS_INLINE vf minimum_of(const float* p, vf b) { return minimum(splat(*p), b); }
+ALWAYS_INLINE vf fused_of(const float* p, vf b, vf c) { return fused(splat(*p), b, c); }
+ALWAYS_INLINE vf clamp_unit(vf z) {
+  const vf low = z < -1.f ? splat(-1.f) : z;
+  return low > 1.f ? splat(1.f) : low;
+}
+ALWAYS_INLINE bool any(vi mask) {
+  int32_t hit = 0;
+  for (int i = 0; i < kW; ++i) hit |= mask[i];
+  return hit != 0;
+}
+
+ALWAYS_INLINE vb splat_run(const uint8_t* p) {
+  int32_t v;
+  __builtin_memcpy(&v, p, 4);
+  return (vb)(v - vi{});
+}
+ALWAYS_INLINE vi add_distances(vi sum, vb a, vb b) {
+  const vb d = a > b ? a - b : b - a;
+  const vi v = (vi)d, low = v & 0x00ff00ff, high = (v >> 8) & 0x00ff00ff, pairs = low + high;
+  return sum + (pairs & 0xffff) + ((pairs >> 16) & 0xffff);
+}
+ALWAYS_INLINE vi join_parts(const vi* parts) { return parts[0]; }
+
+ALWAYS_INLINE vi rounded(vf z) { return (vi)(z + splat(kRoundingOffset)); }
+ALWAYS_INLINE vb_quarter low_bytes(vi v) { return __builtin_convertvector(v, vb_quarter); }
+ALWAYS_INLINE void store_low_bytes(uint8_t* p, int64_t pitch, const vi (&v)[4]) {
+  UNROLL_FOR (i, 4) {
+    const vb_quarter bytes = low_bytes(v[i]);
+    __builtin_memcpy(p + i * pitch, &bytes, sizeof(bytes));
+  }
+}
+
+}  // namespace
+}  // namespace cpu
+}  // namespace adderops
