@@ -1,6 +1,8 @@
 """`eval`: it prints what the run holds, and wrong inputs end with a reason."""
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -94,6 +96,16 @@ def test_eval_of_another_set_normalizes_as_in_training(run, folder_of_bars, tmp_
         logits = RunFolder.load(run).network("student")((pixels - mean) / std)
     assert float(line[4]) == pytest.approx(F.cross_entropy(logits, labels.long()).item(), abs=1e-3)
     assert float(line[1]) == pytest.approx(100 * (logits.argmax(1) == labels).double().mean().item(), abs=0.005)
+
+
+def test_eval_of_the_own_set_needs_no_test_image_of_every_class(run, folder_of_bars, tmp_path):
+    """Of another set without class names the number of classes must agree."""
+    folder = Path(shutil.copytree(folder_of_bars, tmp_path / "bars"))
+    config = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps({**config, "data": str(folder)}))
+    (folder / IDX_FILES[3]).write_bytes(idx_bytes(torch.arange(40) % 3))
+    assert main(["eval", str(run)]) == 0
+    assert main(["eval", str(run), "--data", str(folder)]) == 2
 
 
 def cut(content: bytes) -> bytes:

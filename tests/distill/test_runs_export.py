@@ -85,10 +85,10 @@ def test_exports_carry_names_and_normalization_without_the_images(trained_on_pic
     assert main(["report", str(moved)]) == 0
     stored = {"preprocessing.json": ""}
     torch.export.load(moved / "export" / "student.pt2", extra_files=stored)
-    beside = json.loads((moved / "export" / "student.json").read_text())
+    next_to_it = json.loads((moved / "export" / "student.json").read_text())
     import onnx
 
     model = onnx.load(moved / "export" / "student.onnx")
-    for facts in (beside, json.loads(stored["preprocessing.json"]), {p.key: p.value for p in model.metadata_props}):
+    for facts in (next_to_it, json.loads(stored["preprocessing.json"]), {p.key: p.value for p in model.metadata_props}):
         assert json.loads(facts["classes"]) == ["dark", "light"]
         assert json.loads(facts["mean"]) == pytest.approx([0.485, 0.456, 0.406])
