@@ -1,4 +1,4 @@
-"""The command line dispatches, and a user's own method goes through all of it."""
+"""The command line dispatches to its commands, and its help names them all."""
 
 import pytest
 
