@@ -1,5 +1,6 @@
 // Packed weights: panels in the order that the kernels read, [term][lane], as float32.
 #pragma once
+#include "../../args/conv2d.h"
 #include "vector.h"
 
 namespace adderops {
