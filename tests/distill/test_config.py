@@ -8,6 +8,7 @@ import pytest
 from tqdm import tqdm
 
 from adderops.distill import Config, Options, main
+from adderops.distill.config import DROPPED
 from adderops.distill.options import LARGEST_FLOAT, LARGEST_INT, kind_of
 from adderops.distill.runs import COMMANDS
 from adderops.distill.trainer import BAR, postfix
@@ -102,6 +103,26 @@ def test_help_has_every_option_under_a_heading(capsys):
         section = text[text.index(f"\n{field.metadata['group']}:") :]
         section = section[: section.index("\n\n")] if "\n\n" in section else section
         assert f"--{field.name.replace('_', '-')}" in section
+
+
+@pytest.mark.parametrize("name, other", zip(DROPPED, ["learned", True, "identity", "none", "sum"], strict=True))
+def test_an_option_that_is_gone_is_read_with_the_value_that_applies_now(name, other, tmp_path):
+    config = Options(method="pkkd").resolve()
+    older, path = config.flat() | DROPPED, tmp_path / "config.json"
+    path.write_text(json.dumps(older))
+    assert Config.load(path) == config and config.differences(older) == {}
+    path.write_text(json.dumps(older | {name: other}))
+    message = f"{name}: expected {DROPPED[name]!r}, got another: 0.1.0 was the last version with this option"
+    with pytest.raises(ValueError, match=f"config.json: .*{message}"):
+        Config.load(path)
+    with pytest.raises(ValueError, match=message):
+        config.differences(older | {name: other})
+
+
+def test_a_configuration_of_0_1_0_has_no_distillation_where_its_method_has_none(tmp_path):
+    """It wrote the options of the distillation for every method."""
+    (tmp_path / "config.json").write_text(json.dumps(Options(method="plain").resolve().flat() | {"beta": 0.1}))
+    assert Config.load(tmp_path / "config.json") == Options(method="plain").resolve()
 
 
 def test_amp_alone_is_bfloat16():
