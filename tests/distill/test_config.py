@@ -105,7 +105,7 @@ def test_help_has_every_option_under_a_heading(capsys):
         assert f"--{field.name.replace('_', '-')}" in section
 
 
-@pytest.mark.parametrize("name, other", zip(DROPPED, ["learned", True, "identity", "none", "sum"], strict=True))
+@pytest.mark.parametrize("name, other", [*zip(DROPPED, ["learned", True, "identity", "none", "sum"], strict=True)])
 def test_an_option_that_is_gone_is_read_with_the_value_that_applies_now(name, other, tmp_path):
     config = Options(method="pkkd").resolve()
     older, path = config.flat() | DROPPED, tmp_path / "config.json"

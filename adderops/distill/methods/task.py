@@ -179,7 +179,7 @@ class Task(nn.Module):
         return Losses(torch.stack(list(terms.values())).sum(), terms, logits)
 
     def diagnose(self, losses: Losses) -> dict[str, Tensor]:
-        """Returns what layers.csv gets, by column, (layers) each; called in the last step of an epoch, before `backward`."""
+        """Returns the columns of layers.csv, (layers) each; called before `backward` in the last step of an epoch."""
         return {}
 
 
