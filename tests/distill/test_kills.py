@@ -1,7 +1,7 @@
 """Signals at any moment of any command: no traceback, no lost work, no folder that is stuck.
 
-ADDEROPS_KILLS=30 sends that many.  Every command is a process group of its own; the signal goes to the whole group or to
-the main process alone.
+ADDEROPS_KILLS=30 sends that many.  Every command is a process group of its own; the signal goes to the whole group or
+to the main process alone.
 """
 
 import multiprocessing
