@@ -18,7 +18,7 @@ MOMENTUM = 0.9
 
 
 def load_data_of(config: Config) -> Data:
-    """Loads the image set of a configuration; images of a folder get the size that the network is made for."""
+    """Loads the image set of a configuration; images of an image folder get the size that the network expects."""
     of_files = config.data == "imagenet" or (Path(config.data) / "train").is_dir()
     return load_data(
         config.data,

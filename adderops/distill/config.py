@@ -366,7 +366,7 @@ class Config(_Shared):
         try:
             content = json.loads(path.read_text())
             if not isinstance(content, dict):
-                raise ValueError(f"got {type(content).__name__} in place of names and values")
+                raise ValueError(f"got {type(content).__name__} instead of names and values")
             options = from_flat(content)
             resolved = [f.name for f in fields(Options) if f.metadata.get("of_recipe") or f.name == "threads"]
             for name in resolved:  # the first version had data and arch; no version leaves any of these open

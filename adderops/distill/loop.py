@@ -24,8 +24,8 @@ from adderops.distill.methods import Losses, Task
 from adderops.models import mark_adder_weights
 from adderops.optim import AdaptiveRateLayer
 
-# The last test takes BatchNorm statistics from so many times more images: those of 512 cost a converged network some
-# tenths of a point, those of 2048 nothing (docs/distill.md).
+# Before the last test, BatchNorm statistics are estimated on so many times more images: statistics of 512 images cost a
+# converged network some tenths of a point, of 2048 images nothing (docs/distill.md).
 LAST = 4
 
 

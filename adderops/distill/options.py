@@ -44,7 +44,7 @@ def option(
 
 
 def now(value: Any) -> Any:
-    """Returns the value, or what a function returns: names may be registered after the declaration."""
+    """Returns a value, or calls a function for it: more names may be registered after the declaration."""
     return value() if callable(value) else value
 
 
@@ -151,9 +151,7 @@ def refuse_unused(options: Any, given: Iterable[str]) -> None:
             if getattr(options, other) not in values:
                 got = f"{flag(other)} {str(getattr(options, other)).lower()}"
                 wanted = " or ".join(str(value).lower() for value in values)
-                raise ValueError(
-                    f"{name}: expected {flag(other)} {wanted} beside it, got {got}: it has no effect there"
-                )
+                raise ValueError(f"{name}: expected {flag(other)} {wanted} with it, got {got}, where it has no effect")
 
 
 def parse_weights(text: str) -> list[float]:

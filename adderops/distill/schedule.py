@@ -24,7 +24,7 @@ def cosine_schedule(optimizer: Optimizer, epochs: int, warmup: int = 0, rifle: i
     """Returns the schedule `cosine` for all parameter groups of an optimizer.
 
     Args:
-        optimizer: its learning rates are those of the factor 1.
+        optimizer: its learning rates are multiplied by the factors.
         epochs: to train for.
         warmup: epochs of linear warm-up.
         rifle: period in epochs: the group named 'classifier' follows a cosine of its own in each period.

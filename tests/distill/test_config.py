@@ -1,4 +1,4 @@
-"""Every option declared once: its type and range, where it has an effect, how --help has it."""
+"""Every option is declared once: type, range, where it has an effect, and its place in --help."""
 
 import json
 import re
@@ -8,6 +8,7 @@ import pytest
 from tqdm import tqdm
 
 from adderops.distill import Config, Options, main
+from adderops.distill.config import DROPPED
 from adderops.distill.options import LARGEST_FLOAT, LARGEST_INT, kind_of
 from adderops.distill.runs import COMMANDS
 from adderops.distill.trainer import BAR, postfix
@@ -62,19 +63,19 @@ def test_a_file_that_is_no_configuration(tmp_path, content):
         ("--reestimate-batchnorm 1", "reestimate_batchnorm: expected 0 or at least 2 images, got 1"),
         (
             "--method plain --teacher-checkpoint nope.pt",
-            "teacher_checkpoint: expected --method pkkd or compare beside it",
+            "teacher_checkpoint: expected --method pkkd or compare with it",
         ),
         (
             "--method cnn --beta 1",
-            "beta: expected --method pkkd or compare beside it, got --method cnn: it has no effect",
+            "beta: expected --method pkkd or compare with it, got --method cnn, where it has no effect",
         ),
         (
             "--method pkkd --no-logits --temperature 2",
-            "temperature: expected --logits true beside it, got --logits false",
+            "temperature: expected --logits true with it, got --logits false",
         ),
-        ("--features none --beta 1", "beta: expected --features 1x1 or kernel or kernel+1x1 beside it"),
-        ("--teacher none --alpha 2", "alpha: expected --teacher progressive or frozen beside it, got --teacher none"),
-        ("--method plain --teacher-arch resnet20", "teacher_arch: expected --method pkkd or compare beside it"),
+        ("--features none --beta 1", "beta: expected --features 1x1 or kernel or kernel+1x1 with it"),
+        ("--teacher none --alpha 2", "alpha: expected --teacher progressive or frozen with it, got --teacher none"),
+        ("--method plain --teacher-arch resnet20", "teacher_arch: expected --method pkkd or compare with it"),
     ],
 )
 def test_options_that_mean_nothing_are_refused_by_name(arguments, message, tmp_path, capsys):
@@ -104,6 +105,26 @@ def test_help_has_every_option_under_a_heading(capsys):
         assert f"--{field.name.replace('_', '-')}" in section
 
 
+@pytest.mark.parametrize("name, other", [*zip(DROPPED, ["learned", True, "identity", "none", "sum"], strict=True)])
+def test_an_option_that_is_gone_is_read_with_the_value_that_applies_now(name, other, tmp_path):
+    config = Options(method="pkkd").resolve()
+    older, path = config.flat() | DROPPED, tmp_path / "config.json"
+    path.write_text(json.dumps(older))
+    assert Config.load(path) == config and config.differences(older) == {}
+    path.write_text(json.dumps(older | {name: other}))
+    message = f"{name}: expected {DROPPED[name]!r}, got another: 0.1.0 was the last version with this option"
+    with pytest.raises(ValueError, match=f"config.json: .*{message}"):
+        Config.load(path)
+    with pytest.raises(ValueError, match=message):
+        config.differences(older | {name: other})
+
+
+def test_a_configuration_of_0_1_0_has_no_distillation_where_its_method_has_none(tmp_path):
+    """It wrote the options of the distillation for every method."""
+    (tmp_path / "config.json").write_text(json.dumps(Options(method="plain").resolve().flat() | {"beta": 0.1}))
+    assert Config.load(tmp_path / "config.json") == Options(method="plain").resolve()
+
+
 def test_amp_alone_is_bfloat16():
     from adderops.distill.command_line import training_parser
 
@@ -112,7 +133,7 @@ def test_amp_alone_is_bfloat16():
 
 
 def test_the_bar_fits_80_columns_with_accuracies_and_loss():
-    """The longest there is: a name of five letters, 400 epochs, hours to go, everything right."""
+    """The longest possible: a name of five letters, 400 epochs, hours to go, accuracies of 100 %."""
     accuracies = {"teacher": 1.0, "student": 1.0, "student_ema": 0.9912}
     for seconds, done in ((1, 5), (40000, 10_000_000)):
         line = tqdm.format_meter(

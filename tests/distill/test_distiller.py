@@ -1,4 +1,4 @@
-"""Distillation from Python: foreign networks and data, own optimizer and schedule, callbacks, the same bits again."""
+"""Distillation from Python: networks and data of others, own optimizer and schedule, callbacks, bitwise resume."""
 
 import copy
 import pickle
@@ -153,7 +153,7 @@ def test_logits_of_other_classes_are_refused():
 
 
 def test_a_fitted_student_is_free_of_hooks():
-    """It pickles, copies and goes on without what the training had put into it."""
+    """It can be pickled and copied: the hooks of the training are gone."""
     distiller, _ = fitted(epochs=1)
     student = distiller.task.networks["student"]
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in student.modules())
@@ -222,7 +222,7 @@ def test_an_optimizer_of_other_parameters_is_refused():
 
 
 def test_adder_weights_take_steps_of_their_own_size_under_float16_clipping_and_accumulation():
-    """A step of plain SGD at lr 1 moves the weights by a root mean square of eta, or the scaler skips it."""
+    """A step of plain SGD with lr 1 changes the weights by a root mean square of eta, or the scaler skips it."""
     student = small_student()
     weights, steps = [[student[i].weight.detach().clone() for i in (3, 6)]], []
 

@@ -27,7 +27,7 @@ LOSSES = ("teacher_ce", "student_ce", "imitation", "l_mid", "student_loss", "tea
 
 @pytest.fixture
 def one_batch(tmp_path, set_threads) -> list[str]:
-    """An epoch is one step on 15 images, 8 and 7 of them a process: the log has the losses of each step."""
+    """An epoch is one step on 15 images, 8 and 7 per process: the log has the losses of each step."""
     set_threads(1)
     write_bars(tmp_path, train=15)
     return f"--data {tmp_path} --method pkkd --epochs 4 --batch-size 15 --threads 1 --ema 0.9".split()
@@ -48,7 +48,7 @@ def torchrun(*arguments: str) -> subprocess.Popen:
 
 
 def errors(ours, theirs) -> list[float]:
-    """The largest relative difference of the losses, an epoch."""
+    """The largest relative difference of the losses, per epoch."""
     rows = zip(rows_of(ours / "log.csv"), rows_of(theirs / "log.csv"), strict=True)
     return [max(abs(float(a[name]) / float(b[name]) - 1) for name in LOSSES) for a, b in rows]
 
@@ -68,7 +68,7 @@ def test_two_processes_are_one_with_the_same_batch(one_batch, tmp_path):
 
 
 def test_without_a_common_batchnorm_they_are_not(one_batch, tmp_path):
-    """The bounds above can tell; and parts of a batch give the same losses however many processes share them."""
+    """The bounds above can tell; and parts of a batch give the same losses for any number of processes."""
     assert main([*one_batch, "--output", str(tmp_path / "one")]) == 0
     process = torchrun(*one_batch, "--output", str(tmp_path / "two"))
     messages = process.communicate(timeout=300)[1]
@@ -77,7 +77,7 @@ def test_without_a_common_batchnorm_they_are_not(one_batch, tmp_path):
 
 
 def test_a_signal_stops_both_and_one_continues(one_batch, tmp_path):
-    """SIGTERM to torchrun, as a cluster sends it; the run goes on with one process, to the same end."""
+    """SIGTERM to torchrun, as a cluster sends it; the run resumes with one process, to the same end."""
     one_batch[one_batch.index("--epochs") + 1] = "40"
     assert main([*one_batch, "--output", str(tmp_path / "whole")]) == 0
     run = tmp_path / "run"
@@ -88,7 +88,7 @@ def test_a_signal_stops_both_and_one_continues(one_batch, tmp_path):
     messages = process.communicate(timeout=120)[1]
     assert "stopped by SIGTERM; " in messages and process.returncode != 0
     done = torch.load(run / "checkpoint.pt", weights_only=True)["epoch"]
-    assert done in range(1, 40), "the signal came before the first epoch or behind the last"
+    assert done in range(1, 40), "the signal came before the first epoch or after the last"
     assert len(rows_of(run / "log.csv")) == done
     assert main(["--resume", str(run)]) == 0
     found = errors(run, tmp_path / "whole")

@@ -1,7 +1,7 @@
 """Signals at any moment of any command: no traceback, no lost work, no folder that is stuck.
 
-ADDEROPS_KILLS=30 makes the series so long.  Every command is a process group of its own, and the signal goes to all of
-it or to the main process alone.
+ADDEROPS_KILLS=30 sends that many.  Every command is a process group of its own; the signal goes to the whole group or
+to the main process alone.
 """
 
 import multiprocessing
@@ -171,7 +171,7 @@ def test_a_killed_worker_is_one_line_with_a_remedy(sets, tmp_path):
 
 
 def test_out_of_memory_is_one_line_with_a_remedy(sets, whole, tmp_path):
-    """In the second epoch; the run goes on once there is memory, to the same end."""
+    """In the second epoch; once there is memory, the run resumes, to the same end."""
     run = tmp_path / "run"
     arguments = [*TRAINING, *sets["bars"], "--output", str(run)]
     program = f"""

@@ -1,4 +1,4 @@
-"""One owner per run folder, and folders that refuse nobody for what a killed or refused run has left."""
+"""One owner per run folder; what a killed or refused run leaves does not block the folder."""
 
 import json
 import multiprocessing
@@ -51,7 +51,7 @@ def test_a_folder_in_use_is_refused_with_its_owner_and_free_once_that_is_dead(op
         os.killpg(holder.pid, 9)
 
 
-def test_output_beside_an_owner_is_refused(options, tmp_path, capsys):
+def test_output_to_an_owned_folder_is_refused(options, tmp_path, capsys):
     """The owner has not written anything yet."""
     holder = hold(tmp_path / "run")
     try:

@@ -1,4 +1,4 @@
-"""L_mid against its formula written out in float64, on every axis, value and gradients."""
+"""L_mid against its formula written out in float64: value and gradients, for all features."""
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ def _one_thread(set_threads):
 
 
 def adder_like(n: int, h: int, w: int, channels: int = CHANNELS) -> Tensor:
-    """Outputs as an adder layer has them: minus a few hundred."""
+    """Outputs like an adder layer's: minus a few hundred."""
     return -(torch.rand(n, channels, h, w, dtype=torch.float64) * 300 + 100)
 
 
@@ -82,7 +82,7 @@ def test_layouts_of_student_and_teacher_may_differ():
 
 
 @pytest.mark.parametrize("features", ["1x1", "kernel", "kernel+1x1"])
-def test_formula_on_every_axis(features):
+def test_formula_for_all_features(features):
     assert_matches_formula(make_match(features), adder_like(3, 4, 2).requires_grad_(), conv_like(3, 4, 2), features)
 
 
@@ -114,7 +114,7 @@ def test_widths_follow_the_batch():
 
 
 def test_batch_width_gets_no_gradient():
-    """assert_matches_formula holds the width constant; with its gradient the student's would be another."""
+    """assert_matches_formula holds the width constant; with its gradient, the student's would differ."""
     y, c = adder_like(3, 4, 2).requires_grad_(), conv_like(3, 4, 2)
     match = make_match()
     through_width = written_out(y, c, match, "kernel+1x1", [y.abs().mean(), batch_widths(y, c)[1]])
@@ -130,7 +130,7 @@ def test_teacher_gets_no_gradient():
     assert c.grad is None and y.grad is not None
 
 
-def test_layers_are_averaged_whatever_their_size_and_order():
+def test_layers_are_averaged_for_any_size_and_order():
     shapes = [(2, 3, 4, 4), (2, 7, 1, 1), (2, 3, 2, 2)]  # layers of one size are computed together
     ys, cs = [adder_like(n, h, w, c) for n, c, h, w in shapes], [conv_like(n, h, w, c) for n, c, h, w in shapes]
     both, watched = FeatureMatch([3, 7, 3]).double()(ys, cs)
@@ -148,7 +148,7 @@ def test_watched_variance_is_that_of_the_teachers_features():
 
 
 def test_scaling_both_1x1_does_not_shrink_the_loss():
-    """The trivial optimum W = 0 is closed by the BatchNorm behind it."""
+    """The BatchNorm after it excludes the trivial optimum W = 0."""
     y, c, match = adder_like(8, 4, 4), conv_like(8, 4, 4), FeatureMatch([CHANNELS]).double()
     before = match([y], [c])[0].item()
     with torch.no_grad():
@@ -161,7 +161,7 @@ def test_scaling_both_1x1_does_not_shrink_the_loss():
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("n, channels, side", [(64, 16, 32), (128, 120, 1)])
 def test_float32_loses_no_digits(n, channels, side, channels_last):
-    """Outputs that vary by 1 % about a large mean, as in deep adder layers: squares are summed of centred numbers."""
+    """Outputs that vary by 1 % about a large mean, as in deep adder layers: the squares are sums of centred numbers."""
     y = -500 + 5 * torch.randn(n, channels, side, side, dtype=torch.float64)
     c = conv_like(n, side, side, channels)
     if channels_last:

@@ -1,4 +1,4 @@
-"""Options of training: each does what it says, and the run with it continues like any other."""
+"""Options of training: each has its effect, and a run with it resumes like any other."""
 
 from dataclasses import replace
 
@@ -19,7 +19,7 @@ def load(path) -> dict[str, torch.Tensor]:
 
 @pytest.fixture
 def steps(monkeypatch):
-    """What the optimizer is given: {"gradients": a dict by name per step}, and the task built."""
+    """{"gradients": one dict by name per optimizer step, "tasks": the tasks built}."""
     seen = {"gradients": [], "tasks": keep_tasks(monkeypatch)}
 
     def record(*_):
@@ -35,7 +35,7 @@ def steps(monkeypatch):
 
 
 def test_accumulated_gradient_is_the_mean_over_the_batch(config, data, tmp_path, steps, monkeypatch):
-    """With BatchNorms that go by running statistics the parts of a batch do not see each other: the same gradient.
+    """With BatchNorms on running statistics, the parts of a batch are independent: the same gradient.
 
     Batches of 15 in 4 parts, so that the parts are uneven: 4, 4, 4, 3.
     """
@@ -120,7 +120,7 @@ def test_initial_weights_are_those_of_the_file(config, data, tmp_path):
 @pytest.mark.parametrize(
     "arch, head", [("lenet5", ["fc.weight", "fc.bias"]), ("resnet20", ["fc.weight", "bn2.weight"])]
 )
-def test_a_classifier_of_other_classes_starts_anew(config, tmp_path, capsys, arch, head):
+def test_a_classifier_of_other_classes_keeps_its_initial_weights(config, tmp_path, capsys, arch, head):
     state = create_model(arch, "adder", 1, 7).state_dict()
     torch.save(state, tmp_path / "w.pt")
     config = replace(config, arch=arch, initial=str(tmp_path / "w.pt"))
@@ -159,7 +159,7 @@ def test_rifle_redraws_the_classifier_after_every_period_but_the_last(config, da
     assert not torch.equal(heads[16], heads[32])
     assert [i for i, has in enumerate(momentum) if not has] == [0, 16, 32]
     initial = build_task(config).networks["student"]
-    assert torch.equal(heads[0], initial.fc.weight), "drawn anew at the start: fine-tuning would lose its classifier"
+    assert torch.equal(heads[0], initial.fc.weight), "re-drawn at the start: fine-tuning would lose its classifier"
 
 
 def test_rifle_continues_as_uninterrupted(config, data, tmp_path):
@@ -220,7 +220,7 @@ def _record(dtypes: set, output: torch.Tensor) -> torch.Tensor:
 
 
 def test_compile_compiles_both_networks(config, data, tmp_path, monkeypatch):
-    """By a backend that counts; what inductor makes of an adder layer is tests/test_library.py's claim."""
+    """With a backend that counts graphs; other tests compile adder layers with inductor."""
     graphs = []
 
     def count(graph, inputs):
@@ -247,7 +247,7 @@ def test_workers_change_nothing(config, data, tmp_path):
 
 
 def test_tensorboard_gets_every_row_once(config, data, tmp_path, monkeypatch):
-    """Also where a run died between TensorBoard's row of an epoch and the checkpoint."""
+    """Also after a run died between TensorBoard's row of an epoch and the checkpoint."""
     event_accumulator = pytest.importorskip(
         "tensorboard.backend.event_processing.event_accumulator", reason="needs tensorboard"
     )

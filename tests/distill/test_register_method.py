@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from adderops.distill import METHODS, Distillation, Losses, Options, Task, main, register_method, train
+from adderops.distill import METHODS, Distillation, Options, Task, main, register_method, train
 from distill.runs import assert_same_state
 
 # Two adder networks, which no file of adderops knows; where it is told to, it stops itself in a step.
@@ -148,7 +148,11 @@ def test_a_method_without_a_teacher_cannot_be_asked_to_drop_it(registered):
         Options(method="by logits alone", teacher="none")
 
 
-def test_forward_is_the_methods_own():
-    with pytest.raises(NotImplementedError):
-        Task({})(torch.zeros(1), torch.zeros(1))
-    assert Task({}).diagnose(Losses(torch.zeros(()), {}, {})) == {}
+def test_by_default_each_network_trains_on_the_labels():
+    networks = {role: torch.nn.Linear(3, 2) for role in ("student", "sibling")}
+    images, labels = torch.randn(4, 3), torch.tensor([0, 1, 1, 0])
+    task = Task(networks)
+    losses = task(images, labels)
+    expected = {f"{r}_ce": torch.nn.functional.cross_entropy(n(images), labels) for r, n in networks.items()}
+    assert losses.terms == expected and losses.total == sum(expected.values())
+    assert task.diagnose(losses) == {}

@@ -1,4 +1,4 @@
-"""What every trainer has: each option has its effect, and a run with it continues with the same bits."""
+"""Regularization, schedule and tests: each option has its effect, and a run with it resumes with the same bits."""
 
 import json
 import signal
@@ -25,7 +25,7 @@ def load(path) -> dict:
 
 
 def interrupted(config, data, folder, after: int) -> None:
-    """Runs until SIGTERM behind a number of steps."""
+    """Trains until a SIGTERM after a number of steps."""
     steps = []
 
     def stop(*_):
@@ -164,7 +164,7 @@ def test_patience_ends_the_run_and_the_best_is_saved(config, tmp_path, capsys):
     data = load_data_of(config.resolve())
     summary = train(config, data, tmp_path)
     assert summary["epochs_done"] == 3 and summary["student_best_epoch"] == 1
-    assert train(config, data, tmp_path) == summary, "a finished run goes on"
+    assert train(config, data, tmp_path) == summary, "a finished run continues"
     assert len(rows_of(tmp_path / "log.csv")) == 3
 
 
@@ -235,7 +235,7 @@ def test_a_frozen_teacher_keeps_its_statistics(config, data, tmp_path):
 
 
 def test_test_accuracy_follows_the_training_accuracy_from_the_start(tmp_path, set_threads):
-    """Digits after two epochs: 16 % by running averages, 95 % by 512 images; the training images are at 91 %."""
+    """Digits after two epochs: 16 % with running averages, 95 % with 512 images; training accuracy 91 %."""
     set_threads(1)
     arguments = "--data digits --method plain --epochs 2 --threads 1 --no-nesterov".split()
     found = {}

@@ -1,4 +1,4 @@
-"""Nothing is lost: kill -9, SIGTERM, Ctrl-C, a full disk; the continued run ends with the same bits."""
+"""Nothing is lost: kill -9, SIGTERM, Ctrl-C, a full disk; the resumed run ends with the same bits."""
 
 import signal
 import subprocess
@@ -45,7 +45,7 @@ def test_resume_after_kill_9_ends_with_the_same_bits(options, tmp_path):
     assert process.wait() == -signal.SIGKILL, "it ended before it could be killed"
     at_kill = rows_of(log_file)
     assert 2 <= len(at_kill) < epochs
-    # whatever the moment of the kill, a part-written file and a log without its last row must not disturb
+    # whenever the kill comes, a partly written file and a log without its last row must do no harm
     (killed / "checkpoint.pt.tmp").write_bytes(b"half a checkpoint")
 
     subprocess.run([*COMMAND, "--resume", str(killed)], stdout=subprocess.DEVNULL, check=True)
@@ -56,7 +56,7 @@ def test_resume_after_kill_9_ends_with_the_same_bits(options, tmp_path):
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_a_checkpoint_within_the_epoch_and_leaves(options, tmp_path, signum):
-    """A real process; the signal comes somewhere behind the first of 40 epochs of 8 steps."""
+    """A real process; the signal comes at some time after the first of 40 epochs of 8 steps."""
     options = [*options, "--method", "pkkd", "--epochs", "40"]
     run = tmp_path / "run"
     process = subprocess.Popen(
@@ -76,7 +76,7 @@ def test_a_signal_saves_a_checkpoint_within_the_epoch_and_leaves(options, tmp_pa
 @pytest.mark.parametrize("method", ["pkkd", "plain", "cnn"])
 @pytest.mark.parametrize("after", [3, 8, 11])
 def test_stopped_within_an_epoch_and_continued_is_as_uninterrupted(config, data, tmp_path, method, after):
-    """Eight steps an epoch: within the first, at its end, within the second."""
+    """Eight steps per epoch: within the first, at its end, within the second."""
     config = replace(config, method=method)
     train(config, data, tmp_path / "whole")
     steps = []
@@ -119,7 +119,7 @@ def test_a_checkpoint_is_saved_within_an_epoch_when_it_is_time(config, data, tmp
 @pytest.mark.parametrize("writer", ["save_checkpoint", "write_csv"])
 @pytest.mark.parametrize("method, epoch", [("pkkd", 1), ("pkkd", 2), ("plain", 2), ("cnn", 2)])
 def test_interrupted_before_either_file_of_an_epoch(config, data, tmp_path, monkeypatch, writer, method, epoch):
-    """Before the checkpoint, or between it and the log: the continued run has each row once, and the same bits."""
+    """Before the checkpoint, or between it and the log: the resumed run has each row once, and the same bits."""
     config = replace(config, method=method, epochs=3)
     train(config, data, tmp_path / "whole")
 
@@ -145,7 +145,7 @@ def test_interrupted_before_either_file_of_an_epoch(config, data, tmp_path, monk
 
 
 def test_a_full_disk_is_said_and_the_last_checkpoint_is_intact(options, tmp_path, capsys, monkeypatch):
-    """fsync fails in the second epoch's checkpoint; with room again the run ends as an undisturbed one does."""
+    """fsync fails in the second epoch's checkpoint; once there is room, the run ends like an uninterrupted one."""
     options = [*options, "--method", "pkkd"]
     assert main([*options, "--output", str(tmp_path / "sound")]) == 0
     run, save = tmp_path / "run", trainer.save_checkpoint
@@ -243,7 +243,7 @@ def test_damaged_checkpoint(options, tmp_path, capsys, damage):
 
 @pytest.mark.parametrize("where", ["step", "last step"])
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(options, tmp_path, capsys, where):
-    """Weights become infinite in epoch 3: in its first step, or in its last, behind which only they can tell."""
+    """Weights become infinite in epoch 3: in its first step, or in its last, after which only the weights show it."""
     options = [*options, "--method", "pkkd", "--epochs", "4"]
     assert main([*options, "--output", str(tmp_path / "sound")]) == 0
     run = tmp_path / "run"

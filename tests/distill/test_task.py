@@ -1,4 +1,4 @@
-"""The losses of a task put together from their parts, and which gradients flow where."""
+"""The losses of a task are the sums of their parts, and gradients flow only where they should."""
 
 import math
 
@@ -184,7 +184,7 @@ def test_diagnosis_measures_without_touching(batch):
 
 @pytest.mark.parametrize("features", ["kernel+1x1", "kernel", "1x1"])
 def test_a_step_mixes_no_devices(features):
-    """On the meta device, where a tensor left on the CPU is as wrong as beside a GPU; the path of L_mid is a GPU's."""
+    """On the meta device, which refuses a tensor left on the CPU as a GPU does; L_mid takes the path of a GPU."""
     with torch.device("meta"):
         networks = (lenet5(kind, num_classes=5) for kind in ("cnn", "adder"))
         task = PKKDTask(*networks, Distillation(features=features)).float()

@@ -1,4 +1,4 @@
-"""The trainer: separation of the networks, what reaches the optimizer, what a run leaves behind, clear errors."""
+"""The trainer: separate networks, what reaches the optimizer, the files of a run, clear errors."""
 
 import json
 import math
@@ -31,7 +31,7 @@ def task_of(config: Options, **changes):
 
 
 def test_teacher_of_pkkd_is_the_cnn_trained_alone(config, data, tmp_path):
-    """End to end: neither distillation nor the shared optimizer leaves a trace in the teacher, bit for bit."""
+    """End to end: neither distillation nor the shared optimizer changes a bit of the teacher."""
     for method in ("pkkd", "cnn"):
         train(replace(config, method=method, beta=3.0), data, tmp_path / method)
     ours, alone = (torch.load(tmp_path / m / "teacher.pt", weights_only=True) for m in ("pkkd", "cnn"))
@@ -192,7 +192,7 @@ def test_a_set_without_a_recipe_takes_one_of_its_network(folder_of_bars):
     assert config.data == str(folder_of_bars) and config.weight_decay == 5e-4
 
 
-# --- what a run leaves behind ---
+# --- the files of a run ---
 
 
 def test_run_folder(options, tmp_path, capsys):

@@ -1,4 +1,4 @@
-"""What is trained, one class per method: networks, and what makes losses of a batch.
+"""The methods, one class each: networks in training, and the losses of a batch.
 
 `METHODS` lists the methods by name.  `register_method` adds a subclass of `Task` to them; it then works in
 `adderops.distill.train` and on the whole command line.

@@ -29,12 +29,12 @@ BATCHNORM_EPS = 1e-5
 
 
 class LinearMatch(nn.Module):
-    r"""The part of L_mid behind the kernels, for pairs of layers with the same numbers of channels.
+    r"""The part of L_mid after the kernels, for pairs of layers with the same numbers of channels.
 
     .. math:: y_a = BN(W_a g), \quad y_c = BN(W_c h), \quad (y_a - y_c)^2
 
     Computed from means and covariances (`adderops.distill.methods.moments`).  The BatchNorms have no parameters and use
-    the statistics of the batch: with a free W and nothing behind it, W = 0 would be the trivial optimum.
+    the statistics of the batch: with a free W and nothing after it, W = 0 would be the trivial optimum.
 
     W_a and W_c start at the identity.  Where the two layers differ in channels, they are rectangular, lead to the width
     of the narrower layer, and the one that changes the width starts orthogonal.
@@ -118,7 +118,7 @@ class FeatureMatch(nn.Module):
         """Returns L_mid and, of each layer, its term, the variance of y_c and the widths, (layers) each.
 
         Args:
-            student, teacher: outputs (N, C, H, W) of each layer; those of the teacher get no gradient.
+            student, teacher: outputs (N, C, H, W) of each layer; the teacher's get no gradient.
 
         Raises:
             ValueError: outputs of another shape.

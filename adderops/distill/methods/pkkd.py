@@ -41,11 +41,11 @@ class PKKDTask(Task):
         teacher, student: networks that give logits of the same classes.
         distillation: weights and temperature of the losses, features to match, frozen teacher; its `teacher_arch` and
             `teacher_checkpoint` are for `build`.
-        layers: what to match, see `layer_pairs`; by default all between the first convolution and the classifier.
+        layers: the layers to match, see `layer_pairs`; by default all between the first convolution and the classifier.
         label_loss: of logits and labels, for both networks; the plain cross entropy by default.
 
     Attributes:
-        match: makes L_mid; None where no features are matched.
+        match: computes L_mid; None where no features are matched.
 
     Raises:
         ValueError: layers that cannot be matched or, in `forward`, logits of different numbers of classes.

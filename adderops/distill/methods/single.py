@@ -1,46 +1,12 @@
 """One network alone, trained on the labels."""
 
-from __future__ import annotations
+from torch import nn
 
-from typing import TYPE_CHECKING
-
-import torch
-from torch import Tensor, nn
-
-from adderops.distill.methods.task import LabelLoss, Losses, Task, register_method
-from adderops.distill.networks import build_networks
-
-if TYPE_CHECKING:
-    from adderops.distill.config import Config
-    from adderops.distill.data import Data
-
-
-class SingleTask(Task):
-    """One network alone, trained on the labels.
-
-    Args:
-        network: gives logits.
-        role: its name in logs and checkpoints: 'student' for an adder network, 'teacher' for a CNN.
-        label_loss: of logits and labels; the plain cross entropy by default.
-    """
-
-    def __init__(self, network: nn.Module, role: str, label_loss: LabelLoss | None = None) -> None:
-        super().__init__({role: network}, label_loss)
-        self.main = role
-
-    @classmethod
-    def build(cls, config: Config, data: Data, device: torch.device) -> Task:
-        [(role, network)] = build_networks(config, cls.roles, cls.main, data, device).items()
-        return cls(network, role, LabelLoss.build(config, data)).to(device)
-
-    def forward(self, images: Tensor, labels: Tensor) -> Losses:
-        logits = self.networks[self.main](images)
-        ce = self.label_loss(logits, labels)
-        return Losses(ce, {f"{self.main}_ce": ce}, {self.main: logits})
+from adderops.distill.methods.task import LabelLoss, Task, register_method
 
 
 @register_method("plain")
-class PlainTask(SingleTask):
+class PlainTask(Task):
     """The adder network alone, by the labels."""
 
     roles = {"student": "adder"}
@@ -48,9 +14,28 @@ class PlainTask(SingleTask):
 
 
 @register_method("cnn")
-class CNNTask(SingleTask):
-    """The CNN alone, by the labels: PKKD's teacher."""
+class CNNTask(Task):
+    """The CNN alone, by the labels: the teacher of PKKD."""
 
     roles = {"teacher": "cnn"}
     main = "teacher"
     label = "CNN"
+
+
+class SingleTask(Task):
+    """A network of your own alone, trained on the labels.
+
+    Args:
+        network: gives logits.
+        role: its name in logs and checkpoints: 'student' for an adder network, 'teacher' for a CNN.
+        label_loss: of logits and labels; the plain cross entropy by default.
+
+    >>> import torch
+    >>> task = SingleTask(nn.Sequential(nn.Flatten(), nn.Linear(16, 10)), "student")
+    >>> task(torch.randn(8, 1, 4, 4), torch.arange(8)).terms.keys()
+    dict_keys(['student_ce'])
+    """
+
+    def __init__(self, network: nn.Module, role: str, label_loss: LabelLoss | None = None) -> None:
+        super().__init__({role: network}, label_loss)
+        self.main = role

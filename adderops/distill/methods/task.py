@@ -14,7 +14,7 @@ from adderops.distill.distributed import global_mean
 from adderops.distill.networks import build_networks
 from adderops.distill.options import parse_weights
 
-if TYPE_CHECKING:  # a method gets them; it is no part of them
+if TYPE_CHECKING:  # `config` needs the list of methods
     from adderops.distill.config import Config
     from adderops.distill.data import Data
 
@@ -23,13 +23,13 @@ T = TypeVar("T", bound="type[Task]")
 
 @dataclass
 class Losses:
-    """What a task makes of a batch.
+    """The losses of a batch.
 
     Attributes:
         total: sum of the losses of all networks in training; the loop calls `backward` on it.
         terms: scalars to log, by column of log.csv.
         logits: (N, classes) of each network, by role.
-        layers: what to log of the matched layers, (layers) each.
+        layers: quantities of the matched layers, by column of layers.csv, (layers) each.
         outputs: raw outputs of the student's matched layers.
     """
 
@@ -113,18 +113,18 @@ class Task(nn.Module):
     """Base class of the methods: a task holds the networks in training and turns a batch into losses.
 
     Optimizer, schedule, tests, checkpoints, log and tables are the same for all methods; they use only what this class
-    has.  A subclass sets `roles`, `main` and `label` and defines `forward`; it overrides `build` where its constructor
-    takes other arguments, and `diagnose` where there is something to watch.  The first line of its docstring is its
+    has.  A subclass sets `roles`, `main` and `label` and defines `forward`; it overrides `build` if its constructor
+    takes other arguments, and `diagnose` if there is something to watch.  The first line of its docstring becomes its
     text in --help.
 
     Class attributes:
-        roles: the networks: role -> 'cnn' or 'adder', in the order of the tables.  The role names files and columns
-            (student.pt, student_test_accuracy) and, with the seed, decides the initial weights.
-        main: the role that the run is about: the one of --initial, --ema, --rifle and the best test.
-        label: what tables call the main network.
-        distills: whether the options of the distillation have an effect; `config.distillation` is None where not.
-        without_teacher: the method that --teacher none stands for, where there is one.
-        extremes: which extreme of a diagnosis over the layers to log: 'var_yc': min gives the column var_yc_min.
+        roles: {role: 'cnn' or 'adder'} of the networks, in the order of the tables.  The role names files and columns
+            (student.pt, student_test_accuracy); with the seed, it decides the initial weights.
+        main: the role that the run is about: --initial, --bits, --ema, --rifle and the best test refer to it.
+        label: name of the main network in tables; by default the name of the method.
+        distills: whether the method takes the options of the distillation, as `config.distillation`; otherwise None.
+        without_teacher: the method that runs instead under --teacher none, if there is one.
+        extremes: {quantity of `diagnose`: min or max}: its extreme over the layers goes to log.csv, as var_yc_min.
 
     Args:
         networks: by role.
@@ -159,20 +159,27 @@ class Task(nn.Module):
         super().__init__()
         self.networks = nn.ModuleDict(networks)
         self.label_loss = label_loss or LabelLoss()
-        self.layer_names = []  # of what `diagnose` returns
+        self.layer_names = []  # what `diagnose` describes
 
     @classmethod
     def build(cls, config: Config, data: Data, device: torch.device) -> Task:
-        """Builds networks and task as a configuration has them, for the images and classes of a data set."""
+        """Builds the networks of a configuration, for the images and classes of a data set, and the task."""
         networks = build_networks(config, cls.roles, cls.main, data, device)
         return cls(networks, LabelLoss.build(config, data)).to(device)
 
     def forward(self, images: Tensor, labels: Tensor) -> Losses:
-        """Returns the losses of a batch: images (N, C, H, W); labels (N) int64, or shares (N, classes)."""
-        raise NotImplementedError
+        """Returns the losses of a batch; by default each network trains on the labels alone.
+
+        Args:
+            images: (N, C, H, W).
+            labels: (N) int64, or shares (N, classes).
+        """
+        logits = {role: network(images) for role, network in self.networks.items()}
+        terms = {f"{role}_ce": self.label_loss(values, labels) for role, values in logits.items()}
+        return Losses(torch.stack(list(terms.values())).sum(), terms, logits)
 
     def diagnose(self, losses: Losses) -> dict[str, Tensor]:
-        """Returns what to log of each of `layer_names` in the last step of an epoch; called before `backward`."""
+        """Returns the columns of layers.csv, (layers) each; called before `backward` in the last step of an epoch."""
         return {}
 
 
@@ -180,13 +187,13 @@ METHODS: dict[str, type[Task]] = {}
 
 
 def register_method(name: str) -> Callable[[T], T]:
-    """Makes a subclass of `Task` a method, for --method and for `Options(method=...)`.
+    """Registers a subclass of `Task` as a method, for --method and `Options(method=...)`.
 
     Args:
         name: of the method.
 
     Raises:
-        ValueError: the name is taken, or `roles` does not have `main`, or a kind other than 'cnn' and 'adder'.
+        ValueError: the name is taken, `main` is not in `roles`, or a kind is neither 'cnn' nor 'adder'.
 
     >>> @register_method("nothing")
     ... class Nothing(Task):
@@ -203,13 +210,14 @@ def register_method(name: str) -> Callable[[T], T]:
             raise ValueError(
                 f"{task.__name__}: roles: expected {task.main!r} among them, each 'cnn' or 'adder', got {roles}"
             )
+        task.label = task.label or name
         METHODS[name] = task
         return task
 
     return register
 
 
-COMPARE = "compare"  # --method compare: trains several of them
+COMPARE = "compare"  # a value of --method that trains runs of several methods
 
 
 def method_names() -> tuple[str, ...]:
