@@ -4,6 +4,7 @@ import importlib
 import signal
 import sys
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
 
@@ -17,6 +18,13 @@ from adderops.nn import AdderConv2d, AdderLinear, convert
 
 # Imported on first use: they are slow to import, or need packages that `pip install adderops` does not install.
 _LAZY = ("distill", "export", "info", "models", "operations", "quant")
+if TYPE_CHECKING:
+    from adderops import distill as distill
+    from adderops import export as export
+    from adderops import info as info
+    from adderops import models as models
+    from adderops import operations as operations
+    from adderops import quant as quant
 
 __all__ = ["AdderConv2d", "AdderLinear", "convert", "functional", "nn", "optim", "reestimate_batchnorm", "reference"]
 

@@ -70,6 +70,7 @@ def _empty_in_format_of(like: Tensor, shape: Sequence[int]) -> Tensor:
 def output_shape(
     x: Tensor, w: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
 ) -> tuple[int, ...]:
+    """Returns the shape (N, C_out, OH, OW) of an adder convolution, unchecked; sizes may be symbolic."""
     height, width = (
         (x.size(2 + i) + padding[2 * i] + padding[2 * i + 1] - dilation[i] * (w.size(2 + i) - 1) - 1) // stride[i] + 1
         for i in range(2)

@@ -116,17 +116,17 @@ class _Examination:
         self.reasons, self.original = reasons, original
         self.within_whole: set[nn.Module] = set()  # convolutions in the graph of the whole model
 
-    def examine(self, module: nn.Module, behind: nn.Module | None = None, whole: bool = False) -> None:
+    def examine(self, module: nn.Module, following: nn.Module | None = None, whole: bool = False) -> None:
         """Decides on the convolutions in a module by its graph, or else by its parts.
 
         Args:
             module: the module.
-            behind: the module registered next, taken for the reader of the output.
+            following: the module registered next, taken for the reader of the output.
             whole: the module is the whole model: nothing comes before or after it.
         """
         traced = None if isinstance(module, _WEIGHTED) else _trace(module)
         if traced is None:
-            self._examine_parts(module, behind, whole)
+            self._examine_parts(module, following, whole)
             return
         graph, closed = traced
         modules = dict(module.named_modules())
@@ -135,7 +135,7 @@ class _Examination:
         for node in graph.nodes:
             conv = _module_of(node, modules)
             if isinstance(conv, _ConvNd):
-                reason = _lack_of_norm(node, modules, isinstance(behind, _NORMS))
+                reason = _lack_of_norm(node, modules, isinstance(following, _NORMS))
                 if whole and node not in before:
                     reason = "first convolution"
                 elif whole and not _weights_behind(node, modules):
@@ -148,16 +148,16 @@ class _Examination:
         for part in closed:
             self._examine_parts(part)
 
-    def _examine_parts(self, module: nn.Module, behind: nn.Module | None = None, whole: bool = False) -> None:
+    def _examine_parts(self, module: nn.Module, following: nn.Module | None = None, whole: bool = False) -> None:
         if isinstance(module, _ConvNd):
-            normalized = isinstance(behind, _NORMS)
-            self.reasons[self.original[module]] = None if normalized else "no normalisation registered behind it"
+            normalized = isinstance(following, _NORMS)
+            self.reasons[self.original[module]] = None if normalized else "no normalisation registered after it"
         children = list(module.children())
         if len(children) == 1:  # a wrapper
-            self.examine(children[0], behind, whole)
+            self.examine(children[0], following, whole)
             return
-        for child, behind in zip(children, [*children[1:], None], strict=False):
-            self.examine(child, behind)
+        for child, following in zip(children, [*children[1:], None], strict=False):
+            self.examine(child, following)
 
 
 def _name_of(node: fx.Node) -> str:
@@ -189,7 +189,7 @@ def _lack_of_norm(node: fx.Node, modules: dict[str, nn.Module], output_is_normal
             elif isinstance(module, _PASSING) or (module is None and name in _PASSING_NAMES):
                 readers.append(user)
             elif not (user.op == "output" and output_is_normalized):
-                return f"no normalisation behind it but {name if module is None else type(module).__name__}"
+                return f"no normalisation after it but {name if module is None else type(module).__name__}"
     return None if read else "its output is not used"
 
 

@@ -58,5 +58,4 @@ def describe() -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    for name, answer in describe().items():
-        print(f"{name:<24}{answer}")
+    print("\n".join(f"{name:<24}{answer}" for name, answer in describe().items()))

@@ -222,7 +222,7 @@ class AdderLinear(_AdderLayer):
         super().__init__()
         self.in_features = in_features
         self.out_features = out_features
-        self.weight = nn.Parameter(torch.empty(out_features, in_features, device=device, dtype=dtype))
+        self.weight: Tensor = nn.Parameter(torch.empty(out_features, in_features, device=device, dtype=dtype))
         self.register_parameter(
             "bias", nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
         )
@@ -283,7 +283,7 @@ def convert(
     >>> model = convert(model)
     convert: kept     0: first convolution
     convert: replaced 3: AdderConv2d(8, 8, kernel_size=(3, 3), stride=(1, 1), eta=0.2)
-    convert: kept     6: no normalisation behind it but Sigmoid
+    convert: kept     6: no normalisation after it but Sigmoid
     convert: 1 of 3 convolutions replaced
     """
     reasons = reasons_to_stay(model) if filter is None else {}
@@ -314,7 +314,7 @@ def _cannot_replace(conv: nn.Conv2d) -> str | None:
     """Returns why an AdderConv2d cannot replace this convolution, or None."""
     kind = type(conv)
     if kind.forward is not nn.Conv2d.forward or kind._conv_forward is not nn.Conv2d._conv_forward:
-        return f"{kind.__name__} has a forward of its own"
+        return f"{kind.__name__} has a custom forward"
     if nn.utils.parametrize.is_parametrized(conv):
         return "parametrized"
     if any(map(nn.parameter.is_lazy, conv.parameters())):

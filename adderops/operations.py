@@ -35,6 +35,9 @@ class LayerOperations(NamedTuple):
         name: of the layer in the model.
         layer: its type.
         multiplications, additions: per image.
+
+    >>> LayerOperations("conv1", "Conv2d", multiplications=100, additions=100).additions
+    100
     """
 
     name: str

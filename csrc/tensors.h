@@ -15,8 +15,8 @@ Operand operand(const Tensor& tensor);
 enum class Order { kOther, kChannelsFirst, kChannelsLast };
 Order order_of(const Operand& o, int64_t C, int64_t H, int64_t W);
 
-// The tensor if it is dense in this format, else a copy that is.  Copies and results are freed when a call ends, while
-// CUDA kernels may still use them: torch's allocator hands their memory only to work queued later on the same stream.
+// The tensor if it is dense in this format, else a copy that is.  The copy is freed when the call ends, while CUDA
+// kernels may still read it: torch's allocator hands its memory only to work queued later on the same stream.
 Tensor dense(const char* op, const char* name, const Tensor& tensor, MemoryFormat format = MemoryFormat::Contiguous);
 std::optional<Tensor> dense(const char* op, const char* name, const std::optional<Tensor>& tensor,
                             MemoryFormat format = MemoryFormat::Contiguous);

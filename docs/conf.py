@@ -9,9 +9,10 @@ copyright = "adderops developers"
 release = adderops.__version__
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
-smartquotes = False  # -- in a text is an option
+smartquotes_action = "D"  # dashes alone: quotes are those of code
 default_role = "py:obj"  # `name` in a docstring links to its entry, where there is one
 myst_heading_anchors = 3  # the anchors that GitHub makes
+autodoc_inherit_docstrings = False
 autodoc_member_order = "bysource"
 autodoc_default_options = {"members": True}
 napoleon_custom_sections = [("Class attributes", "params_style")]
@@ -23,9 +24,10 @@ html_title = f"adderops {release}"
 
 
 def escaped(text: str) -> str:
-    """Escapes | and * outside of `code`: |x - w| and 2*padding mean what they say."""
+    """Text as it reads outside of `code`: |x - w| and 2*padding have no markup, --option is code."""
     parts = re.split(r"(`+[^`]*`+)", text)
-    return "".join(part if part[:1] == "`" else re.sub(r"([|*])", r"\\\1", part) for part in parts)
+    plain = (re.sub(r"([|*])", r"\\\1", re.sub(r"(--\w[\w-]*)", r"``\1``", part)) for part in parts)
+    return "".join(part if part[:1] == "`" else text for part, text in zip(parts, plain, strict=True))
 
 
 def docstring_to_rst(app, what, name, obj, options, lines: list[str]) -> None:

@@ -19,7 +19,7 @@ from adderops import reestimate_batchnorm
 from adderops.distill import METHODS, Config, Options
 from adderops.distill.build import build_optimizer
 from adderops.distill.data import epoch_batches
-from adderops.distill.paired import mean_and_deviation, paired_difference
+from adderops.distill.runs.paired import mean_and_deviation, paired_difference
 from adderops.optim import AdaptiveRate
 
 CONTESTANTS = {

@@ -27,7 +27,7 @@ from adderops.atomic import write_atomically
 from adderops.distill.build import load_data_of
 from adderops.distill.data import calibration_batches
 from adderops.distill.evaluate import evaluate
-from adderops.distill.run_folder import RunFolder
+from adderops.distill.runs.folder import RunFolder
 from adderops.quant import Scheme, calibrate, convert, reestimate_batchnorm
 
 RESULTS = Path(__file__).parent / "results" / "int8_accuracy"

@@ -32,7 +32,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from adderops.atomic import write_atomically
-from adderops.distill.paired import compare_groups, group_rows, paired_difference
+from adderops.distill.runs.paired import compare_groups, group_rows, paired_difference
 
 RESULTS = Path(__file__).parent / "results"
 RUNS = Path("runs/pkkd")

@@ -301,6 +301,11 @@ def exact_inputs(case: Case, offset: int = 0) -> Inputs:
     return Inputs(x, w, draw(case.y_shape, 4), draw((case.C_out,), 4))
 
 
+def quarters(*shape: int) -> torch.Tensor:
+    """Random multiples of 1/4 from -2 to 2: sums of their distances do not round."""
+    return torch.randint(-8, 9, shape) / 4
+
+
 def opposite_offsets(case: Case, inputs: Inputs, offset: float) -> Inputs:
     """+offset in the first half of the channels of x and w, -offset in the others: the sum of each is small."""
     channels = case.C_in // case.groups

@@ -1,5 +1,6 @@
-"""PKKD training of adder networks (arXiv 2009.13044): `Distiller`, and `python -m adderops.distill`."""
+"""PKKD training of adder networks (arXiv 2009.13044): `Distiller`, and the command line, `main`."""
 
+from adderops.distill.command_line import main
 from adderops.distill.config import Config, Options
 from adderops.distill.data import Data, ImageSet, load_data
 from adderops.distill.distiller import Distiller
@@ -42,17 +43,3 @@ __all__ = [
     "register_method",
     "train",
 ]
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """Runs the command line `python -m adderops.distill`, from a program that registers its own methods and networks.
-
-    Args:
-        arguments: by default those of the program.
-
-    Returns:
-        The exit status: 0, 1 for an error, or 128 + the signal that stopped it.
-    """
-    from adderops.distill.__main__ import main as command_line  # -m executes that file, which nothing may import before
-
-    return command_line(arguments)

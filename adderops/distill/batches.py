@@ -1,12 +1,13 @@
-"""What the training loop is fed with: an image set of this package, or any loader of (images, labels).
+"""Training batches, from an image set of this package or from any loader of (images, labels).
 
-Either gives the steps of an epoch, the same at every call, from any step on: that is what makes a resumed run equal an
-uninterrupted one.
+Both yield the same steps of an epoch at every call, starting from any step; so a resumed run equals an uninterrupted
+one.
 """
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple, Protocol
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -16,13 +17,14 @@ from adderops.distill import distributed
 from adderops.distill.data import ImageSet, calibration_batches, epoch_batches
 
 
-class Part(NamedTuple):
-    """What goes through the networks at once.
+@dataclass(frozen=True)
+class Part:
+    """The part of a batch that goes through the networks at once.
 
     Attributes:
-        images, labels: of this process.
-        count: images over all processes.
-        share: of the images of the step.
+        images, labels: this process's share of it.
+        count: number of images, over all processes.
+        share: fraction of the batch's images.
     """
 
     images: Tensor
@@ -35,10 +37,11 @@ class Batches(Protocol):
     """The steps of each epoch.
 
     Attributes:
-        images: per epoch, over all processes; None where only the epoch's end tells.
+        images: number of images per epoch, over all processes; None where it is unknown before the epoch ends.
     """
 
-    images: int | None
+    @property
+    def images(self) -> int | None: ...
 
     def steps(self, epoch: int, start: int = 0) -> Iterator[tuple[list[Part], bool]]:
         """Yields the parts of each step, from step `start` of the epoch, and whether it is the last."""
@@ -48,22 +51,22 @@ class Batches(Protocol):
 
 
 def seed_of(*numbers: int) -> int:
-    """Returns a seed that is a function of numbers, seed, epoch and step for example."""
+    """Returns a seed that depends on the numbers given, for example seed, epoch and step."""
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
 class ImageSetBatches:
-    """The batches of `epoch_batches`, cut into parts, a part into the processes' shares.
+    """The batches of `epoch_batches`, each cut into parts, each part into one share per process.
 
     Args:
         images: the set.
         batch_size: images per step, over all processes.
         accumulate: parts per batch.
-        seed: with the epoch, of the order.
+        seed: with the epoch, it decides the order of the images.
         workers, pin_memory: see `ImageSet.batches`.
 
     Raises:
-        ValueError: fewer images than a batch, or less than 2 images in each process's share of a part.
+        ValueError: fewer images than a batch, or fewer than 2 images in a process's share of a part.
     """
 
     def __init__(
@@ -91,27 +94,30 @@ class ImageSetBatches:
         shares = [distributed.share(part) for parts in left for part in parts]
         loader = iter(self.set.batches(shares, epoch, seed=self.seed, workers=self.workers, pin_memory=self.pin_memory))
         for i, parts in enumerate(left):
-            total = sum(map(len, parts))
-            yield [Part(*next(loader), len(part), len(part) / total) for part in parts], i == len(left) - 1
+            total, made = sum(map(len, parts)), []
+            for part in parts:
+                images, labels = next(loader)
+                made.append(Part(images, labels, len(part), len(part) / total))
+            yield made, i == len(left) - 1
 
     def calibration(self, count: int) -> Iterator[Tensor]:
         return calibration_batches(self.set, count, self.workers)
 
 
 class LoaderBatches:
-    """The batches of a loader, one per step; under several processes each has its own, of as many batches.
+    """The batches of a loader, one per step.  With several processes, each has its own loader with as many batches.
 
-    The random numbers of torch that loader, sampler and data set draw are a function of seed and epoch, with workers or
-    without; a `DistributedSampler` is told the epoch.  A last batch of fewer than two images per part joins the one
-    before it.
+    The random numbers that loader, sampler and data set draw from torch depend on seed and epoch only, with or without
+    workers; a `DistributedSampler` is told the epoch.  A last batch of fewer than two images per part is appended to
+    the batch before it.
 
     Args:
-        loader: an iterable of (images, labels), which starts again at each `iter()`; a `torch.utils.data.DataLoader`.
+        loader: an iterable of (images, labels) that starts again at each `iter()`; a `torch.utils.data.DataLoader`.
         accumulate: parts per batch.
-        seed: of the random numbers.
+        seed: for the random numbers.
 
     Raises:
-        ValueError: while it is iterated: not pairs of two tensors of the same length, or no batch at all.
+        ValueError: during iteration: anything but pairs of two tensors of the same length, or no batch at all.
     """
 
     images: int | None = None
@@ -145,10 +151,10 @@ class LoaderBatches:
 
     def _batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         for part in (self.loader, *(getattr(self.loader, name, None) for name in ("sampler", "batch_sampler"))):
-            if hasattr(part, "set_epoch"):
-                part.set_epoch(epoch)
-            if getattr(part, "generator", None) is not None:
-                part.generator.manual_seed(seed_of(self.seed, epoch))
+            if (set_epoch := getattr(part, "set_epoch", None)) is not None:
+                set_epoch(epoch)
+            if (generator := getattr(part, "generator", None)) is not None:
+                generator.manual_seed(seed_of(self.seed, epoch))
         batches = None
         i = 0
         while True:
@@ -164,21 +170,25 @@ class LoaderBatches:
             i += 1
 
 
-def _join_small_last(batches: Iterable[tuple[Tensor, Tensor]], least: int) -> Iterator[tuple[tuple, bool]]:
+def _join_small_last(
+    batches: Iterable[tuple[Tensor, Tensor]], least: int
+) -> Iterator[tuple[tuple[Tensor, Tensor], bool]]:
+    """Yields the batches and whether each is the last; a last one of fewer than `least` images joins the one before."""
     held: list[tuple[Tensor, Tensor]] = []
     for batch in batches:
         if len(held) == 2:
             yield held.pop(0), False
         held.append(batch)
     if len(held) == 2 and len(held[1][0]) < least:
-        held = [tuple(torch.cat(both) for both in zip(*held, strict=True))]
+        (images, labels), (more_images, more_labels) = held
+        held = [(torch.cat([images, more_images]), torch.cat([labels, more_labels]))]
     for i, batch in enumerate(held):
         yield batch, i == len(held) - 1
 
 
 @contextmanager
 def _random_numbers_of(seed: int) -> Iterator[None]:
-    """Seeds torch's generator of the CPU, and puts it back."""
+    """Seeds torch's CPU generator while it is entered, and restores it."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         yield

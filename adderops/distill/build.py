@@ -72,7 +72,7 @@ def build_mix(config: Config, num_classes: int) -> Callable[[Tensor, Tensor], tu
 def redraw_classifier(network: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Draws the weights of the classifier again (RIFLE), and forgets their momentum."""
     head = classifier(network)[1]
-    head.reset_parameters()
+    head.reset_parameters()  # type: ignore[operator]  # every classifier is a Linear or a Conv2d
     for parameter in head.parameters():
         optimizer.state.pop(parameter, None)
 

@@ -18,18 +18,18 @@ from adderops.distill.data.facts import check_facts, differences
 from adderops.models.checkpoints import find_state_dict
 
 FORMAT = 2
-# What every checkpoint has, and of which type.
-CONTENT = {"config": dict, "epoch": int, "step": int, "sums": dict, "log": list, "layers": list, "task": dict}
-CONTENT |= {"optimizer": dict}
-LOG_COLUMNS = ("epoch", "images_per_second", "seconds")  # which every row has, whatever is trained
+# Entries of every checkpoint, and their types.
+CONTENT: dict[str, type] = {"config": dict, "epoch": int, "step": int, "sums": dict, "log": list, "layers": list}
+CONTENT |= {"task": dict, "optimizer": dict}
+LOG_COLUMNS = ("epoch", "images_per_second", "seconds")  # of every row, for every method
 
 
 def write_json(path: Path, content: Any) -> None:
     write_atomically(path, (json.dumps(content, indent=2) + "\n").encode())
 
 
-def write_csv(path: Path, rows: list[dict[str, float]]) -> None:
-    """Writes the log anew: its rows are part of the checkpoint, so that a resumed run has each of them once."""
+def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Writes a CSV file with the columns of the first row."""
     text = io.StringIO()
     if rows:
         writer = csv.DictWriter(text, rows[0].keys(), lineterminator="\n")
@@ -46,13 +46,13 @@ def save_tensors(path: Path, content: dict[str, Any]) -> None:
 
 
 def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
-    """Saves the state of a run.  No random state is among it: that of each step follows from seed, epoch and step."""
+    """Saves the state of a run.  It has no random state, which follows from seed, epoch and step."""
     save_tensors(path, {"format": FORMAT, **content})
 
 
 @contextmanager
 def reading(path: Path, expected: str, got: str = "a damaged file") -> Iterator[None]:
-    """Turns whatever the content of a file leads to into one error that names the file.
+    """Turns every error that the content of a file causes into one error that names the file.
 
     Raises:
         ValueError: path, expected, got, and the reason.
@@ -95,7 +95,8 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         for name, value in ((name, value) for row in content["log"] + content["layers"] for name, value in row.items()):
             if not isinstance(name, str) or not isinstance(value, (int, float, str, NoneType)):
                 raise ValueError(f"{name}: expected a number, got {type(value).__name__}")
-            if name.endswith("_accuracy") and value is not None and not 0 <= value <= 1:
+            is_share = value is None or (isinstance(value, (int, float)) and 0 <= value <= 1)
+            if name.endswith("_accuracy") and not is_share:
                 raise ValueError(f"{name}: expected a share from 0 to 1, got {value}")
     return content
 
@@ -107,7 +108,7 @@ def _require_numbers(row: dict[str, Any]) -> None:
 
 
 def require_same_configuration(folder: Path, changed: dict[str, tuple[Any, Any]]) -> None:
-    """Raises ValueError where a run would go on with other options.
+    """Raises ValueError where a run would continue with other options.
 
     Args:
         changed: name -> (the checkpoint's value, ours).
@@ -118,7 +119,13 @@ def require_same_configuration(folder: Path, changed: dict[str, tuple[Any, Any]]
 
 
 def require_same_data(folder: Path, saved: dict[str, Any] | None, data: dict[str, Any]) -> None:
-    """Raises ValueError where a run would go on with other images or classes; runs of older versions keep none."""
+    """Raises ValueError where a run would continue with other images or classes.
+
+    Args:
+        folder: of the run.
+        saved: `Data.facts` in the checkpoint; None: a run of an older version, which cannot be checked.
+        data: `Data.facts` now.
+    """
     if saved is None:
         return
     with reading(folder / "checkpoint.pt", "the data set of a run"):
@@ -128,10 +135,10 @@ def require_same_data(folder: Path, saved: dict[str, Any] | None, data: dict[str
 
 
 def restore(part: Any, state: dict[str, Any]) -> None:
-    """`part.load_state_dict(state)`, which of an optimizer's state checks hardly anything.
+    """Calls `part.load_state_dict(state)`, and checks the state of an optimizer, which torch hardly does.
 
     Raises:
-        ValueError: the state is that of another part.
+        ValueError: the state of another optimizer.
     """
     if isinstance(part, torch.optim.Optimizer):
         groups = part.state_dict()["param_groups"]
@@ -149,12 +156,12 @@ def restore(part: Any, state: dict[str, Any]) -> None:
 
 
 def _types(groups: list[dict[str, Any]]) -> list[dict[str, type]]:
-    """Returns the types of an optimizer's settings, but for one that came with schedules."""
+    """Returns the types of an optimizer's settings, except one that older versions did not save."""
     return [{name: type(value) for name, value in group.items() if name != "initial_lr"} for group in groups]
 
 
 def load_state_dict(path: Path) -> dict[str, Tensor]:
-    """Loads a state_dict, or that of a trainer's checkpoint; executes no code from the file.
+    """Loads a state_dict, also out of a trainer's checkpoint; executes no code from the file.
 
     Raises:
         FileNotFoundError: no such file.
@@ -175,10 +182,10 @@ def _load_tensors(path: Path, what: str) -> Any:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no {what}")
     with reading(path, f"a whole {what}"):
-        if zipfile.is_zipfile(path):  # old files of PyTorch, the reference's among them, are not
+        if zipfile.is_zipfile(path):  # files of old PyTorch versions, such as the reference's, are not
             with zipfile.ZipFile(path) as archive:
                 records = archive.infolist()
-                # as torch.save writes them: what a compressed or a shared record would unpack to has no bound
+                # as torch.save writes them; compressed or overlapping records could unpack to any size
                 if any(record.compress_type != zipfile.ZIP_STORED for record in records):
                     raise ValueError("a compressed record")
                 if sum(record.file_size for record in records) > path.stat().st_size:

@@ -1,6 +1,6 @@
-"""The configuration of a run: `Options` as they are given, `Config` as they are resolved.
+"""The configuration of a run: `Options`, which may be left open, resolve to a `Config`, in which nothing is open.
 
-From the fields of `Options` follow the command line and its help, config.json and the command that `Config` gives.
+The fields of `Options` are the only declaration of the options: command line, --help and config.json follow from them.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from adderops.models import ARCHITECTURES
 
 DEVICES = ("auto", "cpu", "cuda")
 AMP = ("bfloat16", "float16")
-# Of a finished run these may differ without it being another run.
+# A run with other values of these is the same run.
 MACHINE = ("threads", "workers", "device", "download", "tensorboard", "checkpoint_minutes")
-# Options of version 0.1.0 that are gone, with the one value that they have now.
+# Options that version 0.1.0 was the last to have, and the value that now always applies.
 DROPPED = {
     "width": "batch",
     "shared_width": False,
@@ -43,72 +43,83 @@ _machine = partial(option, group="machine")
 
 
 def _of_recipe(declare: Callable[..., Any], help: str, **metadata: Any) -> Any:
-    return declare(None, f"{help} (default: of the recipe)", of_recipe=True, **metadata)
+    return declare(None, f"{help} (default: set by the recipe)", of_recipe=True, **metadata)
 
 
 def _architectures() -> str:
     return (
         f"network of student and teacher: {', '.join(ARCHITECTURES)}, torchvision/NAME or timm/NAME "
-        "(default: of the recipe)"
+        "(default: set by the recipe)"
     )
 
 
 def _methods() -> str:
-    texts = [f"{name}: {(task.__doc__ or '').partition(chr(10))[0].rstrip('.')}" for name, task in METHODS.items()]
+    firsts = {name: (task.__doc__ or "").partition("\n")[0].rstrip(".") for name, task in METHODS.items()}
+    texts = [
+        f"{name}: {text[:1].lower() if text[1:2].islower() else text[:1]}{text[1:]}" for name, text in firsts.items()
+    ]
     return "; ".join([*texts, f"{COMPARE}: pkkd and plain, the student in int8, and a table"])
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Shared:
-    """All options but those of the distillation; `Config` narrows the types of those that `resolve` decides."""
+    """All options except those of the distillation; `Config` narrows the types of those that `resolve` decides."""
 
     recipe: str | None = _data(
         None,
-        f"settings to start from (default: that of --data and --arch; where neither is given {DEFAULT})",
+        f"recipe that sets the options not given (default: the one for --data and --arch, or {DEFAULT} without both)",
         type=str,
         choices=tuple(RECIPES),
     )
     data: str | None = _of_recipe(
         _data,
-        "digits (embedded), mnist, fashion-mnist, cifar10, cifar100, imagenet, or a folder of idx files or of images",
+        "digits (included), mnist, fashion-mnist, cifar10, cifar100, imagenet, or a folder of idx files or images",
         type=str,
     )
-    root: str = _data("data", "folder in which mnist, fashion-mnist, cifar10, cifar100, imagenet lie")
-    download: bool = _data(False, "fetch the data to --root where torchvision can")
+    root: str = _data("data", "folder that holds mnist, fashion-mnist, cifar10, cifar100, imagenet")
+    download: bool = _data(False, "download the data to --root if torchvision can")
     train_images: int | None = _data(
         None,
-        "train on a balanced random subset of this many images (default: of the recipe, else all)",
+        "train on a class-balanced random subset of this size (default: set by the recipe, mostly all images)",
         type=int,
         least=2,
     )
     validation: int | None = _of_recipe(
         _data,
-        "take this many images out of the training set and test on them instead of on the test images",
+        "hold out this many training images and test on them instead of the test set",
         type=int,
         least=0,
     )
     augment: str | None = _data(
-        None, "of training images: none, crop, crop-flip or imagenet (default: the usual of the set)", type=str
+        None,
+        "augmentation of training images: none, crop, crop-flip or imagenet (default: the usual one for the data set)",
+        type=str,
     )
     side: int | None = _data(
-        None, "of the images of a folder (default: that of the network)", type=int, least=8, most=16384
+        None,
+        "height and width of the images of an image folder, in pixels (default: the network's)",
+        type=int,
+        least=8,
+        most=16384,
     )
 
     arch: str | None = _networks(None, _architectures, type=str, of_recipe=True)
     method: str = _networks(COMPARE, _methods, choices=method_names)
     seeds: int | None = _networks(
         None,
-        "compare: number of seeds, from --seed on (default: of the recipe, mostly 1)",
+        "method compare: number of seeds, starting at --seed (default: set by the recipe, mostly 1)",
         type=int,
         least=1,
         most=1000,
         needs={"method": (COMPARE,)},
     )
-    initial: str | None = _networks(None, "state_dict that the trained network starts from (fine-tuning)", type=str)
+    initial: str | None = _networks(
+        None, "state_dict with the initial weights of the main network (fine-tuning)", type=str
+    )
     bits: int | None = _networks(
         None,
-        "round inputs and weights of the student's adder layers to grids of this many bits, which fit the network of "
-        "--initial; gradients go straight through",
+        "train with fake-quantized adder layers in the student: inputs and weights of this many bits, on grids "
+        "calibrated on the network of --initial; straight-through gradients",
         type=int,
         least=2,
         most=8,
@@ -118,98 +129,102 @@ class _Shared:
     batch_size: int | None = _of_recipe(_optimization, "images per step, over all processes", type=int, least=2)
     lr: float | None = _of_recipe(
         _optimization,
-        "learning rate of the first epoch, falling to 0 as a cosine, set once per epoch",
+        "initial learning rate; it follows a cosine to 0, set once per epoch",
         type=float,
         least=0,
     )
-    warmup_epochs: int = _optimization(
-        0, "epochs in which the learning rate rises linearly to --lr, before the cosine", least=0
-    )
+    warmup_epochs: int = _optimization(0, "epochs of linear warm-up to --lr, before the cosine", least=0)
     weight_decay: float | None = _of_recipe(_optimization, "weight decay of all parameters", type=float, least=0)
     nesterov: bool | None = _of_recipe(_optimization, "Nesterov momentum", type=bool)
-    eta: float = _optimization(0.2, "root mean square of the adder layers' weight gradients", least=1e-6, most=1e6)
-    accumulate: int = _optimization(1, "parts of a batch that go through the networks one after the other", least=1)
+    eta: float = _optimization(
+        0.2, "root mean square to which the weight gradients of each adder layer are scaled", least=1e-6, most=1e6
+    )
+    accumulate: int = _optimization(1, "accumulate gradients over this many parts of each batch", least=1)
     clip: float | None = _optimization(
         None,
-        "largest norm of the gradient of all parameters but the adder layers', whose rate is --eta",
+        "clip the norm of the gradient to this; adder layers are left out, since --eta scales them",
         type=float,
         least=0,
     )
     ema: float | None = _optimization(
         None,
-        "decay per step of an exponential moving average of the weights, tested and saved beside",
+        "decay per step of an exponential moving average of the weights, which is tested and saved as well",
         type=float,
         least=0,
         most=1,
     )
     rifle: int | None = _optimization(
-        None, "re-draw the classifier every so many epochs, its learning rate starting again (RIFLE)", type=int, least=1
+        None,
+        "re-initialize the classifier and restart its learning rate every N epochs (RIFLE)",
+        metavar="N",
+        type=int,
+        least=1,
     )
     seed: int = _optimization(
-        0, "decides initial weights and the order of images; the same for every method", least=0, most=2**32 - 1
+        0, "for initial weights and order of images; both are the same for every method", least=0, most=2**32 - 1
     )
 
     label_smoothing: float = _regularization(
         0.0, "share of each label that is spread evenly over all classes", least=0, most=1
     )
     mixup: float = _regularization(
-        0.0, "mix pairs of images and labels by shares of Beta(alpha, alpha); 0: none", least=0, most=1e4
+        0.0, "mixup: mix pairs of images and labels by ratios from Beta(X, X); 0: off", metavar="X", least=0, most=1e4
     )
     cutmix: float = _regularization(
         0.0,
-        "paste a rectangle of another image, its area of Beta(alpha, alpha), and mix the labels; with --mixup one of "
-        "the two by chance; 0: none",
+        "CutMix: paste a rectangle of another image, its area from Beta(X, X), and mix the labels; 0: off; if --mixup "
+        "is on, too, each batch gets one of the two at random",
+        metavar="X",
         least=0,
         most=1e4,
     )
     class_weights: str | None = _regularization(
         None,
-        "weights of the classes in the labels' cross entropy: balanced (the inverse of their numbers of images), or "
-        "numbers with commas between, in the order of the classes",
+        "class weights in the cross entropy: balanced (inversely proportional to the number of images), or "
+        "comma-separated numbers in the order of the classes",
         type=str,
     )
 
     test_every: int | None = _of_recipe(
-        _testing, "test after every so many epochs, and after the last", type=int, least=1
+        _testing, "test every N epochs, and after the last", metavar="N", type=int, least=1
     )
     patience: int | None = _testing(
         None,
-        "stop when the accuracy on the --validation images has not risen for so many epochs",
+        "stop after N epochs without a rise of the accuracy on the --validation images",
+        metavar="N",
         type=int,
         least=1,
     )
     reestimate_batchnorm: int = _testing(
         512,
-        "training images from which the statistics of every BatchNorm are taken again before each test, and four times "
-        "as many before the last: running averages lag behind adder layers; 0: keep the running averages",
+        "re-estimate BatchNorm statistics on this many training images before each test, on four times as many before "
+        "the last; the running averages lag behind adder layers; 0: keep them",
         least=0,
     )
 
     device: str = _machine("auto", "where to train; auto: a GPU if adderops has kernels for it", choices=DEVICES)
-    threads: int | None = _machine(
-        None, "CPU threads (default: what torch chooses here)", type=int, least=1, most=LARGEST_THREADS
-    )
-    workers: int = _machine(0, "processes that load images", least=0, most=LARGEST_THREADS)
+    threads: int | None = _machine(None, "CPU threads (default: torch's)", type=int, least=1, most=LARGEST_THREADS)
+    workers: int = _machine(0, "worker processes that load images", least=0, most=LARGEST_THREADS)
     amp: str | None = _machine(
         None,
-        "autocast to bfloat16, or to float16 with a gradient scaler (--amp alone: bfloat16); the adder layers stay in "
-        "float32",
+        "mixed precision: autocast to bfloat16, or to float16 with a gradient scaler; --amp alone: bfloat16; adder "
+        "layers stay in float32",
         type=str,
         choices=AMP,
         alone="bfloat16",
     )
-    compile: bool = _machine(False, "torch.compile of the networks")
+    compile: bool = _machine(False, "compile the networks with torch.compile")
     channels_last: bool = _machine(False, "images and weights in channels_last memory format")
-    sync_batchnorm: bool = _machine(False, "torchrun: BatchNorm over the batch of all processes")
-    tensorboard: bool = _machine(False, "write the log for TensorBoard, too")
-    checkpoint_minutes: float = _machine(10.0, "checkpoint within an epoch after this time", least=0)
+    sync_batchnorm: bool = _machine(False, "with torchrun: BatchNorm statistics over the batch of all processes")
+    tensorboard: bool = _machine(False, "write TensorBoard events as well")
+    checkpoint_minutes: float = _machine(10.0, "minutes between checkpoints within an epoch", least=0)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options(Distillation, _Shared):
-    """All that decides a run's result, and where it is computed, as given; None: left open.
+    """The options of a run, as the command line has them: `python -m adderops.distill --help` explains each.
 
-    The help of each field says what it is: `python -m adderops.distill --help`.
+    None: left open; `resolve` decides.
 
     Raises:
         ValueError: a value of another type or outside its range; the message names field, expected, got.
@@ -252,7 +267,7 @@ class Options(Distillation, _Shared):
         return self.method == COMPARE or METHODS[self.method].distills
 
     def resolve(self) -> Config:
-        """Returns the configuration: what is left open comes from the recipe, and paths become absolute."""
+        """Returns the configuration: the recipe decides what is left open, and paths become absolute."""
         recipe = self._recipe()
         chosen = {f.name: getattr(recipe, f.name) for f in fields(recipe) if f.name not in ("name", "source")}
         chosen |= {"recipe": recipe.name, "threads": torch.get_num_threads()}
@@ -264,8 +279,9 @@ class Options(Distillation, _Shared):
         for name in ("teacher_checkpoint", "initial", "root"):
             if (given := getattr(self, name)) != getattr(Options, name):
                 values[name] = str(Path(given).resolve())
-        if Path(data := values.get("data", self.data)).is_dir():
-            values["data"] = str(Path(data).resolve())
+        data = Path(values["data"] if self.data is None else self.data)
+        if data.is_dir():
+            values["data"] = str(data.resolve())
         return replace(self, **values)._decided()
 
     def _decided(self) -> Config:
@@ -284,7 +300,7 @@ class Options(Distillation, _Shared):
         for recipe in RECIPES.values():
             if (recipe.data, recipe.arch) == (data, arch):
                 return recipe
-        for recipe in RECIPES.values():  # one of a like network, else of like images
+        for recipe in RECIPES.values():  # the same network on other data
             if recipe.arch == arch:
                 return replace(recipe, data=data)
         return replace(RECIPES["fashion-mnist-lenet5"], data=data, arch=arch)
@@ -292,10 +308,10 @@ class Options(Distillation, _Shared):
 
 @dataclass(frozen=True, kw_only=True)
 class Config(_Shared):
-    """The configuration of a run: nothing that it needs is left open.  `Options.resolve` makes it.
+    """The configuration of a run, made by `Options.resolve`: nothing that the run needs is left open.
 
     Attributes:
-        distillation: None where the method has none.
+        distillation: the options of the distillation as one object; None for methods without a teacher.
     """
 
     recipe: str
@@ -312,12 +328,12 @@ class Config(_Shared):
     distillation: Distillation | None
 
     def flat(self) -> dict[str, Any]:
-        """Returns the value of every option by name, as config.json has them; those without effect are None."""
+        """Returns the value of every option by name, as in config.json; without distillation its options are None."""
         of_distillation = {f.name: getattr(self.distillation, f.name, None) for f in fields(Distillation)}
         return {f.name: getattr(self, f.name) for f in fields(_Shared)} | of_distillation
 
     def changed(self, **values: Any) -> Config:
-        """Returns the configuration with other values of options.
+        """Returns the configuration with other values of some options.
 
         Raises:
             ValueError: as `Options`.
@@ -328,7 +344,7 @@ class Config(_Shared):
         return from_flat(self.flat() | values)._decided()
 
     def command(self) -> str:
-        """Returns the command that starts this run again."""
+        """Returns the command that repeats this run."""
         words = ["python", "-m", "adderops.distill"]
         defaults = {f.name: f.default for f in fields(Options)}
         for name, value in self.flat().items():
@@ -342,10 +358,10 @@ class Config(_Shared):
 
     @classmethod
     def load(cls, path: Path) -> Config:
-        """Reads config.json, of older versions too; what they do not have takes its default.
+        """Reads config.json, also of older versions; options that they did not have get their defaults.
 
         Raises:
-            ValueError: not one of ours, or a field of another type or outside its range.
+            ValueError: not a config.json, or a field of another type or out of range.
         """
         try:
             content = json.loads(path.read_text())
@@ -353,7 +369,7 @@ class Config(_Shared):
                 raise ValueError(f"got {type(content).__name__} in place of names and values")
             options = from_flat(content)
             resolved = [f.name for f in fields(Options) if f.metadata.get("of_recipe") or f.name == "threads"]
-            for name in resolved:  # an older version may not have had an option, but for these
+            for name in resolved:  # the first version had data and arch; no version leaves any of these open
                 if content.get(name, name not in ("data", "arch") or None) is None:
                     raise ValueError(f"{name}: expected a value, got none")
             return options._decided() if content.keys() >= set(resolved) else options.resolve()
@@ -361,10 +377,10 @@ class Config(_Shared):
             raise ValueError(f"{path}: expected a configuration as this program writes it ({error})") from error
 
     def differences(self, other: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-        """Returns name -> (other's, own) where another configuration means another run.
+        """Returns {name: (other's value, own value)} of the options that make it another run.
 
         Args:
-            other: of a checkpoint; what it does not have takes its default, or that of its recipe.
+            other: `flat()` of a checkpoint, also of older versions.
         """
         names = {*(f.name for f in fields(Options)), *DROPPED}
         theirs = from_flat({name: value for name, value in other.items() if name in names}).resolve().flat()
@@ -373,18 +389,18 @@ class Config(_Shared):
 
 
 def from_flat(values: Mapping[str, Any]) -> Options:
-    """Returns the options that `Config.flat` gave, or that a version from 0.1.0 on had in config.json or checkpoints.
+    """Returns the options in config.json or a checkpoint: `Config.flat` of this version, or of one since 0.1.0.
 
     Raises:
-        ValueError: as `Options`, or a value that no version has any more.
+        ValueError: as `Options`, or an option that is gone has another value than the one that now always applies.
     """
     values = dict(values)
     for name, value in DROPPED.items():
         if values.pop(name, value) != value:
             raise ValueError(f"{name}: expected {value!r}, got another: 0.1.0 was the last version with this option")
-    if isinstance(values.get("amp"), bool):  # before there was float16
+    if isinstance(values.get("amp"), bool):  # before float16
         values["amp"] = "bfloat16" if values["amp"] else None
-    for f in fields(Distillation):  # of a method without
+    for f in fields(Distillation):  # None for methods without a teacher
         if values.get(f.name, f.default) is None:
             values.pop(f.name, None)
     return Options(**values)

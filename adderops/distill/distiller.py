@@ -1,7 +1,7 @@
-"""Distillation from Python: your networks, your data, your optimizer."""
+"""Distillation from Python, with networks, data and optimizer of your own."""
 
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,36 +29,38 @@ DEFAULT_OPTIMIZER = partial(SGD, lr=0.1, momentum=0.9, weight_decay=5e-4, nester
 
 
 class Distiller:
-    """Trains a student by kernel based knowledge distillation from a teacher of any architecture.
+    """Trains a student by kernel based knowledge distillation (PKKD) from a teacher of any architecture.
 
-    The losses are those of `PKKDTask`.  The teacher is trained beside the student, by the labels alone, or frozen.
-    Adder layers take steps of their own fixed size whatever the optimizer, see `adderops.optim`.
+    `PKKDTask` has the losses.  The teacher is trained along with the student, on the labels alone, or frozen.
+    Adder layers take steps of a fixed size with every optimizer, see `adderops.optim`.
 
     Args:
-        teacher, student: give logits (N, classes) of images.
+        teacher, student: modules that give logits (N, classes) for images.
         layers: convolutions to match: {student layer: teacher layer}, or names that both networks have.  By default
-            all between the first convolution and the classifier, by relative depth.  Where the two of a pair differ in
-            channels, trained 1x1 maps lead to a common width; where they differ in height or width, the larger output
-            is averaged over areas.
+            all between the first convolution and the classifier, by relative depth.  Where the two layers of a pair
+            differ in channels, trained 1x1 maps lead to a common width; where they differ in height or width, the
+            larger output is averaged over areas.
         features: what matches the layers: 'none', '1x1', 'kernel' or 'kernel+1x1'.
-        alpha: weight of the labels in the student's loss.
-        beta: weight of L_mid, the match of the layers.
+        alpha: weight of the cross entropy with the labels in the student's loss.
+        beta: weight of L_mid, the distillation loss of the matched layers.
         temperature: of the softmax of both logits; None: the teacher's logits are not imitated.
-        frozen: the teacher stays as it is, in evaluation mode.
-        optimizer: an optimizer that holds the parameters to train (those of the matching are added to it), or what
-            makes one of a list of parameter groups.  By default SGD: lr 0.1, Nesterov momentum 0.9, weight decay 5e-4.
-        schedule: a schedule of that optimizer, or what makes one of it.  By default each `fit` follows a cosine to 0.
-        schedule_per_step: the schedule moves on after each step in place of each epoch.
+        frozen: the teacher is not trained and stays in evaluation mode.
+        optimizer: an optimizer that holds the parameters to train (those of the matching are added to it), or a
+            function of a list of parameter groups that returns one.  By default SGD: lr 0.1, Nesterov momentum 0.9,
+            weight decay 5e-4.
+        schedule: a schedule of that optimizer, or a function of the optimizer that returns one.  By default each `fit`
+            follows a cosine to 0.
+        schedule_per_step: the schedule advances after each step instead of each epoch.
         label_smoothing: share of each label that is spread evenly over all classes.
         class_weights: (classes), in the cross entropy with the labels.
-        mix: makes (images, labels) of a batch, `torchvision.transforms.v2.MixUp(num_classes=10)` for example.
-        accumulate: parts of a batch that go through the networks one after the other.
-        clip: largest norm of the gradient of all parameters but adder weights.
+        mix: changes (images, labels) of a batch, for example `torchvision.transforms.v2.MixUp(num_classes=10)`.
+        accumulate: number of parts of a batch that go through the networks one after the other.
+        clip: largest norm of the gradient of all parameters except adder weights.
         ema: decay per step of a moving average of the student: `average`.
         amp: 'bfloat16' or 'float16' (with a gradient scaler); None: float32.
-        reestimate_batchnorm: training images from which the statistics of every BatchNorm are taken again before each
-            test, and four times as many at the end; 0: keep the running averages, which lag behind adder layers.
-        device: where to train; by default where the student is.
+        reestimate_batchnorm: number of training images on which BatchNorm statistics are re-estimated before each test,
+            and four times as many at the end; 0: keep the running averages, which lag behind adder layers.
+        device: where to train; by default the student's device.
         seed: of all random numbers.
 
     Attributes:
@@ -67,8 +69,8 @@ class Distiller:
         average: the moving average of the student, or None.
 
     Raises:
-        ValueError: layers that cannot be matched, an optimizer without the networks' parameters, or an argument outside
-            its range.
+        ValueError: layers that cannot be matched, an optimizer without the networks' parameters, or an argument out of
+            range.
 
     Source: PKKD, arXiv 2009.13044.
 
@@ -106,7 +108,7 @@ class Distiller:
         device: torch.device | str | None = None,
         seed: int = 0,
     ) -> None:
-        settings = {
+        settings: dict[str, Any] = {
             "features": features,
             "alpha": alpha,
             "beta": beta,
@@ -140,7 +142,7 @@ class Distiller:
         if ema is not None:
             self.average = AveragedModel(student, multi_avg_fn=get_ema_multi_avg_fn(ema), use_buffers=True)
         self._schedule, self._per_step, self._accumulate = schedule, schedule_per_step, accumulate
-        self._loop = {"average": self.average, "mix": mix}
+        self._loop: dict[str, Any] = {"average": self.average, "mix": mix}
         self._loop |= {name: settings[name] for name in ("clip", "amp", "reestimate_batchnorm", "seed")}
         self._identity = settings | {"frozen": frozen}
 
@@ -158,30 +160,30 @@ class Distiller:
         on_epoch: Callback | None = None,
         quiet: bool = False,
     ) -> list[dict[str, Any]]:
-        """Trains the networks in place and leaves them in evaluation mode.
+        """Trains the networks in-place and leaves them in evaluation mode.
 
-        Where the folder holds a checkpoint of the same training, it continues from there.
+        Where the folder holds a checkpoint of the same training, it resumes from there.
 
-        Random numbers of torch follow from seed, epoch and step, those of the loader and its data set too, so that a
-        continued training ends with the same bits as one never interrupted.  The global random state is left alone.
+        Random numbers of torch, also those of the loader and its data set, depend on seed, epoch and step only, so a
+        resumed training ends with the same bits as an uninterrupted one.  The global random state is left alone.
 
         Args:
-            loader: (images, labels) to train on: a `DataLoader`, or anything else that can be iterated again.
-            epochs: passes over it, those before an interruption included.
+            loader: (images, labels) to train on: a `DataLoader`, or anything else that can be iterated repeatedly.
+            epochs: number of passes over it, including those before an interruption.
             test: (images, labels) to test on.
             test_every: test after every so many epochs, and after the last.
             patience: stop when the student's accuracy on `test` has not risen for so many epochs.
-            folder: gets checkpoint.pt, log.csv and layers.csv once per epoch, student_best.pt and at the end student.pt
-                and teacher.pt, each written atomically; made if missing.
-            checkpoint_minutes: between checkpoints within an epoch.
-            on_step, on_epoch: called behind each step and each epoch with a `Progress`.
+            folder: gets checkpoint.pt, log.csv and layers.csv once per epoch, student_best.pt, and at the end
+                student.pt and teacher.pt, each written atomically; created if missing.
+            checkpoint_minutes: minutes between checkpoints within an epoch.
+            on_step, on_epoch: called with a `Progress` after each step and each epoch.
             quiet: show nothing.
 
         Returns:
-            A row for each epoch: losses, training and test accuracies, learning rate, seconds.
+            One row per epoch: losses, training and test accuracies, learning rate, seconds.
 
         Raises:
-            ValueError: the folder holds another training or a damaged checkpoint; batches that are no (images, labels).
+            ValueError: the folder holds another training or a damaged checkpoint, or a batch is not (images, labels).
             BlockingIOError: another process trains in the folder.
             FloatingPointError: a loss became infinite or NaN; the last checkpoint stays.
             Interrupted: SIGTERM or Ctrl-C where there is a folder; after a checkpoint.
@@ -207,16 +209,16 @@ class Distiller:
             per_step=self._per_step,
             **self._loop,
         )
-        folder = None if folder is None else Path(folder)
-        run = Run(loop, folder, checkpoint_minutes=checkpoint_minutes, quiet=quiet)
+        path = None if folder is None else Path(folder)
+        run = Run(loop, path, checkpoint_minutes=checkpoint_minutes, quiet=quiet)
         identity = {"config": self._identity | {"epochs": epochs}}
 
         def check(state: dict[str, Any]) -> None:
-            require_same_configuration(folder, _differences(identity["config"], state["config"]))
+            require_same_configuration(run.folder or Path(), _differences(identity["config"], state["config"]))
 
         # without a folder there is nothing to save, and Ctrl-C is the caller's
-        owned = nullcontext() if folder is None else own(folder)
-        interrupts = nullcontext(StopRequest()) if folder is None else stop_request()
+        owned: AbstractContextManager[Any] = nullcontext() if path is None else own(path)
+        interrupts = nullcontext(StopRequest()) if path is None else stop_request()
         try:
             with owned, interrupts as stop, _random_numbers_kept(self.device):
                 run.resume(check)
@@ -228,12 +230,12 @@ class Distiller:
         return loop.rows
 
     def evaluate(self, loader: Iterable[tuple[Tensor, Tensor]]) -> dict[str, float]:
-        """Returns loss and accuracy of each network on (images, labels): `student_test_accuracy` and so on."""
+        """Returns loss and accuracy of each network on (images, labels), by name: `student_test_accuracy` and so on."""
         networks = dict(self.task.networks) | ({} if self.average is None else {"student_ema": self.average.module})
         return evaluate(networks, loader, self.device, amp=self._loop["amp"])
 
     def _prepare(self, optimizer: Optimizer | Callable[[list[dict[str, Any]]], Optimizer]) -> Optimizer:
-        """Makes the optimizer, or adds the parameters of the matching to the one given."""
+        """Builds the optimizer, or adds the parameters of the matching to the given one."""
         match = self.task.match
         own = [p for p in match.parameters() if p.requires_grad] if match is not None else []
         trained = {

@@ -1,14 +1,14 @@
-"""Several processes as one: means over all of them, with gradients, and BatchNorm over the whole batch.
+"""Several processes that train as one: means over all of them, with gradients, and BatchNorm over the whole batch.
 
-The processes split each batch.  A loss made of `global_mean`s is that of the whole batch on every process, and
-DistributedDataParallel, which averages the gradients of the processes, then hands over the gradient of that loss.
+The processes split each batch.  A loss made of `global_mean`s has the value of the whole batch on every process.
+DistributedDataParallel averages the gradients of the processes, which gives the gradient of that loss.
 Without torchrun all of this is the identity.
 """
 
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -19,13 +19,13 @@ _alone = False
 
 
 def in_use() -> bool:
-    """True under torchrun, once `process_group` is entered."""
+    """Returns whether there are several processes: under torchrun, inside `process_group`."""
     return not _alone and dist.is_available() and dist.is_initialized()
 
 
 @contextmanager
 def alone() -> Iterator[None]:
-    """While it is entered, this process counts as the only one: where all compute the same thing."""
+    """While it is entered, this process counts as the only one; for what all processes compute alike."""
     global _alone
     _alone = True
     try:
@@ -44,10 +44,10 @@ def world_size() -> int:
 
 @contextmanager
 def process_group(device_type: str) -> Iterator[torch.device]:
-    """Joins the processes that torchrun started, if it did, and gives the device of this one.
+    """Joins the processes that torchrun started, if it did, and yields the device of this process.
 
     Args:
-        device_type: 'cpu', joined by gloo, or 'cuda', joined by nccl with one GPU a process.
+        device_type: 'cpu', with gloo, or 'cuda', with nccl and one GPU per process.
     """
     if "WORLD_SIZE" not in os.environ:
         yield torch.device(device_type)
@@ -63,16 +63,17 @@ def process_group(device_type: str) -> Iterator[torch.device]:
 
 
 class FailedOnFirst(Exception):
-    """Process 0 failed, and says why; the others end with it."""
+    """Process 0 failed and reports why; the other processes end with this."""
 
 
 def on_first(function: Callable[[], T]) -> T:
-    """Calls a function on process 0 alone; returns its result on every process.
+    """Calls a function on process 0 only; returns its result on every process.
 
     Raises:
-        FailedOnFirst: on the other processes, where it failed; process 0 has its error.
+        FailedOnFirst: on the other processes, if it failed; process 0 raises the error itself.
     """
-    shared, error = [None], None
+    shared: list[tuple[T] | None] = [None]
+    error = None
     if rank() == 0:
         try:
             shared = [(function(),)]
@@ -88,7 +89,7 @@ def on_first(function: Callable[[], T]) -> T:
 
 
 def share(batch: Tensor) -> Tensor:
-    """Returns this process's part of the indices of a batch; the parts differ by at most one in length.
+    """Returns this process's share of the indices of a batch; the shares differ by at most one in length.
 
     >>> share(torch.arange(3))
     tensor([0, 1, 2])
@@ -98,21 +99,21 @@ def share(batch: Tensor) -> Tensor:
 
 class _GlobalMean(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, value: Tensor, count: int) -> Tensor:
+    def forward(ctx: Any, value: Tensor, count: int) -> Tensor:
         total = torch.cat([value.detach().flatten() * count, value.new_tensor([count])])
         dist.all_reduce(total)
         ctx.weight = count * world_size() / total[-1]
         return (total[:-1] / total[-1]).view(value.shape)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         mean = grad.contiguous().clone()
         dist.all_reduce(mean)
         return mean * (ctx.weight / world_size()), None
 
 
 def global_mean(value: Tensor, count: int) -> Tensor:
-    """Returns the mean over the processes of a mean over `count` things here, the same bits on each, with gradient.
+    """Returns the mean over all processes of a local mean over `count` items: the same bits on each, differentiable.
 
     >>> global_mean(torch.tensor(3.0), count=5)
     tensor(3.)
@@ -121,7 +122,7 @@ def global_mean(value: Tensor, count: int) -> Tensor:
 
 
 def global_sum(values: list[float]) -> list[float]:
-    """Returns the sums over the processes of numbers that every process lists in the same order."""
+    """Returns the sums over all processes; every process gives the same numbers in the same order."""
     if world_size() == 1:
         return values
     device = "cuda" if dist.get_backend() == "nccl" else "cpu"
@@ -132,7 +133,7 @@ def global_sum(values: list[float]) -> list[float]:
 
 @torch.no_grad()
 def average_buffers(network: nn.Module) -> None:
-    """Replaces every floating-point buffer of a network by its mean over the processes."""
+    """Replaces every floating-point buffer of a network by its mean over all processes."""
     if world_size() > 1:
         for buffer in network.buffers():
             if buffer.is_floating_point():
@@ -141,7 +142,7 @@ def average_buffers(network: nn.Module) -> None:
 
 
 class GlobalBatchNorm2d(nn.BatchNorm2d):
-    """BatchNorm over the batch of all processes, on any device; `torch.nn.SyncBatchNorm` knows GPUs only."""
+    """BatchNorm over the batch of all processes, on any device; `torch.nn.SyncBatchNorm` refuses the CPU."""
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or world_size() == 1:
@@ -150,20 +151,21 @@ class GlobalBatchNorm2d(nn.BatchNorm2d):
         mean = global_mean(x.mean((0, 2, 3)), pixels)
         centred = x - mean[:, None, None]
         var = global_mean(centred.square().mean((0, 2, 3)), pixels)
-        if self.track_running_stats:
+        running_mean, running_var, batches = self.running_mean, self.running_var, self.num_batches_tracked
+        if running_mean is not None and running_var is not None and batches is not None:
             with torch.no_grad():
-                self.num_batches_tracked += 1
+                batches += 1
                 [total] = global_sum([pixels])
                 # as in torch, no momentum means the mean over all batches
-                momentum = 1 / self.num_batches_tracked.item() if self.momentum is None else self.momentum
-                self.running_mean.lerp_(mean, momentum)
-                self.running_var.lerp_(var * (total / (total - 1)), momentum)
+                momentum = 1 / batches.item() if self.momentum is None else self.momentum
+                running_mean.lerp_(mean, momentum)
+                running_var.lerp_(var * (total / (total - 1)), momentum)
         normalized = centred * (var + self.eps).rsqrt()[:, None, None]
         return normalized * self.weight[:, None, None] + self.bias[:, None, None] if self.affine else normalized
 
 
 def synchronize_batchnorm(network: nn.Module, device: torch.device) -> nn.Module:
-    """Replaces each BatchNorm2d of a network, in place, by one over the batch of all processes; keeps all state."""
+    """Replaces each BatchNorm2d of a network, in-place, by one over the batch of all processes; keeps all state."""
     if device.type == "cuda":
         return nn.SyncBatchNorm.convert_sync_batchnorm(network)
     for module in network.modules():

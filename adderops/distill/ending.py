@@ -1,6 +1,6 @@
-"""How a command ends when it does not end well: the exit status, and one line in place of a traceback.
+"""How a command that fails ends: its exit status, and one line instead of a traceback.
 
-1          a run failed: no memory, a process was lost, a loss became infinite
+1          a run failed: out of memory, a process was lost, a loss became infinite
 2          refused: options, a damaged file, a folder in use
 128 + n    stopped by signal n
 """
@@ -20,7 +20,7 @@ from adderops.distill import distributed
 from adderops.distill.interrupt import Interrupted
 
 FAILED, REFUSED = 1, 2
-# What torch says in a RuntimeError, for want of a class of its own.
+# Texts of torch's RuntimeErrors that have no class of their own.
 OUT_OF_MEMORY = (
     "DefaultCPUAllocator",
     "not enough memory",
@@ -36,8 +36,8 @@ class Ending:
     """The end of a command.
 
     Attributes:
-        status: of the process; 0 unless an error says otherwise.
-        folder: run folder with which the message says how to continue; None where there is none.
+        status: exit status of the process; 0 without an error.
+        folder: run folder that the message names for --resume; None where there is none.
     """
 
     status: int = 0
@@ -46,9 +46,9 @@ class Ending:
 
 @contextmanager
 def ending(command: str) -> Iterator[Ending]:
-    """Takes the errors that a command may end with, prints each as one line, and sets the status.
+    """Prints an expected error as one line and sets the exit status.
 
-    What is no such error is a bug, and keeps its traceback.
+    Any other error is a bug and keeps its traceback.
     """
     end = Ending()
     try:
@@ -81,7 +81,7 @@ def ending(command: str) -> Iterator[Ending]:
 
 
 def _failure(error: Exception, text: str) -> str | None:
-    """Returns what failed outside of the program; None where nothing did."""
+    """Returns what failed outside the program; None where nothing did."""
     if isinstance(error, MemoryError):
         return "out of memory"
     if isinstance(error, RuntimeError):

@@ -1,10 +1,11 @@
-"""SIGTERM, SIGHUP and Ctrl-C become a request that the training loop answers between two steps."""
+"""SIGTERM, SIGHUP and Ctrl-C become a request to stop, which the training loop answers between two steps."""
 
 import os
 import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import FrameType
 
 from adderops.distill.distributed import global_sum
 
@@ -12,7 +13,7 @@ STOPPING = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
 
 
 class Interrupted(Exception):
-    """Training has stopped at the user's request, after a checkpoint; `signum` is the signal."""
+    """Training was stopped by the signal `signum`, after a checkpoint."""
 
     def __init__(self, signum: int, checkpoint: str) -> None:
         super().__init__(f"stopped by {signal.Signals(signum).name}; {checkpoint}")
@@ -20,13 +21,13 @@ class Interrupted(Exception):
 
 
 class StopRequest:
-    """Holds the number of the signal that asked to stop, or 0."""
+    """The signal that asked to stop: `signum`, or 0."""
 
     def __init__(self) -> None:
         self.signum = 0
         self.interrupt = signal.getsignal(signal.SIGINT)  # what Ctrl-C did before
 
-    def handle(self, signum: int, frame: object) -> None:
+    def handle(self, signum: int, frame: FrameType | None) -> None:
         if self.signum and signum == signal.SIGINT:  # a second Ctrl-C: at once
             if callable(self.interrupt):
                 self.interrupt(signum, frame)
@@ -34,16 +35,16 @@ class StopRequest:
         self.signum = signum
 
     def agreed(self) -> int:
-        """Returns the signal once any process got one: all leave behind the same step."""
+        """Returns the signal as soon as any process got one, so that all stop after the same step."""
         [anyone] = global_sum([float(self.signum)])
         return (self.signum or signal.SIGTERM) if anyone else 0
 
 
 @contextmanager
 def stop_request() -> Iterator[StopRequest]:
-    """Catches SIGTERM, SIGHUP and SIGINT while it is entered; in a thread other than the main one it never sees any.
+    """Catches SIGTERM, SIGHUP and SIGINT while it is entered; in any thread but the main one it catches nothing.
 
-    A SIGHUP that is ignored, as nohup has it, stays ignored.
+    An ignored SIGHUP, as under nohup, stays ignored.
     """
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
@@ -60,7 +61,7 @@ def stop_request() -> Iterator[StopRequest]:
 
 @contextmanager
 def signals_blocked() -> Iterator[None]:
-    """Holds back what would stop the process while it is entered; a process started in it is never reached by them."""
+    """Blocks these signals while it is entered; a process started meanwhile never receives them."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
     try:
         yield
@@ -68,7 +69,7 @@ def signals_blocked() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def end_at_once(signum: int, frame: object) -> None:
-    """A handler of Ctrl-C for a process in which nothing is to be saved; KeyboardInterrupt would surface anywhere."""
+def end_at_once(signum: int, frame: FrameType | None) -> None:
+    """Handles Ctrl-C where nothing needs to be saved; a KeyboardInterrupt could surface anywhere."""
     os.write(2, b"\nadderops.distill: interrupted\n")
     os._exit(128 + signum)

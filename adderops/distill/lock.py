@@ -1,8 +1,7 @@
-"""Who owns a run folder: one process at a time, by a lock that the system frees however the process ends."""
+"""Ownership of a run folder: one process at a time, by a lock that the system releases however the process ends."""
 
 import errno
 import fcntl
-import itertools
 import os
 import shutil
 import socket
@@ -18,7 +17,7 @@ from adderops.distill import distributed
 from adderops.distill.config import Config
 
 LOCK = ".lock"
-# What a run leaves that ended before its first checkpoint.
+# Files of a run that ended before its first checkpoint.
 BEFORE_TRAINING = {"config.json", "data.json", "tensorboard"}
 
 
@@ -33,7 +32,7 @@ _held: dict[Path, _Held] = {}
 
 
 def _forget() -> None:
-    """In a forked process, a loader's worker: the lock is its parent's and must end with it."""
+    """Runs in a forked process, a worker of a loader: the lock belongs to its parent and must end with it."""
     for held in _held.values():
         os.close(held.descriptor)
     _held.clear()
@@ -44,18 +43,18 @@ os.register_at_fork(after_in_child=_forget)
 
 @contextmanager
 def own(folder: Path, made: bool = False) -> Iterator[Path]:
-    """Makes a run folder if it is missing, and owns it while entered; the owner may enter again.
+    """Creates a run folder if it is missing, and owns it while entered; the owner may enter again.
 
-    An error before anything is trained removes what the run has written, and the folder if it was made here: nothing
-    is in the way of the corrected command.  Under torchrun process 0 owns it for all.
+    After an error before the first checkpoint, the run's files are removed, and the folder if it was created here: the
+    corrected command can use the same folder.  Under torchrun, process 0 owns it for all.
 
     Args:
         folder: of the run.
-        made: whether it was made for this run just now.
+        made: whether the folder was just created for this run.
 
     Raises:
-        BlockingIOError: another process or thread owns it; the message has its number and host.
-        OSError: it cannot be made.
+        BlockingIOError: another process or thread owns it; the message names process and host.
+        OSError: it cannot be created.
     """
     path = folder.absolute()
     made = distributed.on_first(lambda: _acquire(path)) or made
@@ -75,30 +74,33 @@ def own(folder: Path, made: bool = False) -> Iterator[Path]:
 
 @contextmanager
 def own_new(output: Path | None, name: str) -> Iterator[Path]:
-    """Makes the folder of a new run and owns it while entered; gives its path, the same on every process.
+    """Creates the folder of a new run and owns it while entered; yields its path, the same on every process.
 
     Args:
-        output: the folder, which may hold what a run left that ended before its first checkpoint, and nothing else;
-            None: runs/NAME, with a number behind it where another run has that already.
+        output: the folder; it may hold the files of a run that ended before its first checkpoint, and nothing else.
+            None: runs/NAME, with a number appended where another run has that name.
         name: see output.
 
     Raises:
-        FileExistsError: output holds something.
+        FileExistsError: output holds something else.
         BlockingIOError, OSError: as `own`.
     """
     folder, made = distributed.on_first(lambda: _make(name) if output is None else _check_free(output))
     with own(folder, made):
         if output is not None:
-            distributed.on_first(lambda: _check_free(folder))  # now that no other process can change it
+            distributed.on_first(lambda: _check_free(folder))  # again: now no other process can change it
         yield folder
 
 
 def _make(name: str) -> tuple[Path, bool]:
-    for number in itertools.count(1):
+    number = 1
+    while True:
         folder = Path("runs") / (name if number == 1 else f"{name}-{number}")
-        with suppress(FileExistsError):
+        try:
             folder.mkdir(parents=True)
             return folder, True
+        except FileExistsError:
+            number += 1
 
 
 def _check_free(folder: Path) -> tuple[Path, bool]:
@@ -108,21 +110,21 @@ def _check_free(folder: Path) -> tuple[Path, bool]:
 
 
 def holds_work(folder: Path) -> bool:
-    """Returns whether a folder holds anything but what a run leaves that ended before its first checkpoint."""
+    """Returns whether a folder holds anything but the files of a run that ended before its first checkpoint."""
     names = {entry.name for entry in folder.iterdir()}
     if "config.json" in names:
         try:
             Config.load(folder / "config.json")
             names -= BEFORE_TRAINING
-        except (ValueError, OSError):  # of someone else
+        except (ValueError, OSError):  # not of a run
             return True
     left = [folder / name for name in names if name != LOCK and not is_temporary(name)]
-    # run folders of a comparison may lie in it
+    # a comparison has run folders in it
     return any(path.is_symlink() or not path.is_dir() or holds_work(path) for path in left)
 
 
 def _clear(folder: Path, made: bool) -> None:
-    """Removes what `holds_work` does not count; no link is followed."""
+    """Removes what `holds_work` does not count as work; follows no link."""
     if made:
         shutil.rmtree(folder, ignore_errors=True)
         return
@@ -134,7 +136,7 @@ def _clear(folder: Path, made: bool) -> None:
 
 
 def _acquire(folder: Path) -> bool:
-    """Locks a folder; returns whether it was made."""
+    """Locks a folder; returns whether it was created."""
     held = _held.get(folder)
     if held is not None:
         if held.thread != threading.get_ident():
@@ -156,7 +158,7 @@ def _lock(folder: Path) -> int:
         except OSError as error:
             if error.errno != errno.EROFS:
                 raise
-            return os.open(folder, os.O_RDONLY)  # a disk on which nobody writes needs no lock
+            return os.open(folder, os.O_RDONLY)  # a read-only file system needs no lock
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -167,7 +169,7 @@ def _lock(folder: Path) -> int:
         except OSError as error:
             print(f"{folder}: not locked, because the file system has no locks: {error.strerror}", file=sys.stderr)
         if os.fstat(descriptor).st_nlink:
-            with suppress(OSError):  # a full disk: the lock holds without a name, too
+            with suppress(OSError):  # a full disk: the lock holds without the name
                 os.ftruncate(descriptor, 0)
                 os.pwrite(descriptor, f"{os.getpid()} {socket.gethostname()}\n".encode(), 0)
             return descriptor

@@ -1,10 +1,9 @@
-"""The training loop: one optimizer step per batch and one row per epoch, the same for every task; it knows no files."""
+"""The training loop, the same for every task: one optimizer step per batch, one row per epoch.  It touches no files."""
 
 import math
 import time
 import warnings
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,23 +24,24 @@ from adderops.distill.methods import Losses, Task
 from adderops.models import mark_adder_weights
 from adderops.optim import AdaptiveRateLayer
 
-# Statistics of 512 images cost a converged network some tenths of a point, those of 2048 nothing: docs/distill.md.
+# The last test takes BatchNorm statistics from so many times more images: those of 512 cost a converged network some
+# tenths of a point, those of 2048 nothing (docs/distill.md).
 LAST = 4
 
 
 @dataclass
 class Progress:
-    """Where a training stands behind an optimizer step: what callbacks are given.
+    """The state of a training after an optimizer step, for callbacks.
 
     Attributes:
         epoch: counted from 1.
-        step: optimizer steps of this epoch that are done.
-        images: of this step, over all processes.
+        step: number of optimizer steps in this epoch so far.
+        images: number of images in this step, over all processes.
         losses: means over the images of this step, by name; also the training accuracies.
-        row: behind the last step of an epoch its row of the history; else None.
-        improved: networks whose test accuracy this epoch is their best so far.
-        networks: 'student' and 'teacher'.
-        optimizer: their common one.
+        networks: by role.
+        optimizer: of all networks.
+        row: after the last step of an epoch, its row of the history; otherwise None.
+        improved: names of the networks whose test accuracy in this epoch is their best so far.
     """
 
     epoch: int
@@ -55,34 +55,34 @@ class Progress:
     stopped: bool = False
 
     def stop(self) -> None:
-        """Ends the training behind this step."""
+        """Ends the training after this step."""
         self.stopped = True
 
 
 @dataclass(eq=False)
 class Loop:
-    """Trains the networks of a task; iterating over it yields a `Progress` behind each optimizer step.
+    """Trains the networks of a task; iterating over it yields a `Progress` after each optimizer step.
 
-    Between two steps `state_dict()` is all that a loop built alike needs to go on with the same bits: every random
-    number is a function of seed, epoch, step and process.
+    `state_dict()`, called between two steps, is all that a loop built alike needs to continue with the same bits: every
+    random number depends on seed, epoch, step and process only.
 
     Args:
-        task: the networks, and what makes losses of a batch.
+        task: holds the networks and turns a batch into losses.
         optimizer: of the task's parameters.
-        schedule: of its learning rates.
+        schedule: of the optimizer's learning rates.
         batches: to train on.
-        epochs: to train for.
-        test: to test on, if at all.
+        epochs: number of epochs.
+        test: images to test on; None: no tests.
         device: of the networks.
-        per_step: the schedule moves on after each step in place of each epoch.
+        per_step: the schedule advances after each step instead of each epoch.
         average: moving average of the main network.
-        mix: makes (images, labels) of a batch, of which the labels may be shares (N, classes); mixup, for example.
-        on_epoch_begin: called with the number of epochs done, before the first step of each.
+        mix: changes (images, labels) of a batch, for example by mixup; its labels may be shares (N, classes).
+        on_epoch_begin: called with the number of finished epochs before the first step of each epoch.
         seed, amp, clip, channels_last, workers, test_every, patience, reestimate_batchnorm: the options of the same
-            names, see `Config`.
+            names, see `Options`.
 
     Raises:
-        FloatingPointError: while it is iterated: a loss, a weight or a statistic became infinite or NaN.
+        FloatingPointError: during iteration: a loss, a weight or a statistic became infinite or NaN.
     """
 
     task: Task
@@ -106,9 +106,9 @@ class Loop:
     reestimate_batchnorm: int = 0
 
     def __post_init__(self) -> None:
-        self.epoch, self.step = 0, 0  # done: whole epochs, and batches of the next
-        self.sums: Counter[str] = Counter()
-        self.rows: list[dict[str, Any]] = []  # of the epochs done
+        self.epoch, self.step = 0, 0  # finished epochs, and steps of the next one
+        self.sums: dict[str, float] = {}  # of losses and hits, images and seconds of this epoch
+        self.rows: list[dict[str, Any]] = []  # of the finished epochs
         self.layers: list[dict[str, Any]] = []
         self.best: dict[str, dict[str, Any]] = {}  # accuracy and epoch by network
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.amp == "float16")
@@ -116,12 +116,12 @@ class Loop:
     # --- state ---
 
     def state_dict(self) -> dict[str, Any]:
-        progress = {"epoch": self.epoch, "step": self.step, "sums": dict(self.sums)}
+        progress = {"epoch": self.epoch, "step": self.step, "sums": self.sums.copy()}
         log = {"log": self.rows, "layers": self.layers, "best": self.best}
         return progress | log | {name: part.state_dict() for name, part in self._parts().items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continues from what `state_dict()` gave.
+        """Continues from a `state_dict()`.
 
         Raises:
             ValueError, RuntimeError, KeyError: the state of other networks or of another optimizer.
@@ -129,24 +129,27 @@ class Loop:
         for name, part in self._parts().items():
             if name in state:
                 saved = state[name]
-                # a checkpoint of before adder weights were marked
+                # a checkpoint from before adder weights were marked
                 restore(part, mark_adder_weights(saved, part) if isinstance(part, nn.Module) else saved)
-        self.epoch, self.step, self.sums = state["epoch"], state["step"], Counter(state["sums"])
+        self.epoch, self.step, self.sums = state["epoch"], state["step"], dict(state["sums"])
         self.rows, self.layers, self.best = state["log"], state["layers"], state.get("best", {})
-        if "schedule" not in state:  # of a version that set the rate of each epoch itself
+        if "schedule" not in state:  # of an older version, which had none
             for _ in range(self.epoch - (not self.step)):
                 self._move_schedule()
 
     def _parts(self) -> dict[str, Any]:
-        """What has a state_dict."""
-        parts = {"task": self.task, "optimizer": self.optimizer, "schedule": self.schedule}
-        parts |= {} if self.average is None else {"average": self.average}
-        return parts | ({"scaler": self.scaler} if self.scaler.is_enabled() else {})
+        """Returns all that has a state_dict."""
+        parts: dict[str, Any] = {"task": self.task, "optimizer": self.optimizer, "schedule": self.schedule}
+        if self.average is not None:
+            parts["average"] = self.average
+        if self.scaler.is_enabled():
+            parts["scaler"] = self.scaler
+        return parts
 
     @property
     def tested(self) -> dict[str, nn.Module]:
         """The networks that are tested and saved, by name."""
-        networks = dict(self.task.networks)
+        networks: dict[str, nn.Module] = dict(self.task.networks)
         return networks if self.average is None else networks | {f"{self.task.main}_ema": self.average.module}
 
     @property
@@ -155,6 +158,7 @@ class Loop:
             return True
         if self.patience is None or self.step or not self.best or self.rows[-1][f"{self.task.main}_test_loss"] is None:
             return False
+        # of the main network or its average, whichever improved last
         return self.epoch - max(of_network["epoch"] for of_network in self.best.values()) >= self.patience
 
     # --- epochs ---
@@ -168,7 +172,7 @@ class Loop:
             yield from self._epoch(model)
 
     def _epoch(self, model: nn.Module) -> Iterator[Progress]:
-        """Trains for one epoch, or what is left of it, and tests."""
+        """Trains for one epoch, or the rest of it, and tests."""
         self._begin_epoch()
         begin = time.perf_counter()
         for parts, last in self.batches.steps(self.epoch, self.step):
@@ -176,14 +180,13 @@ class Loop:
             losses, watched = self._step(model, parts, diagnose=last)
             self.step += 1
             images = sum(part.count for part in parts)
-            self.sums["images"] += images
-            self.sums["seconds"] += time.perf_counter() - begin
+            add(self.sums, {"images": images, "seconds": time.perf_counter() - begin})
             progress = Progress(self.epoch + 1, self.step, images, losses, self.task.networks, self.optimizer)
             if last:
                 progress.row, of_layers, progress.improved = self._end_epoch(watched)
                 self.rows.append(progress.row)
                 self.layers.extend(of_layers)
-                self.epoch, self.step, self.sums = self.epoch + 1, 0, Counter()
+                self.epoch, self.step, self.sums = self.epoch + 1, 0, {}
             yield progress
             begin = time.perf_counter()
 
@@ -209,8 +212,9 @@ class Loop:
     def _step(
         self, model: nn.Module, parts: list[Part], diagnose: bool
     ) -> tuple[dict[str, float], dict[str, list[float]]]:
-        """One optimizer step; adds to the sums, and returns losses and, if asked, the diagnosis of the last part."""
-        watched, step_sums = {}, Counter()
+        """Makes one optimizer step, adds to the sums; returns losses and, if asked for, the last part's diagnosis."""
+        watched: dict[str, list[float]] = {}
+        step_sums: dict[str, float] = {}
         self.optimizer.zero_grad()
         for i, part in enumerate(parts):
             images = to_device(part.images, self.device, self.channels_last)
@@ -218,7 +222,8 @@ class Loop:
             if self.mix is not None:
                 images, labels = self.mix(images, labels)
             final = i == len(parts) - 1
-            with nullcontext() if final or model is self.task else model.no_sync():
+            # the processes exchange gradients once per step, in its last part
+            with model.no_sync() if isinstance(model, DistributedDataParallel) and not final else nullcontext():
                 with autocast(self.device, self.amp):
                     losses: Losses = model(images, labels)
                 values = torch.stack([term.detach() for term in losses.terms.values()]).tolist()
@@ -227,11 +232,10 @@ class Loop:
                 if diagnose and final:
                     watched = {name: value.tolist() for name, value in self.task.diagnose(losses).items()}
                 self.scaler.scale(losses.total * part.share).backward()
-            for name, value in terms.items():
-                step_sums[name] += value * part.count
+            add(step_sums, {name: value * part.count for name, value in terms.items()})
             hits = torch.stack([correct(logits, labels) for logits in losses.logits.values()]).tolist()
-            for role, hit in zip(losses.logits, distributed.global_sum(hits), strict=True):
-                step_sums[f"{role}_train_accuracy"] += hit
+            hits = distributed.global_sum(hits)
+            add(step_sums, {f"{role}_train_accuracy": hit for role, hit in zip(losses.logits, hits, strict=True)})
         self.scaler.unscale_(self.optimizer)
         if self.clip is not None:
             rated = {m.weight for m in self.task.modules() if isinstance(m, AdaptiveRateLayer)}
@@ -243,11 +247,11 @@ class Loop:
         if self.average is not None:
             self.average.update_parameters(self.task.networks[self.task.main])
         count = sum(part.count for part in parts)
-        self.sums.update(step_sums)
+        add(self.sums, step_sums)
         return {name: value / count for name, value in step_sums.items()}, watched
 
     def _end_epoch(self, watched: dict[str, list[float]]) -> tuple[dict[str, Any], list[dict[str, Any]], list[str]]:
-        """Tests when it is time; returns the rows of epoch and layers, and the names of the networks at their best."""
+        """Tests when due; returns the rows of epoch and layers, and the names of the networks at their best so far."""
         epoch, count = self.epoch + 1, self.batches.images or self.sums["images"]
         means = {name: value / count for name, value in self.sums.items() if name not in ("seconds", "images")}
         tested, improved = self._test(epoch)
@@ -271,17 +275,20 @@ class Loop:
         ]
         return rounded(row), list(map(rounded, layers)), improved
 
-    def _test(self, epoch: int) -> tuple[dict[str, float | None], list[str]]:
+    def _test(self, epoch: int) -> tuple[Mapping[str, float | None], list[str]]:
+        """Tests when due; returns the columns, None where not due, and the networks at their best so far."""
         # a weight that became NaN in the last step of an epoch must not be saved
         for name, parameter in self.task.named_parameters():
             if not parameter.isfinite().all():
                 raise FloatingPointError(f"weight is not finite: {name}")
-        due = self.test is not None and (epoch % self.test_every == 0 or epoch == self.epochs)
-        if due or epoch == self.epochs:
-            self.refresh_batchnorm(last=epoch == self.epochs)
+        last = epoch == self.epochs
+        due = last or epoch % self.test_every == 0
+        if last or (due and self.test is not None):
+            self.refresh_batchnorm(last)
+        if self.test is None:
+            return {}, []
         if not due:
-            columns = (f"{name}_test_{what}" for name in self.tested for what in ("loss", "accuracy"))
-            return dict.fromkeys(columns if self.test is not None else ()), []
+            return dict.fromkeys(f"{name}_test_{what}" for name in self.tested for what in ("loss", "accuracy")), []
         tested = evaluate(
             self.tested,
             self.test,
@@ -300,10 +307,10 @@ class Loop:
         return tested, improved
 
     def refresh_batchnorm(self, last: bool = False) -> None:
-        """Takes the statistics of every BatchNorm that trains from training images, the same on all processes.
+        """Re-estimates the statistics of every BatchNorm in training on training images, the same on all processes.
 
         Args:
-            last: what is tested is kept: take the images of `LAST` tests.
+            last: before the last test, on `LAST` times as many images.
         """
         if not self.reestimate_batchnorm:
             return
@@ -324,12 +331,19 @@ class Loop:
             distributed.average_buffers(network)
 
 
+def add(sums: dict[str, float], values: Mapping[str, float]) -> None:
+    """Adds values to sums, by name."""
+    for name, value in values.items():
+        sums[name] = sums.get(name, 0) + value
+
+
 def rounded(row: dict[str, Any]) -> dict[str, Any]:
-    """Returns the row with numbers of six digits."""
+    """Returns the row with numbers rounded to six digits."""
     return {name: float(f"{value:.6g}") if isinstance(value, float) else value for name, value in row.items()}
 
 
-def require_finite(losses: dict[str, float]) -> None:
+def require_finite(losses: Mapping[str, float]) -> None:
+    """Raises FloatingPointError where a loss is infinite or NaN."""
     if not all(map(math.isfinite, losses.values())):
         described = ", ".join(f"{name} {value:.4g}" for name, value in losses.items())
         raise FloatingPointError(f"loss is not finite: {described}")

@@ -31,7 +31,7 @@ SEEDS = {"teacher": 0, "student": 1}  # of other roles a checksum of the name
 
 
 def arch_of(config: Config, role: str) -> str:
-    """The architecture of a run's network."""
+    """Returns the architecture of a run's network."""
     of_teacher = config.distillation.teacher_arch if config.distillation is not None else None
     return of_teacher if role == "teacher" and of_teacher is not None else config.arch
 
@@ -65,16 +65,19 @@ def build_networks(
             network = insert(network, Scheme(config.bits))
         if config.sync_batchnorm:
             network = synchronize_batchnorm(network, device)
-        memory_format = torch.channels_last if config.channels_last else torch.preserve_format
-        networks[role] = network.to(device, memory_format=memory_format)
+        networks[role] = network.to(device)
+        if config.channels_last:
+            networks[role].to(memory_format=torch.channels_last)
     return networks
 
 
 def load_weights(network: nn.Module, path: Path, any_classifier: bool = False) -> None:
-    """Loads a state_dict: of a run, of the AdderNet reference code, or of timm or torchvision, .safetensors too.
+    """Loads a state_dict: of a run, of the AdderNet reference code, or of timm or torchvision, also .safetensors.
 
     Args:
-        any_classifier: leave the classifier as it is where the file has one of another shape, for another task.
+        network: gets the weights.
+        path: of the file.
+        any_classifier: keep the network's own classifier where the file has one of another shape.
 
     Raises:
         FileNotFoundError: no such file.
@@ -83,14 +86,14 @@ def load_weights(network: nn.Module, path: Path, any_classifier: bool = False) -
     found = _load_safetensors(path) if path.suffix == ".safetensors" else load_state_dict(path)
     state = unwrap_state_dict(found, network)
     if path.name.startswith("student") and (path.parent / "config.json").exists():
-        state = mark_adder_weights(state, network)  # a run of before there were marks
+        state = mark_adder_weights(state, network)  # a run from before adder weights were marked
     own = network.state_dict()
     if any_classifier:
-        # what stands behind the classifier (a BatchNorm on the logits) goes with it
+        # with everything after the classifier, such as a BatchNorm on the logits
         head = list(own)[list(own).index(classifier(network)[0] + ".weight") :]
         other = [name for name in head if name in state and state[name].shape != own[name].shape]
         if other:
-            print(f"{path}: the classifier is for another number of classes; ours starts anew")
+            print(f"{path}: the classifier is for another number of classes; ours keeps its initial weights")
             state |= {name: own[name] for name in head}
     try:
         load_reference_checkpoint(network, state)

@@ -1,6 +1,6 @@
-"""Options as fields of a dataclass: one declaration gives default, help, type and range to the command line and Python.
+"""Options as fields of a dataclass: one declaration gives default, help, type and range to command line and Python.
 
-`Config` holds those of training; each command of `adderops.distill.commands` has its own.
+`adderops.distill.config.Options` has the options of training; each command in `adderops.distill.runs` has its own.
 """
 
 import argparse
@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 LARGEST_INT = 2**31 - 1
-LARGEST_FLOAT = 3.4e38  # of float32: beyond, torch refuses a number for its tensors
-LARGEST_THREADS = 1024  # the OpenMP runtime ends the process where it cannot start a thread
+LARGEST_FLOAT = 3.4e38  # of float32: torch refuses larger numbers for its tensors
+LARGEST_THREADS = 1024  # OpenMP ends the process where it cannot start a thread
 
 _NAMES = {bool: "true or false", int: "an integer", float: "a number", str: "a string", Path: "a path"}
-_ACCEPTED = {
+_ACCEPTED: dict[type, Any] = {
     bool: bool,
     int: numbers.Integral,
     float: numbers.Real,
@@ -48,13 +48,13 @@ def now(value: Any) -> Any:
     return value() if callable(value) else value
 
 
-def kind_of(f: Field) -> type:
+def kind_of(f: Field[Any]) -> type:
     """Returns the type of an option's value."""
     return f.metadata.get("type") or type(f.default)
 
 
 def flag(name: str) -> str:
-    """Returns an option as it is written on the command line.
+    """Returns the option's name on the command line.
 
     >>> flag("batch_size")
     '--batch-size'
@@ -63,9 +63,9 @@ def flag(name: str) -> str:
 
 
 def check(options: Any, label: Callable[[str], str] = lambda name: name) -> None:
-    """Checks type, choice and range of every field of a frozen dataclass; values become those of the declared type.
+    """Checks type, choice and range of every field of a frozen dataclass; converts the values to the declared types.
 
-    A None stands for 'not given' where it is the default.
+    None means 'not given' where it is the default.
 
     Raises:
         ValueError: the message names field (by `label`), expected, got.
@@ -80,7 +80,7 @@ def check(options: Any, label: Callable[[str], str] = lambda name: name) -> None
 
 
 def check_values(declared: type, where: str, values: dict[str, Any]) -> None:
-    """Checks values, by name, as the fields of a dataclass declare them; None passes.
+    """Checks values, by name, against the fields of a dataclass; None passes.
 
     Raises:
         ValueError: the message names `where`, field, expected, got.
@@ -90,7 +90,7 @@ def check_values(declared: type, where: str, values: dict[str, Any]) -> None:
             _checked(f, values[f.name], f"{where}: {f.name}")
 
 
-def _checked(f: Field, value: Any, label: str) -> Any:
+def _checked(f: Field[Any], value: Any, label: str) -> Any:
     kind, metadata = kind_of(f), f.metadata
     if not isinstance(value, _ACCEPTED[kind]) or (kind is not bool and isinstance(value, bool)):
         raise ValueError(f"{label}: expected {_NAMES[kind]}, got {_shown(value)}")
@@ -112,7 +112,10 @@ def _shown(value: Any) -> str:
 
 
 def add_arguments(parser: argparse.ArgumentParser, options: type) -> None:
-    """Adds the options of a dataclass to a parser, whose default must be `argparse.SUPPRESS`, each under its group."""
+    """Adds the options of a dataclass to a parser, each under its group.
+
+    The parser's `argument_default` must be `argparse.SUPPRESS`, so that options not given are absent.
+    """
     groups: dict[str | None, Any] = {None: parser}
     for f in fields(options):
         kind, metadata, text = kind_of(f), f.metadata, now(f.metadata["help"])
@@ -135,7 +138,12 @@ def add_arguments(parser: argparse.ArgumentParser, options: type) -> None:
 
 
 def refuse_unused(options: Any, given: Iterable[str]) -> None:
-    """Raises ValueError where an option given has no effect beside the others, naming both."""
+    """Raises ValueError where an option has no effect together with the others, naming both.
+
+    Args:
+        options: all of them.
+        given: names of those that the user gave.
+    """
     declared = {f.name: f for f in fields(options)}
     for name in given:
         for other, values in declared[name].metadata.get("needs", {}).items():

@@ -1,6 +1,6 @@
 """The published training recipes, by name: `python -m adderops.distill --recipe cifar10-resnet20`.
 
-A recipe fills in the options that are not given.  Sources: AdderNet, arXiv 1912.13200, section 4, and its code,
+A recipe sets the options that are not given.  Sources: AdderNet, arXiv 1912.13200, section 4, and its code,
 github.com/huawei-noah/AdderNet; PKKD, arXiv 2009.13044, section 4.  What they leave open is marked as ours.
 """
 
@@ -13,10 +13,10 @@ class Recipe:
 
     Attributes:
         name: for --recipe.
-        source: where the numbers come from.
+        source: of the numbers.
         data, arch, epochs, batch_size, lr, weight_decay, nesterov: the options of the same names.
-        train_images, validation, augment, seeds, test_every: likewise; by default all images, none held out, the usual
-            of the set, one seed, a test per epoch.
+        train_images, validation, augment, seeds, test_every: likewise; by default all images, no validation images,
+            the usual augmentation of the set, one seed, one test per epoch.
     """
 
     name: str

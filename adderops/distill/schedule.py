@@ -1,4 +1,4 @@
-"""Learning rates: a cosine to 0, set once per epoch, behind a linear rise."""
+"""Learning rates: a linear warm-up, then a cosine to 0, set once per epoch."""
 
 import math
 
@@ -7,7 +7,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 
 def cosine(epoch: int, epochs: int, warmup: int = 0) -> float:
-    r"""Returns the share of the learning rate in an epoch, counted from 0.
+    r"""Returns the factor of the learning rate in an epoch, counted from 0.
 
     .. math:: (epoch + 1) / (warmup + 1) \text{ before } warmup, \quad
               (1 + \cos(\pi\,(epoch - warmup) / (epochs - warmup))) / 2 \text{ from then on}
@@ -21,10 +21,13 @@ def cosine(epoch: int, epochs: int, warmup: int = 0) -> float:
 
 
 def cosine_schedule(optimizer: Optimizer, epochs: int, warmup: int = 0, rifle: int | None = None) -> LambdaLR:
-    """Returns the schedule of `cosine` for all groups of an optimizer.
+    """Returns the schedule `cosine` for all parameter groups of an optimizer.
 
     Args:
-        rifle: epochs per period: the group named 'classifier' follows a cosine of its own in each.
+        optimizer: its learning rates are those of the factor 1.
+        epochs: to train for.
+        warmup: epochs of linear warm-up.
+        rifle: period in epochs: the group named 'classifier' follows a cosine of its own in each period.
     """
     period = min(rifle or epochs, epochs)
 

@@ -1,5 +1,6 @@
-"""A run: the training loop, its bar, and the folder it is kept in."""
+"""A run: the training loop, its progress bar and its folder."""
 
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -40,9 +41,9 @@ try:
 except ModuleNotFoundError as missing:
     raise ModuleNotFoundError("adderops.distill needs tqdm: install the extra `adderops[distill]`") from missing
 
-# 80 columns hold it with a name of 5 letters, 400 epochs, hours to go, two accuracies and a loss of three digits.
+# Fits 80 columns with a name of 5 letters, 400 epochs, hours to go, two accuracies and a loss of three digits.
 BAR = "{desc} {percentage:3.0f}%|{bar}|{remaining} {rate_fmt}{postfix}"
-# Options that the loop takes as they are.
+# Options that are arguments of the loop.
 OF_LOOP = (
     "seed",
     "amp",
@@ -57,21 +58,21 @@ Callback = Callable[[Progress], None]
 
 
 def train(config: Config | Options, data: Data, folder: Path, device: torch.device | None = None) -> dict[str, Any]:
-    """Trains to the end in a run folder; continues where the folder holds a checkpoint of the same run.
+    """Trains to the end in a run folder; resumes where the folder holds a checkpoint of the same run.
 
-    The folder gets config.json, data.json (`Data.facts`), log.csv (a row per epoch), layers.csv (a row per epoch and
-    matched layer), checkpoint.pt (all state, once per epoch and every `checkpoint_minutes`), the state_dict of the
-    network that the run is about at its best test (student_best.pt, say), and at the end summary.json and one
-    state_dict for each network: student.pt, teacher.pt.  Images, their order and all random numbers follow from seed,
-    epoch and step, so a continued run ends with the same bits as one never interrupted, given as many threads and
-    processes.  (The adder operators give the same bits on any number; torch's own convolution does not promise it.)
+    The folder gets config.json, data.json (`Data.facts`), log.csv (one row per epoch), layers.csv (one row per epoch
+    and matched layer), checkpoint.pt (all state, once per epoch and every `checkpoint_minutes`), the state_dict of the
+    main network at its best test (student_best.pt, for example), and at the end summary.json and the state_dict of each
+    network: student.pt, teacher.pt.  Images, their order and all random numbers depend on seed, epoch and step only, so
+    a resumed run ends with the same bits as an uninterrupted one, with the same numbers of threads and processes.  (The
+    adder operators give the same bits for any number of threads; torch's convolution does not promise it.)
 
     Under torchrun every process calls it with the same arguments; process 0 writes.
 
     Args:
-        config: with a method other than 'compare'.
-        data: that of the configuration.
-        folder: made if missing.
+        config: with any method but 'compare'; `Options` are resolved.
+        data: the images that the configuration names, see `load_data`.
+        folder: created if missing.
         device: of this process; the CPU by default.
 
     Returns:
@@ -79,7 +80,7 @@ def train(config: Config | Options, data: Data, folder: Path, device: torch.devi
 
     Raises:
         ValueError: the folder holds another run or a damaged checkpoint, the images or classes are not those that the
-            run began with, or fewer images than a batch.
+            run began with, or there are fewer images than in a batch.
         BlockingIOError: another process owns the folder.
         FileNotFoundError: the folder holds a log but no checkpoint.
         FloatingPointError: a loss became infinite or NaN; the last checkpoint stays.
@@ -88,27 +89,36 @@ def train(config: Config | Options, data: Data, folder: Path, device: torch.devi
     if isinstance(config, Options):
         config = config.resolve()
     torch.set_num_threads(config.threads)
+    device = device or torch.device("cpu")
     with own(folder), stop_request() as stop:
-        loop = _build_loop(config, data, device or torch.device("cpu"))
+        batches = ImageSetBatches(
+            data.train,
+            config.batch_size,
+            config.accumulate,
+            config.seed,
+            workers=config.workers,
+            pin_memory=device.type == "cuda",
+        )
+        loop = _build_loop(config, data, batches, device)
         run = Run(loop, folder, config.method, data.held_out, config.checkpoint_minutes, config.tensorboard)
         identity = {"config": config.flat(), "data": data.facts()}
 
         def check(state: dict[str, Any]) -> None:
             require_same_configuration(folder, config.differences(state["config"]))
             require_same_data(folder, state.get("data"), identity["data"])
-            if state["step"] >= loop.batches.steps_per_epoch:
+            if state["step"] >= batches.steps_per_epoch:
                 raise ValueError(
                     f"{folder / 'checkpoint.pt'}: step: expected fewer than the steps of an epoch, "
-                    f"{loop.batches.steps_per_epoch}, got {state['step']}"
+                    f"{batches.steps_per_epoch}, got {state['step']}"
                 )
 
         if not run.resume(check):
-            if run.writes:
+            if run.writes is not None:
                 write_json(folder / "config.json", identity["config"])
             if config.bits is not None:
-                batches = (images.to(loop.device) for images in calibration_batches(data.train))
-                observe(loop.task.networks[loop.task.main], batches)
-        if run.writes and not (folder / "data.json").exists():  # older versions kept none
+                images = (images.to(device) for images in calibration_batches(data.train))
+                observe(loop.task.networks[loop.task.main], images)
+        if run.writes is not None and not (folder / "data.json").exists():  # older versions wrote none
             write_json(folder / "data.json", identity["data"])
         if config.compile:
             for network in loop.task.networks.values():
@@ -116,16 +126,12 @@ def train(config: Config | Options, data: Data, folder: Path, device: torch.devi
         run.epochs(stop, identity)
         summary = _summary(config, data, loop)
         run.save_networks()
-        if run.writes:
+        if run.writes is not None:
             write_json(folder / "summary.json", summary)
         return summary
 
 
-def _build_loop(config: Config, data: Data, device: torch.device) -> Loop:
-    workers, pin_memory = config.workers, device.type == "cuda"
-    batches = ImageSetBatches(
-        data.train, config.batch_size, config.accumulate, config.seed, workers=workers, pin_memory=pin_memory
-    )
+def _build_loop(config: Config, data: Data, batches: ImageSetBatches, device: torch.device) -> Loop:
     task = METHODS[config.method].build(config, data, device)
     optimizer = build_optimizer(config, task)
 
@@ -149,16 +155,19 @@ def _build_loop(config: Config, data: Data, device: torch.device) -> Loop:
 
 
 class Run:
-    """A loop in progress, the files it is kept in, and what is shown of it.
+    """A training loop with its files and its progress bar.
 
     Args:
         loop: to run.
-        folder: for checkpoint.pt, log.csv and layers.csv; None: no file.
-        title: of the bar.
-        held_out: whether the images tested on are validation images.
-        checkpoint_minutes: between checkpoints within an epoch.
-        tensorboard: write the log for TensorBoard, too.
+        folder: for checkpoint.pt, log.csv and layers.csv; None: no files.
+        title: of the progress bar.
+        held_out: whether it tests on validation images.
+        checkpoint_minutes: minutes between checkpoints within an epoch.
+        tensorboard: write TensorBoard events, too.
         quiet: show nothing.
+
+    Attributes:
+        writes: the folder, on the process that writes to it; None: on the others, and without a folder.
     """
 
     def __init__(
@@ -174,15 +183,15 @@ class Run:
         self.loop, self.folder, self.title, self.quiet = loop, folder, title, quiet
         self.kind = "validation" if held_out else "test"
         self.checkpoint_minutes = checkpoint_minutes
-        self.writes = folder is not None and distributed.rank() == 0
-        self.log = Log(folder, tensorboard and self.writes) if folder is not None else None
+        self.writes = folder if distributed.rank() == 0 else None
+        self.log = None if self.writes is None else Log(self.writes, tensorboard)
         self.saved_at = time.monotonic()
 
     def resume(self, check: Callable[[dict[str, Any]], None]) -> bool:
         """Continues from the folder's checkpoint; returns False where there is none.
 
         Args:
-            check: raises ValueError where the checkpoint is that of another run.
+            check: raises ValueError if the checkpoint belongs to another run.
         """
         if self.folder is None or not any((self.folder / name).exists() for name in ("checkpoint.pt", "log.csv")):
             return False
@@ -191,8 +200,7 @@ class Run:
         check(state)
         with reading(path, "a checkpoint of this run"):
             self.loop.load_state_dict(state)
-        if self.writes:
-            self._write_log()
+        self._write_log()
         return True
 
     def epochs(
@@ -202,12 +210,12 @@ class Run:
         on_step: Callback | None = None,
         on_epoch: Callback | None = None,
     ) -> bool:
-        """Trains the epochs that are left; returns whether a callback stopped it before.
+        """Trains the remaining epochs; returns whether a callback stopped it before the end.
 
         Args:
-            stop: asked between steps; once it is set there is a checkpoint and then `Interrupted`.
-            identity: what checkpoints have beside the state of the loop.
-            on_step, on_epoch: called behind each step and each epoch.
+            stop: checked between steps; a request leads to a checkpoint and `Interrupted`.
+            identity: entries of the checkpoints in addition to the state of the loop.
+            on_step, on_epoch: called after each step and each epoch.
         """
         loop = self.loop
         with self._bar() as bar:
@@ -215,7 +223,7 @@ class Run:
                 for progress in loop:
                     bar.update(progress.images)
                     if progress.row is not None:
-                        self._keep_epoch(progress, identity, bar)
+                        self._keep_epoch(progress.row, progress.improved, identity, bar)
                     for callback in (on_step, on_epoch if progress.row is not None else None):
                         if callback is not None:
                             callback(progress)
@@ -238,23 +246,23 @@ class Run:
 
     def save_networks(self) -> None:
         """Writes the state_dict of each network."""
-        if self.writes:
+        if self.writes is not None:
             for name, network in self.loop.tested.items():
-                save_tensors(self.folder / f"{name}.pt", network.state_dict())
+                save_tensors(self.writes / f"{name}.pt", network.state_dict())
 
-    def _keep_epoch(self, progress: Progress, identity: dict[str, Any], bar: tqdm) -> None:
+    def _keep_epoch(self, row: dict[str, Any], improved: list[str], identity: dict[str, Any], bar: tqdm) -> None:
         loop = self.loop
         if self.log is not None:
-            self.log.show(progress.row, [row for row in loop.layers if row["epoch"] == progress.epoch])
-        if self.writes:
-            # before the checkpoint: a run killed between the two has this epoch again
-            for name in progress.improved:
-                save_tensors(self.folder / f"{name}_best.pt", loop.tested[name].state_dict())
+            self.log.show(row, [of_layer for of_layer in loop.layers if of_layer["epoch"] == row["epoch"]])
+        if self.writes is not None:
+            # before the checkpoint: a run killed between the two repeats this epoch
+            for name in improved:
+                save_tensors(self.writes / f"{name}_best.pt", loop.tested[name].state_dict())
         self._save(identity)
-        self._show(progress.row, bar)
+        self._show(row, bar)
 
     def _answer(self, stop: StopRequest, identity: dict[str, Any]) -> None:
-        """Between steps: saves a checkpoint when it is time, or when asked to stop, and then leaves."""
+        """Saves a checkpoint when due, or when asked to stop; then raises Interrupted."""
         loop, signum = self.loop, stop.agreed()
         due = time.monotonic() - self.saved_at > 60 * self.checkpoint_minutes
         if loop.step and (signum or due):
@@ -265,19 +273,19 @@ class Run:
 
     def _save(self, identity: dict[str, Any]) -> None:
         self.saved_at = time.monotonic()
-        if self.writes:
-            save_checkpoint(self.folder / "checkpoint.pt", identity | self.loop.state_dict())
+        if self.writes is not None:
+            save_checkpoint(self.writes / "checkpoint.pt", identity | self.loop.state_dict())
             self._write_log()
 
     def _write_log(self) -> None:
-        self.log.rows, self.log.layers = self.loop.rows, self.loop.layers
-        self.log.write()
+        if self.log is not None:
+            self.log.write(self.loop.rows, self.loop.layers)
 
     def _bar(self) -> tqdm:
         loop, images = self.loop, self.loop.batches.images
         return tqdm(
             total=None if images is None else loop.epochs * images,
-            initial=loop.epoch * (images or 0) + loop.sums["images"],
+            initial=loop.epoch * (images or 0) + loop.sums.get("images", 0),
             desc=self._epoch_shown(),
             unit="img",
             unit_scale=True,
@@ -287,9 +295,9 @@ class Run:
 
     def _show(self, row: dict[str, Any], bar: tqdm) -> None:
         loop = self.loop
-        accuracies = {name: row.get(f"{name}_test_accuracy") for name in loop.tested}
-        accuracies = {name: value for name, value in accuracies.items() if value is not None}
-        loss = row.get(f"{loop.task.main}_loss", row.get(f"{loop.task.main}_ce"))
+        tested = {name: row.get(f"{name}_test_accuracy") for name in loop.tested}
+        accuracies = {name: value for name, value in tested.items() if value is not None}
+        loss = row.get(f"{loop.task.main}_loss", row.get(f"{loop.task.main}_ce", math.nan))
         bar.set_description_str(self._epoch_shown(), refresh=False)
         bar.set_postfix_str(postfix(accuracies, loss))
         if bar.disable and not self.quiet and distributed.rank() == 0:  # not a terminal: a line per epoch
@@ -303,7 +311,7 @@ class Run:
 
 
 def postfix(accuracies: dict[str, float], loss: float) -> str:
-    """Returns what stands behind the bar; a moving average takes the place of its network.
+    """Returns the text after the bar; a moving average replaces its network.
 
     >>> postfix({"teacher": 0.992, "student": 0.975, "student_ema": 0.9812}, 0.12345)
     'teacher 99.2 ema 98.1 loss 0.123'
@@ -313,7 +321,7 @@ def postfix(accuracies: dict[str, float], loss: float) -> str:
 
 
 def _summary(config: Config, data: Data, loop: Loop) -> dict[str, Any]:
-    """The facts that a table of results needs; the accuracies are those of the last epoch, not the best."""
+    """Returns the facts that a table of results needs; the accuracies are of the last epoch, not the best."""
     rows = loop.rows
     return {
         "dataset": data.name,

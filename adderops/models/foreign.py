@@ -33,12 +33,12 @@ def create_foreign_model(arch: str, kind: str, in_channels: int, num_classes: in
         matched = matched_layers(model)
         ordinary = [name for name, layer in matched.items() if not isinstance(layer, AdderConv2d)]
         if len(ordinary) == len(matched):
-            raise ValueError(f"arch: expected a network of plain convolutions with normalisation behind, got {arch!r}")
+            raise ValueError(f"arch: expected a network of plain convolutions followed by normalisation, got {arch!r}")
         if ordinary:
             named = ", ".join(ordinary[:3]) + (", ..." if len(ordinary) > 3 else "")
             warnings.warn(
-                f"{arch}: {len(ordinary)} of {len(matched)} convolutions stay ordinary, having no normalisation behind "
-                f"them or a forward of their own (`adderops.convert` says which): {named}",
+                f"{arch}: {len(ordinary)} of {len(matched)} convolutions stay ordinary, because no normalisation "
+                f"follows them or they have a custom forward (`adderops.convert` says which): {named}",
                 stacklevel=3,
             )
     return model

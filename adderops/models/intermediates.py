@@ -87,8 +87,8 @@ class IntermediateOutputs:
         matched = matched_layers(model) if names is None else {name: modules[name] for name in names}
         if not matched:
             raise ValueError("model: expected a convolution between the first and the classifier, got a model without")
-        self.names = list(matched)
-        self.layers = list(matched.values())
+        self.names: list[str] = list(matched)
+        self.layers: list[nn.Module] = list(matched.values())
         self.enabled = True
         self._outputs: list[Tensor | None] = [None] * len(matched)
         self._handles = [model.register_forward_pre_hook(self._forget)]

@@ -63,7 +63,7 @@ def insert(model: nn.Module, scheme: Scheme | None = None) -> nn.Module:
         used += [QuantConv2d, QuantLinear]
     kinds = {kind.plain_kind: kind for kind in used}
     if quantized_layers(model):
-        raise ValueError("model: expected a network of floats, got one that is quantized already")
+        raise ValueError("model: expected a floating-point network, got one that is quantized already")
     adders = {name: module for name, module in model.named_modules() if isinstance(module, AdderConv2d)}
     if not adders:
         raise ValueError("model: expected a network with AdderConv2d, got one without")
@@ -207,7 +207,7 @@ def observe(model: nn.Module, batches: _Batches) -> nn.Module:
         raise ValueError(f"batches: expected inputs that reach a layer of {', '.join(map(repr, layers))}, got none")
     dead = [name for name, (low, high) in ranges.items() if low == high]
     if len(dead) == len(ranges):
-        raise ValueError(f"batches: expected inputs that reach layer {dead[0]!r}, got none but zeros there")
+        raise ValueError(f"batches: expected inputs that reach layer {dead[0]!r}, got only zeros there")
     for name in dead:  # 0 is on every grid; this one also suits other inputs
         largest = layers[name].weight.abs().amax().float()
         ranges[name] = torch.zeros_like(largest), largest if largest > 0 else torch.ones_like(largest)
@@ -217,10 +217,10 @@ def observe(model: nn.Module, batches: _Batches) -> nn.Module:
     for name in unreached:
         layers[name].bits.fill_(FLOAT_BITS)
     for names, what in (
-        (unreached, "no batch reaches {} in evaluation: what is not reached stays in floats"),
+        (unreached, "no batch reaches {} in evaluation mode: such layers are not quantized"),
         (
             dead,
-            "nothing but zeros reaches {}: such a grid fits the weights (are BatchNorm statistics up to date?)",
+            "only zeros reach {}: the grid fits the weights instead (are BatchNorm statistics up to date?)",
         ),
     ):
         if names:

@@ -201,6 +201,7 @@ class QuantAdderConv2d(Quantized, AdderConv2d):
         return weight + (grid.round(fixed) - fixed), lost if bias is None else bias + lost
 
     def extra_repr(self) -> str:
+        """Returns the arguments that `repr` shows."""
         return f"{super().extra_repr()}, {self.scheme}"
 
 

@@ -1,7 +1,7 @@
 """`convert`: from a calibrated network to an integer network.
 
 `torch.export` traces the network. The operations after each adder layer - BatchNorm, a sum, ReLU - become the layer's
-epilogue. If adder layers alone read the result, and on one grid, the epilogue also quantizes it to that grid:
+epilogue. If all adder layers that read the result have the same grid, the epilogue also quantizes it to that grid:
 
     conv -> bn -> relu ->            adder -> bn -> (+ residual) -> relu ->            pool -> classifier
     F.conv2d (bn in its weights)     adder_conv2d_int8 (one call)                      floats
@@ -174,9 +174,9 @@ class _Fusion:
                         added = self._channels(residual, f"{part}.filters", filters)
                     beyond = grid.beyond(stored)
                     if beyond is not None:
-                        clipped = _clipped(_values(stored), grid)
-                        table = self._regrid(source, beyond.bytes(clipped), f"{part}.beyond")
-                        lost = self._lost_by_inputs(table, layer, beyond, part, a[filters], node.args[3:])
+                        outside = beyond.bytes(_outside(_values(stored), grid))
+                        excess_of_x = self._regrid(source, outside, f"{part}.beyond")
+                        lost = self._lost_by_inputs(excess_of_x, layer, beyond, part, a[filters], node.args[3:])
                         if added is not None:
                             added = self.graph.call_function(aten.to.dtype, (added, torch.float32))
                             added = self.graph.call_function(aten.mul.Tensor, (added, r))
@@ -209,15 +209,21 @@ class _Fusion:
             self.bytes[last, wanted], self.grid_of[last] = result, wanted
 
     def _lost_by_inputs(
-        self, lost: Node, layer: QuantAdderConv2d, beyond: Grid, part: str, a: Tensor, geometry: tuple[Argument, ...]
+        self,
+        excess_of_x: Node,
+        layer: QuantAdderConv2d,
+        beyond: Grid,
+        part: str,
+        a: Tensor,
+        geometry: tuple[Argument, ...],
     ) -> Node:
         """Returns what clipping the inputs to a group's grid takes off each distance, times the scale a of each filter.
 
-        |x - w| = |clip(x) - w| + |x - clip(x)| for w on the grid, so it is the convolution of `lost`, which is
+        |x - w| = |clip(x) - w| + |x - clip(x)| for w on the grid, so it is the convolution of `excess_of_x`, which is
         |x - clip(x)| on the grid `beyond`, with one filter of zeros.
         """
         args = (
-            lost,
+            excess_of_x,
             self._constant(f"{part}.beyond.weight", torch.zeros_like(layer.weight[:1], dtype=torch.uint8)),
             self._constant(f"{part}.beyond.scale", torch.tensor([beyond.scale])),
             self._constant(f"{part}.beyond.offset", torch.zeros(1)),
@@ -395,8 +401,8 @@ def _same(a: Tensor, b: Tensor) -> bool:
     return a.dtype == b.dtype and torch.equal(a, b)
 
 
-def _clipped(x: Tensor, grid: Grid) -> Tensor:
-    """Returns by how much x exceeds the grid."""
+def _outside(x: Tensor, grid: Grid) -> Tensor:
+    """Returns how far x lies outside the grid, 0 within."""
     return (x - x.clamp(grid.low, grid.high)).abs()
 
 

@@ -89,7 +89,7 @@ def save(
 
 
 def load(path: str | os.PathLike[str]) -> tuple[IntegerNetwork, dict[str, Any]]:
-    """Loads a network that `save` wrote; an example is at `save`.
+    """Loads a network that `save` wrote.
 
     The file is data: nothing in it is executed, whoever wrote it.
 
@@ -100,6 +100,17 @@ def load(path: str | os.PathLike[str]) -> tuple[IntegerNetwork, dict[str, Any]]:
     Raises:
         FileNotFoundError: no such file.
         ValueError: a damaged file, one that `save` did not write, or one whose parts do not fit together.
+
+    >>> import tempfile
+    >>> from adderops.models import lenet5
+    >>> from adderops.quant import calibrate, convert, reestimate_batchnorm
+    >>> images = torch.randn(8, 1, 32, 32)
+    >>> model = reestimate_batchnorm(lenet5(), [images]).eval()  # stands for training
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save(convert(calibrate(model, [images]), images), images, f"{folder}/int8.safetensors")
+    ...     integer, known = load(f"{folder}/int8.safetensors")
+    >>> integer(images).shape, known["input"]["shape"]
+    (torch.Size([8, 10]), [-1, 1, 32, 32])
     """
     path = os.fspath(path)
     if not os.path.exists(path):

@@ -1,4 +1,4 @@
-// How a pass runs: the instruction set picked, a workspace allocated, its tasks spread over torch's threads.
+// Runs a pass: picks the instruction set, allocates the workspace, and spreads the tasks over torch's threads.
 #pragma once
 #include <torch/csrc/stable/ops.h>
 
@@ -30,14 +30,14 @@ inline const Kernels& kernels_for(const char* op, ElementType type) {
 
 inline int64_t round_up(int64_t value, int64_t step) { return product(sum(value, step - 1) / step, step); }
 
-// Threads take tasks from a counter: which thread runs a task never matters (kernels.h).
+// Threads take tasks from a counter; which thread runs a task never matters (kernels.h).
 template <typename Args>
 void execute(const char* op, Pass<Args> pass, const Args& args) {
   const Plan<Args> plan = pass(args);
   int64_t most = 1;
   for (const auto& stage : plan.stages) most = std::max(most, stage.tasks);
   const int64_t threads = torch::stable::get_num_threads(), workers = std::min(threads, most);
-  // One page between the workers' blocks keeps them from falling on the same cache sets.
+  // One page between the workers' parts keeps them from falling on the same cache sets.
   const int64_t shared_bytes = round_up(plan.shared_bytes, kAlignment);
   const int64_t worker_bytes = sum(round_up(plan.worker_bytes, kAlignment), kAlignment);
   const Workspace workspace(op, sum(shared_bytes, product(workers, worker_bytes)), threads);

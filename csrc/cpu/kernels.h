@@ -3,8 +3,8 @@
 // A pass plans its work once per call; execute.h runs the plan.  A plan has up to two stages.  The tasks of a stage
 // are independent, write disjoint memory and may run on any thread in any order; the second stage starts when the first
 // has ended.  What a task computes depends on the arguments alone, never on the number of threads: that makes results
-// bitwise equal for any thread count.  Kernels allocate nothing: the binding hands them `shared` (one block per call)
-// and `worker` (one block per thread).
+// bitwise equal for any thread count.  Kernels allocate nothing: execute.h hands them a
+// workspace, `shared` by all tasks of the call, and one per `worker` (thread).
 #pragma once
 #include "../args/conv2d.h"
 #include "../args/int8.h"

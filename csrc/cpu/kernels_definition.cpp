@@ -1,5 +1,5 @@
-// The plain loops of definition.h: float64, and calls whose windows hold little but padding (tiling.h).  One task is
-// one plane of the output.
+// Plain loops over the definition: float64, and calls whose windows hold little but padding (kernels/region.h).
+// Task = one plane of the output.
 #include "../definition/conv2d.h"
 #include "../definition/int8.h"
 #include "kernels.h"

@@ -1,4 +1,4 @@
-// Which instruction set runs: asked of the processor once, of ADDEROPS_CPU_ISA at every call.
+// Picks the instruction set: the processor is asked once, ADDEROPS_CPU_ISA at every call.
 #include <cstdlib>
 #include <cstring>
 

@@ -12,38 +12,38 @@ namespace adderops {
 namespace cpu {
 namespace {
 
-constexpr int64_t kMostBytes = 32 << 20;  // of a block in the pool
+constexpr int64_t kMostBytes = 32 << 20;  // of a buffer in the pool
 constexpr int kPlaces = 64;
 
-// Blocks that no call uses.  A call that finds the pool in use does without it, so nobody ever waits: not a thread, nor
-// a child process that was forked while another thread held the lock.
+// Buffers that no call uses.  A call that finds the pool locked does without it, so nobody ever waits: no thread, and
+// no child process that was forked while another thread held the lock.
 struct Pool {
   std::mutex mutex;
-  Block places[kPlaces];
+  Buffer places[kPlaces];
 
-  // The smallest block of at least `bytes`; where none is so large, an empty one, and the largest is freed: a larger
-  // one will come back in its place.
-  Block take(int64_t bytes) {
-    Block taken;
+  // The smallest buffer of at least `bytes`.  If none is large enough, an empty one, and the largest is freed: a larger
+  // one will be given back instead.
+  Buffer take(int64_t bytes) {
+    Buffer taken;
     const std::unique_lock<std::mutex> lock(mutex, std::try_to_lock);
     if (!lock) return taken;
-    Block* best = nullptr;
-    for (Block& b : places) {
+    Buffer* best = nullptr;
+    for (Buffer& b : places) {
       if (!b.memory) continue;
       const bool fits = b.bytes >= bytes;
       if (!best || (best->bytes >= bytes ? fits && b.bytes < best->bytes : b.bytes > best->bytes)) best = &b;
     }
     if (best) taken = {std::move(best->memory), std::exchange(best->bytes, 0)};
-    return taken.bytes >= bytes ? std::move(taken) : Block{};
+    return taken.bytes >= bytes ? std::move(taken) : Buffer{};
   }
 
-  void give(Block block, int64_t most) {
-    if (block.bytes > kMostBytes) return;
+  void give(Buffer buffer, int64_t most) {
+    if (buffer.bytes > kMostBytes) return;
     const std::unique_lock<std::mutex> lock(mutex, std::try_to_lock);
     if (!lock) return;
     for (int64_t i = 0; i < kPlaces && i < most; ++i)
       if (!places[i].memory) {
-        places[i] = std::move(block);
+        places[i] = std::move(buffer);
         return;
       }
   }
@@ -56,11 +56,11 @@ Pool& pool() {
   return *pool;
 }
 
-Block allocate(const char* op, int64_t bytes) {
+Buffer allocate(const char* op, int64_t bytes) {
   const int64_t whole = product(sum(bytes, kAlignment - 1) / kAlignment, kAlignment);
-  Block block{std::unique_ptr<char, Block::Free>(static_cast<char*>(std::aligned_alloc(kAlignment, whole))), whole};
-  if (!block.memory) throw OutOfMemory(op, bytes);
-  return block;
+  Buffer buffer{std::unique_ptr<char, Buffer::Free>(static_cast<char*>(std::aligned_alloc(kAlignment, whole))), whole};
+  if (!buffer.memory) throw OutOfMemory(op, bytes);
+  return buffer;
 }
 
 }  // namespace
@@ -71,14 +71,14 @@ OutOfMemory::OutOfMemory(const char* op, int64_t bytes) noexcept {
                 known ? "" : "more than ", bytes);
 }
 
-void Block::Free::operator()(char* p) const { std::free(p); }
+void Buffer::Free::operator()(char* p) const { std::free(p); }
 
 Workspace::Workspace(const char* op, int64_t bytes, int64_t most_kept)
-    : block_(pool().take(bytes)), most_kept_(most_kept) {
-  if (!block_.memory) block_ = allocate(op, bytes);
+    : buffer_(pool().take(bytes)), most_kept_(most_kept) {
+  if (!buffer_.memory) buffer_ = allocate(op, bytes);
 }
 
-Workspace::~Workspace() { pool().give(std::move(block_), most_kept_); }
+Workspace::~Workspace() { pool().give(std::move(buffer_), most_kept_); }
 
 }  // namespace cpu
 }  // namespace adderops

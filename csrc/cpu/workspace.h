@@ -1,4 +1,4 @@
-// The memory in which a call works, and who keeps it between calls.  No torch.
+// The memory that a call works in, and the pool that keeps it between calls.  No torch.
 #pragma once
 #include <stdint.h>
 
@@ -8,7 +8,7 @@
 namespace adderops {
 namespace cpu {
 
-// A MemoryError in Python, and what was asked for.
+// Becomes a MemoryError in Python; its text says how much was asked for.
 class OutOfMemory : public std::bad_alloc {
  public:
   OutOfMemory(const char* op, int64_t bytes) noexcept;
@@ -18,8 +18,8 @@ class OutOfMemory : public std::bad_alloc {
   char text_[128];
 };
 
-// Memory and its size, one object: what has no memory has no bytes.
-struct Block {
+// Memory and its size in one object.  Without memory, bytes is 0.
+struct Buffer {
   struct Free {
     void operator()(char* p) const;
   };
@@ -29,19 +29,19 @@ struct Block {
 
 constexpr int64_t kAlignment = 4096;
 
-// A call's workspace.  Fresh pages from the system would cost a small call more than its arithmetic does, so blocks of
-// up to 32 MiB stay in a pool of the process, at most `most_kept` of them, and the next call takes one that is large
-// enough, from whatever thread.  Throws OutOfMemory where there is no memory; the pool is then as good as before.
+// The workspace of one call.  Fresh pages from the system would cost a small call more than its arithmetic, so buffers
+// of up to 32 MiB stay in a pool of the process, at most `most_kept` of them, and the next call on any thread takes one
+// that is large enough.  Throws OutOfMemory if the allocation fails; the pool still works then.
 class Workspace {
  public:
   Workspace(const char* op, int64_t bytes, int64_t most_kept);
   ~Workspace();
   Workspace(const Workspace&) = delete;
   Workspace& operator=(const Workspace&) = delete;
-  char* get() const { return block_.memory.get(); }
+  char* get() const { return buffer_.memory.get(); }
 
  private:
-  Block block_;
+  Buffer buffer_;
   const int64_t most_kept_;
 };
 

@@ -1,7 +1,8 @@
-// The dialect of the kernels: the few things that nvcc, NVRTC and the host executor (tests/simt/simt.h) spell each in
-// its own way.  Kernel files include this and nothing of the host, and use nothing outside it but
+// The CUDA that the kernels are written in: what nvcc, NVRTC and the host executor (tests/simt/simt.h) each spell
+// differently.  Kernel files include this and no host header, and use nothing outside it except
 //   __global__, __device__, __forceinline__, __restrict__, __launch_bounds__(threads, blocks),
-//   threadIdx, blockIdx, gridDim (.x .y .z), __syncthreads(), __syncthreads_or(int), __syncwarp(), fmaf, fminf, fabsf.
+//   threadIdx, blockIdx, blockDim, gridDim (.x .y .z), __syncthreads(), __syncthreads_or(int), __syncwarp(),
+//   fmaf, fminf, fmaxf, fabsf.
 #pragma once
 #include "../args/conv2d.h"
 #include "../definition/conv2d.h"
@@ -17,9 +18,9 @@
 namespace adderops {
 namespace cuda {
 
-// 16 or 4 bytes from global to shared memory; zeros where not `valid` (then nothing is read).  Asynchronous from sm_80
-// on: done for this thread behind cp_async_wait, for the block behind the barrier after it.  Both addresses are
-// aligned.
+// Copies 16 or 4 bytes from global to shared memory; writes zeros, and reads nothing, where not `valid`.  Both
+// addresses are aligned.  Asynchronous from sm_80 on: this thread sees the data after cp_async_wait, the block after
+// the next barrier.
 __device__ __forceinline__ void cp_async_16(void* shared, const void* global, bool valid) {
 #if __CUDA_ARCH__ >= 800
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"((unsigned)__cvta_generic_to_shared(shared)),
@@ -44,7 +45,7 @@ __device__ __forceinline__ void cp_async_commit() {
   asm volatile("cp.async.commit_group;" ::: "memory");
 #endif
 }
-// Waits until at most `Pending` of this thread's committed groups are under way.
+// Waits until at most `Pending` of this thread's committed groups are in flight.
 template <int Pending>
 __device__ __forceinline__ void cp_async_wait() {
 #if __CUDA_ARCH__ >= 800
@@ -55,15 +56,15 @@ __device__ __forceinline__ void cp_async_wait() {
 // clamp(a - b, 0, 1): one FADD.SAT.  A NaN becomes 0.
 __device__ __forceinline__ float saturated_difference(float a, float b) { return __saturatef(a - b); }
 
-// threadIdx.x, read anew: what a loop computes from it is computed again, where it would be kept in registers.
+// Re-reads threadIdx.x, so that the compiler recomputes what depends on it instead of holding registers.
 __device__ __forceinline__ unsigned thread_index() {
   unsigned x;
   asm volatile("mov.u32 %0, %%tid.x;" : "=r"(x));
   return x;
 }
 
-// c + the sum of |a - b| over four unsigned bytes: one VABSDIFF4; on sm_120, which has none, four instructions of two
-// kinds (VIMNMX.U8x4 twice, VIADD.U8x4; IDP.4A), where the form with .add would be five.
+// c + the sum of |a - b| over four unsigned bytes: one VABSDIFF4.  sm_120 has none: four instructions (VIMNMX.U8x4
+// twice, VIADD.U8x4, IDP.4A), where vabsdiff4 with .add would be five.
 __device__ __forceinline__ uint32_t add_distances4(uint32_t a, uint32_t b, uint32_t c) {
   uint32_t sum;
 #if __CUDA_ARCH__ >= 1200
@@ -75,7 +76,7 @@ __device__ __forceinline__ uint32_t add_distances4(uint32_t a, uint32_t b, uint3
   return sum;
 }
 
-// The smaller of each of two packed halves; a NaN on one side gives the other side.
+// The minimum of each of two packed halves; where one is a NaN, the other.
 template <typename T>
 __device__ __forceinline__ uint32_t minimum2(uint32_t a, uint32_t b);
 #if __CUDA_ARCH__ >= 800 || !defined(__CUDA_ARCH__)
@@ -92,8 +93,8 @@ __device__ __forceinline__ uint32_t minimum2<BFloat16>(uint32_t a, uint32_t b) {
   return r;
 }
 
-// C += A * B on the tensor cores, by all lanes of a warp: A 16 x 16 and B 16 x 8 of T, C 16 x 8 of float32.
-// With g = lane / 4, t = lane % 4 (each word two elements, the lower first):
+// C += A * B on the tensor cores, by all lanes of a warp: A (16 x 16) and B (16 x 8) of T, C (16 x 8) of float32.
+// With g = lane / 4, t = lane % 4; a word holds two elements, the first in its low half:
 //   a[0] = A[g][2t..]  a[1] = A[g+8][2t..]  a[2] = A[g][2t+8..]  a[3] = A[g+8][2t+8..]
 //   b[0] = B[2t..][g]  b[1] = B[2t+8..][g]      c[0], c[1] = C[g][2t..]      c[2], c[3] = C[g+8][2t..]
 template <typename T>
@@ -119,7 +120,7 @@ ADDEROPS_MMA(BFloat16, "bf16")
 namespace adderops {
 namespace cuda {
 
-// Four floats, or any 16 bytes, in one access of an aligned address.
+// Vectors for one access to an aligned address: four floats, 16 bytes, 8 bytes.
 struct alignas(16) Float4 {
   float v[4];
 };

@@ -1,5 +1,6 @@
-// Direct convolution, straight from the definition: float64, depthwise and other narrow groups, where there is no matrix
-// product to tile, and sizes beyond a tile's 32-bit coordinates.  Any strides.  A depthwise layer is bound by memory.
+// Direct convolution, straight from the definition: float64, depthwise and other narrow groups, where there is no
+// matrix product to tile, and sizes beyond a tile's 32-bit coordinates.  Any strides.  A depthwise layer is bound by
+// memory.
 //
 //   direct_forward_kernel, direct_grad_x_kernel      one output per thread, no shared memory:
 //
@@ -7,7 +8,7 @@
 //                                 +--block 0----+--1--       the grid covers all outputs, or strides over them beyond
 //                                                            2^31 - 1 blocks
 //
-//   direct_grad_w_kernel      one weight per block:          grid (weights of a filter, filters, 65535 of them at a time)
+//   direct_grad_w_kernel      one weight per block:          grid (weights of a filter, up to 65535 filters)
 //
 //       pixels  t0 t1 .. t127 t0 t1 ..      thread: every 128th pixel, in float32 (float64: in float64)
 //                  \  |  /                  block:  the 128 partial sums in shared memory, added up pairwise, always in
@@ -75,9 +76,9 @@ __global__ void __launch_bounds__(kDirectThreads) direct_grad_w_kernel(Conv2dArg
       if (oh >= p.OH) oh -= p.OH, ++n;
     }
     s_partials[threadIdx.x] = partial;
-    for (int half = kDirectThreads / 2; half; half /= 2) {
+    for (int step = kDirectThreads / 2; step; step /= 2) {
       __syncthreads();
-      if (threadIdx.x < half) s_partials[threadIdx.x] += s_partials[threadIdx.x + half];
+      if (threadIdx.x < step) s_partials[threadIdx.x] += s_partials[threadIdx.x + step];
     }
     if (threadIdx.x == 0) {
       const Operand& o = args.out;

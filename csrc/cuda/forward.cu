@@ -8,7 +8,7 @@ namespace cuda {
 namespace {
 
 constexpr TileSize kTiles[] = {{128, 128}, {64, 128}, {32, 128}, {16, 128}, {64, 64}};
-// The halves, tiled so on sm_75 alone, pass through registers on their way to shared memory.
+// The halves use these on sm_75 only, where they reach shared memory through registers: fewer blocks fit.
 template <typename T>
 using Tile0 = Tile<128, 128, 8, 8, sizeof(T) == 4 ? 2 : 1>;
 using Tile1 = Tile<64, 128, 8, 8, 3>;
@@ -29,7 +29,7 @@ struct ForwardPlan {
   int tile;
   dim3 grid;
   PackedWeights weights;
-  int* flags;  // one a tile
+  int* flags;  // one per tile
   int64_t bytes;
 };
 
@@ -41,7 +41,7 @@ ForwardPlan plan(const Conv2dArgs& args, const Device& device, const Choice& cho
   f.direct = is_direct(args);
   if (f.direct) return f;
   f.mma = bytes == 2 && device.capability >= 80;
-  // min and add run on different pipes: no gain where there are twice as many float lanes (8.6, 9.0, ...)
+  // min and add run on different pipes: no gain where there are twice as many FP32 units (8.6, 9.0, ...)
   const bool minimum = choice.formula >= 0 ? choice.formula == (int)Formula::kMinimum : device.capability <= 80;
   f.formula = minimum && device.capability <= 80 ? Formula::kMinimum : Formula::kDistance;
   f.layout = pick_layout(supports_channels(args.x, C, bytes), choice);
@@ -54,7 +54,7 @@ ForwardPlan plan(const Conv2dArgs& args, const Device& device, const Choice& cho
     f.tile = pick_tile(kTiles, M, P, p.groups, device, choice);
     size = kTiles[f.tile];
   }
-  f.grid = dim3((unsigned)blocks(P, size.n), (unsigned)blocks(M, size.m), (unsigned)p.groups);
+  f.grid = dim3((unsigned)ceil_div(P, size.n), (unsigned)ceil_div(M, size.m), (unsigned)p.groups);
   f.weights =
       f.mma ? plan_packed(p, M, C, size.m, kMmaSlab, 2, &arena) : plan_packed(p, M, C, size.m, kSlab, 4, &arena);
   f.flags = arena.take<int>(product(f.grid.x, f.grid.y, f.grid.z));
@@ -67,7 +67,7 @@ GemmParams params_of(const Conv2dArgs& args, int slab, int64_t slab_bytes) {
   GemmParams params = gemm_params(args.x, element_bytes(args.type), p.H, p.W, p.C_in / p.groups);
   params.taps_h = (int)p.KH, params.taps_w = (int)p.KW;
   params.dilation_h = (int)p.dilation_h, params.dilation_w = (int)p.dilation_w;
-  const int64_t slabs = blocks(params.channels, slab);
+  const int64_t slabs = ceil_div(params.channels, slab);
   set_slabs(&params, slab, slab_bytes, p.KW * slabs, slabs);
   return params;
 }

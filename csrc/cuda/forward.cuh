@@ -1,16 +1,16 @@
 // Forward, float32 sums:   Y[n,co,p] = -sum_k |X[n,k,p] - W[co,k]|,   k = (kh, kw, ci),  p = (oh, ow)
 //
 //   kDistance  acc += |x - w|       two instructions per term: FADD, FADD with a free absolute value
-//   kMinimum   acc += min(x, w)     FMNMX, on another pipe, and FADD: twice as fast where there are 64 float lanes
-//              (sm_75, sm_80); Y = 2*acc - (sum X + sum W).  Where that cancels (|sum X + sum W| or sum |W| >
-//              kCancellation * |Y|), overflows or meets an infinity or NaN, the tile is flagged; the distance formula,
-//              launched next on the flagged tiles alone, computes it again.
+//   kMinimum   acc += min(x, w)     FMNMX, on another pipe, and FADD: twice as fast where a multiprocessor has 64
+//              FP32 units (sm_75, sm_80); Y = 2*acc - (sum X + sum W).  Where that cancels (|sum X + sum W| or
+//              sum |W| > kCancellation * |Y|), overflows or meets an infinity or NaN, the tile is flagged; the
+//              distance formula, launched next on the flagged tiles alone, computes it again.
 //
-//   X  (N, C_in, H, W), any strides     packed W  [group][tap][ci][co] (pack.cuh)     Y  (N, C_out, OH, OW), any strides
+//   X  (N, C_in, H, W), any strides    packed W  [group][tap][ci][co] (pack.cuh)    Y  (N, C_out, OH, OW), any strides
 //
 //             K: taps x channels, a slab at a time (implicit_gemm.cuh)
 //           s_weights [16][kM] ---+     grid (tiles of pixels, tiles of filters, groups)
-//           s_pixels  [16][kN+4]  |     block  128 filters x 128 pixels, 8 warps           (tile.cuh; four smaller tiles)
+//           s_pixels  [16][kN+4]  |     block  128 filters x 128 pixels, 8 warps (tile.cuh); four smaller tiles
 //                      |          |     warp   64 x 32: 8 x 4 threads, in four groups of 32 x 16
 //                      v          v     thread 8 x 8 accumulators, 2 x 16 operands, two steps in flight
 //                   acc[8][8] in registers
@@ -81,8 +81,8 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
     SHARED(float, s_sum_w, [F == Formula::kMinimum ? Tile::kM : 1]);
     SHARED(float, s_size_w, [F == Formula::kMinimum ? Tile::kM : 1]);
     if constexpr (F == Formula::kMinimum) {
-      reduce_chunks(weights, weights.sums, m0, Tile::kM, thread_index(), s_sum_w);
-      reduce_chunks(weights, weights.sizes, m0, Tile::kM, thread_index(), s_size_w);
+      reduce_splits(weights, weights.sums, m0, Tile::kM, thread_index(), s_sum_w);
+      reduce_splits(weights, weights.sizes, m0, Tile::kM, thread_index(), s_size_w);
       sums.reduce(s_slabs, s_sum_x);
     }
 

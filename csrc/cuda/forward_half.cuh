@@ -1,7 +1,7 @@
 // Forward of float16 and bfloat16 with float32 sums, from sm_80 on:   Y = 2*sum min(X, W) - (sum X + sum W)
 //
-// The minimum of two packed halves is exact, and the tensor cores add the minima up in float32: a matrix of minima times
-// a matrix of ones and zeros.  No half is ever added to a half.
+// The minimum of two packed halves is exact, and the tensor cores add the minima up in float32: a matrix of minima
+// times a matrix of ones and zeros.  No half is ever added to a half.
 //
 //   X  (N, C_in, H, W), any strides     packed W  [group][tap][slab of ci][co][32] (pack.cuh)     Y  any strides
 //
@@ -20,13 +20,13 @@
 //                rows g and g + 8; the order          is ones, the rest         to column co % 8: the sum of filter co
 //                of the channels is free              zeros
 //
-// The sums of X over each window come from the same instruction with B all ones.  A term costs 1/2 packed minimum and 1/8
-// mma; 16 bytes of shared memory serve 4 x 8 of them.  The four 16-byte words of a pixel or filter are swizzled (word t of
-// row r at t ^ r/2 % 4), so that neither copies nor reads have bank conflicts.
+// The sums of X over each window come from the same instruction with B all ones.  A term costs 1/2 packed minimum and
+// 1/8 mma; 16 bytes of shared memory serve 4 x 8 of them.  The four 16-byte words of a pixel or filter are swizzled
+// (word t of row r at t ^ r/2 % 4), so that neither copies nor reads have bank conflicts.
 //
-// Tails: channels beyond the last are zeros on both sides; filters and pixels beyond the last are not stored.  A tile with
-// an output that is not reliable (forward.cuh) is flagged, and forward_repair_kernel, launched next, computes it by the
-// definition.
+// Tails: channels beyond the last are zeros on both sides; filters and pixels beyond the last are not stored.  A tile
+// with an output that is not reliable (forward.cuh) is flagged, and forward_repair_kernel, launched next, computes it
+// by the definition.
 #pragma once
 #include "forward.cuh"
 
@@ -163,8 +163,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
 #pragma unroll
     for (int f = 0; f < kFragments; ++f)
 #pragma unroll
-      for (int half = 0; half < 2; ++half)
-        x[f][half] = load_16<Words4>(x_now + swizzled(warp_pixel + f * 16 + half * 8 + g, t));
+      for (int r = 0; r < 2; ++r) x[f][r] = load_16<Words4>(x_now + swizzled(warp_pixel + f * 16 + r * 8 + g, t));
     const uint32_t all_ones[2] = {kOnes<T>, kOnes<T>};
 #pragma unroll
     for (int f = 0; f < kFragments; ++f)
@@ -192,15 +191,15 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
 
   SHARED(float, s_sum_w, [Tile::kM]);
   SHARED(float, s_size_w, [Tile::kM]);
-  reduce_chunks(weights, weights.sums, m0, Tile::kM, threadIdx.x, s_sum_w);
-  reduce_chunks(weights, weights.sizes, m0, Tile::kM, threadIdx.x, s_size_w);
+  reduce_splits(weights, weights.sums, m0, Tile::kM, threadIdx.x, s_sum_w);
+  reduce_splits(weights, weights.sizes, m0, Tile::kM, threadIdx.x, s_size_w);
   __syncthreads();
   int flagged = 0;
 #pragma unroll
   for (int f = 0; f < kFragments; ++f)
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int64_t pixel = pixel0 + warp_pixel + f * 16 + half * 8 + g;
+    for (int r = 0; r < 2; ++r) {
+      const int64_t pixel = pixel0 + warp_pixel + f * 16 + r * 8 + g;
       if (pixel >= pixels) continue;
       T* const to = static_cast<T*>(args.out.data) + output_offset(p, args.out, pixel);
 #pragma unroll
@@ -209,8 +208,8 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
         for (int i = 0; i < 2; ++i) {
           const int filter = warp_filter + octet * 8 + 2 * t + i, co = group * M + m0 + filter;
           if (m0 + filter >= M) continue;
-          const float both = window_sum[f][2 * half] + s_sum_w[filter];
-          float y = 2 * c[f][octet][2 * half + i] - both;
+          const float both = window_sum[f][2 * r] + s_sum_w[filter];
+          float y = 2 * c[f][octet][2 * r + i] - both;
           flagged |= !is_reliable(both, s_size_w[filter], y);
           if (args.bias) y += load_float(static_cast<const T*>(args.bias) + co);
           store_float(to + co * args.out.stride[1], y);

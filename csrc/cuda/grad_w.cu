@@ -1,4 +1,4 @@
-// Host side of the gradient of the weights: which tile, into how many runs of pixels the sum is split.
+// Host side of the gradient of the weights: which tile, how many splits of the sum over pixels.
 #include "grad_w.cuh"
 #include "launch.cuh"
 
@@ -7,7 +7,7 @@ namespace cuda {
 namespace {
 
 constexpr TileSize kTiles[] = {{128, 128}, {64, 128}, {32, 128}, {16, 128}};
-// The halves pass through registers on their way to shared memory: fewer blocks then.
+// The halves reach shared memory through registers: fewer blocks fit.
 template <typename T>
 using Tile0 = Tile<128, 128, 8, 8, sizeof(T) == 4 ? 2 : 1>;
 template <typename T>
@@ -49,18 +49,18 @@ GradWPlan plan(const Conv2dArgs& args, const Device& device, const Choice& choic
   GradWPlan f{};
   f.direct = is_direct(args);
   if (f.direct) return f;
-  f.tile = pick_tile(kTiles, M, K, product(p.groups, blocks(P, kLongestSplit)), device, choice);
+  f.tile = pick_tile(kTiles, M, K, product(p.groups, ceil_div(P, kLongestSplit)), device, choice);
   f.size = kTiles[f.tile];
   // enough blocks for two waves of the device; fewer where the partial sums would take much memory
-  const int64_t tiles = product(blocks(M, f.size.m), blocks(K, f.size.n), p.groups);
-  int64_t splits = blocks(4 * device.multiprocessors, tiles);
+  const int64_t tiles = product(ceil_div(M, f.size.m), ceil_div(K, f.size.n), p.groups);
+  int64_t splits = ceil_div(4 * device.multiprocessors, tiles);
   const int64_t affordable = kPartialBytes / product(p.C_out, K + 1, 4) + 1;
   if (splits > affordable) splits = affordable;
-  if (splits > blocks(P, kShortestSplit)) splits = blocks(P, kShortestSplit);
-  if (splits < blocks(P, kLongestSplit)) splits = blocks(P, kLongestSplit);
+  if (splits > ceil_div(P, kShortestSplit)) splits = ceil_div(P, kShortestSplit);
+  if (splits < ceil_div(P, kLongestSplit)) splits = ceil_div(P, kLongestSplit);
   if (splits > 65535 / p.groups) splits = 65535 / p.groups;
-  const int64_t slabs = blocks(blocks(P, splits), kSlab);
-  splits = blocks(P, slabs * kSlab);
+  const int64_t slabs = ceil_div(ceil_div(P, splits), kSlab);
+  splits = ceil_div(P, slabs * kSlab);
   Arena arena{static_cast<char*>(workspace), 0};
   const bool strided = choice.layout == (int)Layout::kStrided;
   const bool grad_y_in_place = !strided && supports_channels(args.grad_y, M, bytes);
@@ -80,7 +80,7 @@ GradWPlan plan(const Conv2dArgs& args, const Device& device, const Choice& choic
   g.advance_x = dn * g.x.stride_n + dh * p.stride_h * g.x.stride_h + dw * p.stride_w * g.x.stride_w;
   g.next_row_x = p.stride_h * g.x.stride_h - p.OW * p.stride_w * g.x.stride_w;
   g.next_image_x = g.x.stride_n - p.OH * p.stride_h * g.x.stride_h;
-  f.grid = dim3((unsigned)blocks(K, f.size.n), (unsigned)blocks(M, f.size.m), (unsigned)(p.groups * splits));
+  f.grid = dim3((unsigned)ceil_div(K, f.size.n), (unsigned)ceil_div(M, f.size.m), (unsigned)(p.groups * splits));
   f.partial = arena.take<float>(product(splits, p.C_out, K));
   f.partial_sum = arena.take<float>(product(splits, p.C_out));
   f.bytes = arena.used;
@@ -96,7 +96,7 @@ template <typename T>
 void copy_channels(const Operand& in, void* out, int64_t N, int64_t H, int64_t W, int64_t channels, int64_t groups,
                    cudaStream_t stream) {
   const int64_t padded = round_up(channels, 16 / (int64_t)sizeof(T));
-  const dim3 grid((unsigned)blocks(N * H * W, kChannelsTile), (unsigned)blocks(padded, kChannelsTile),
+  const dim3 grid((unsigned)ceil_div(N * H * W, kChannelsTile), (unsigned)ceil_div(padded, kChannelsTile),
                   (unsigned)groups);
   LAUNCH((channels_kernel<T>), grid, dim3(kChannelsThreads), stream, in, static_cast<T*>(out), N * H * W, H, W,
          (int)channels, (int)padded);
@@ -112,7 +112,7 @@ void launch(const Conv2dArgs& args, const GradWPlan& f, cudaStream_t stream) {
   if (f.tile == 2) launch_tile<T, Tile2<T>>(args, f, stream);
   if (f.tile == 3) launch_tile<T, Tile3<T>>(args, f, stream);
   const int64_t filters = args.problem.C_out < 65535 ? args.problem.C_out : 65535;
-  LAUNCH((grad_w_finish_kernel<T>), dim3((unsigned)blocks(f.params.K, kFinishThreads), (unsigned)filters),
+  LAUNCH((grad_w_finish_kernel<T>), dim3((unsigned)ceil_div(f.params.K, kFinishThreads), (unsigned)filters),
          dim3(kFinishThreads), stream, args, f.params, f.partial, f.partial_sum);
 }
 

@@ -3,27 +3,28 @@
 // AdderNet's full-precision gradient (arXiv 1912.13200, section 3.2), on purpose not the derivative, sgn(X - W).
 // One FFMA per term, as in a convolution.
 //
-// The sum runs over all pixels and is split over blocks, a run of pixels each; two kernels, no atomics:
+// The sum over all pixels is split over blocks; a second kernel adds up the partial sums of the splits, without
+// atomics:
 //   channels_kernel        copies a tensor whose channels are not contiguous: [n][h][w][group][C, to whole vectors]
 //   grad_w_kernel          partial[split][group][co][k], partial_sum[split][group][co] = sum of dY
 //                          grid (tiles of k, tiles of co, groups * splits)
-//   grad_w_finish_kernel   adds the splits up in their order and subtracts W * sum dY; a result that is not finite is
+//   grad_w_finish_kernel   adds up the splits in order and subtracts W * sum dY; a result that is not finite is
 //                          computed again by the definition.  grid (weights of a filter, co): blocks of 256 weights
 //
 //      dY [n][oh][ow][group][co]         X [n][h][w][group][ci]         16 bytes of channels of one pixel per copy
 //            |                                 | at the tap of k, zeros outside the image
 //            v                                 v
-//   s_grad_y [2][kSlab pixels][kM + 4]   s_x [2][kSlab pixels][kN + 4]  the N of the product counts weights k = (tap, ci);
-//            |                                 |                        channels are padded to whole vectors, k with them
+//   s_grad_y [2][kSlab pixels][kM + 4]   s_x [2][kSlab pixels][kN + 4]  N counts weights k = (tap, ci); channels are
+//            |                                 |                        padded to whole vectors, and k with them
 //            +--------> multiply_slab <--------+
 //                             |             block   128 filters x 128 weights, 8 warps; three smaller tiles
-//              acc = fma(dY, X, acc)        thread  8 x 8 accumulators, 4 sums of dY; 120 to 160 registers
+//              acc = fma(dY, X, acc)        thread  8 x 8 accumulators, 4 sums of dY; 120 to 127 registers (halves 155)
 //                             |             35 KB of shared memory, two blocks per multiprocessor (halves: one)
 //                   partial[split]
 //
 //   s_info [2][kSlab]   where the pixels of a slab lie: kSlab threads advance them without division, one slab ahead
 //
-// Tails: pixels behind the last are zeros on both sides; filters and weights beyond the last are not stored.
+// Tails: pixels beyond the last are zeros on both sides; filters and weights beyond the last are not stored.
 #pragma once
 #include "tile.cuh"
 
@@ -48,15 +49,16 @@ struct PixelInfo {
 
 struct GradWParams {
   int K, C, M;               // weights of a filter and channels, both with the padding; filters of a group
-  int splits, slabs;         // slabs of a split
+  int splits, slabs;         // splits of pixels, slabs of a split
   int advance_h, advance_w;  // two slabs of pixels further: rows and columns, not counting whole images
   ChannelsLast grad_y, x;
   // bytes: two slabs further within a row; more where a row ends, where an image ends
   int64_t advance_grad_y, advance_x, next_row_grad_y, next_row_x, next_image_grad_y, next_image_x;
 };
 
-// A thread's share of copying one operand of a slab: kSlab pixels of `Count` filters (dY) or weights k (X, Windowed: each
-// pixel has a predicate), 16 bytes of channels per copy.  A thread's copies are of the same channels, kStep pixels apart.
+// A thread's share of copying one operand of a slab: kSlab pixels of `Count` filters (dY) or weights k (X, Windowed:
+// each pixel has a predicate), 16 bytes of channels per copy.  A thread's copies are of the same channels, kStep
+// pixels apart.
 template <int Count, int Threads, typename T, bool Windowed>
 struct SlabLoader {
   static constexpr int kVector = 16 / (int)sizeof(T), kRow = Count / kVector, kCopies = kRow * kSlab;
@@ -116,8 +118,8 @@ struct SlabLoader {
 
 constexpr int kChannelsTile = 32, kChannelsThreads = 256;
 
-// A transpose of 32 x 32 elements through shared memory: in (any strides) -> out[n][h][w][group][padded], zeros behind a
-// group's channels.  grid (tiles of 32 pixels, tiles of 32 padded channels, groups)
+// A transpose of 32 x 32 elements through shared memory: in (any strides) -> out[n][h][w][group][padded], zeros after
+// a group's channels.  grid (tiles of 32 pixels, tiles of 32 padded channels, groups)
 template <typename T>
 __global__ void __launch_bounds__(kChannelsThreads)
     channels_kernel(Operand in, T* out, int64_t pixels, int64_t H, int64_t W, int channels, int padded) {

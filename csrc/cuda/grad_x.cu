@@ -28,17 +28,17 @@ GradXPlan plan(const Conv2dArgs& args, const Device& device, const Choice& choic
   f.direct = is_direct(args);
   if (f.direct) return f;
   f.layout = pick_layout(supports_channels(args.grad_y, M, element_bytes(args.type)), choice);
-  const int64_t pixels = p.N * blocks(p.H, p.stride_h) * blocks(p.W, p.stride_w);  // of the largest phase
+  const int64_t pixels = p.N * ceil_div(p.H, p.stride_h) * ceil_div(p.W, p.stride_w);  // of the largest phase
   f.tile = pick_tile(kTiles, C, pixels, p.groups, device, choice);
   f.size = kTiles[f.tile];
   Arena arena{static_cast<char*>(workspace), 0};
   f.weights = plan_packed(p, C, M, f.size.m, kSlab, 4, &arena);
-  f.flags = arena.take<int>(product(blocks(pixels, f.size.n), blocks(C, f.size.m), p.groups));
+  f.flags = arena.take<int>(product(ceil_div(pixels, f.size.n), ceil_div(C, f.size.m), p.groups));
   f.bytes = arena.used;
   return f;
 }
 
-// One axis of a phase: the taps k with k*dilation = remainder (mod stride), and the pixels with i + pad = remainder.
+// One axis of a phase: the taps k with k*dilation = remainder (mod stride), and the pixels i with i + pad = remainder.
 struct Axis {
   int taps, first_tap, tap_step;      // taps first_tap, first_tap + tap_step, ...
   int step;                           // from tap to tap in dY
@@ -73,7 +73,7 @@ void launch_phase(const Conv2dArgs& args, const GradXPlan& f, const Phase& phase
 template <typename T>
 void launch(const Conv2dArgs& args, const GradXPlan& f, cudaStream_t stream) {
   const Conv2dProblem& p = args.problem;
-  const int64_t channels = p.C_out / p.groups, slabs = blocks(channels, kSlab);
+  const int64_t channels = p.C_out / p.groups, slabs = ceil_div(channels, kSlab);
   pack<T, Packing::kGradX>(args, f.weights, stream);
   for (int64_t rh = 0; rh < p.stride_h; ++rh)
     for (int64_t rw = 0; rw < p.stride_w; ++rw) {
@@ -87,7 +87,7 @@ void launch(const Conv2dArgs& args, const GradXPlan& f, cudaStream_t stream) {
       params.taps_h = h.taps, params.taps_w = w.taps, params.dilation_h = h.step, params.dilation_w = w.step;
       set_slabs(&params, kSlab, kSlab * (int64_t)f.weights.pitch * 4, h.tap_step * p.KW * slabs, w.tap_step * slabs);
       params.first_weights = (h.first_tap * p.KW + w.first_tap) * slabs * params.next_weights;
-      const dim3 grid((unsigned)blocks(pixels, f.size.n), (unsigned)blocks(p.C_in / p.groups, f.size.m),
+      const dim3 grid((unsigned)ceil_div(pixels, f.size.n), (unsigned)ceil_div(p.C_in / p.groups, f.size.m),
                       (unsigned)p.groups);
       if (f.tile == 0) launch_phase<T, Tile0>(args, f, phase, params, grid, stream);
       if (f.tile == 1) launch_phase<T, Tile1>(args, f, phase, params, grid, stream);

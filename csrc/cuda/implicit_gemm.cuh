@@ -7,17 +7,17 @@
 //         [tap][channel][m]            [n][c][h][w]                  operand are in shared memory: slab s is computed
 //               | 16 bytes, cp.async      | 4 or 16 bytes            while slab s + 1 arrives.
 //               v                         v
-//   s_weights [kSlab][kM]      s_pixels [kSlab][kN + 4]              One barrier per slab: behind it slab s is complete,
-//               |                         |                          and no thread still reads slab s - 1, whose place
-//               +---> multiply_slab <-----+                          slab s + 1 takes.
+//   s_weights [kSlab][kM]      s_pixels [kSlab][kN + 4]              One barrier per slab: after it slab s is
+//               |                         |                          complete, and no thread still reads slab s - 1,
+//               +---> multiply_slab <-----+                          whose place slab s + 1 takes.
 //                          |
 //                     acc, registers                                 Taps of a pixel outside the image, and channels
 //                                                                    beyond the last, are copied as zeros.
 //
-// Loading pixels: kStrided, neighbouring threads copy neighbouring pixels, 4 bytes each, asynchronously (halves through
-// registers); kChannelsLast, 16 bytes of channels each, through registers, where they are transposed.  The four floats of
-// padding keep those stores free of bank conflicts.  The predicate, whether a pixel's tap lies inside the image, is
-// computed once per tap.
+// Loading pixels: kStrided, neighbouring threads copy neighbouring pixels, 4 bytes each, asynchronously (halves
+// through registers); kChannelsLast, 16 bytes of channels each, through registers, where they are transposed.  The
+// four floats of padding keep those stores free of bank conflicts.  The predicate, whether a pixel's tap lies inside
+// the image, is computed once per tap.
 #pragma once
 #include "pack.cuh"
 
@@ -39,7 +39,7 @@ struct GemmParams {
   int64_t first_weights;  // bytes from a group's first slab of weights to that of tap (0, 0)
 };
 
-// The 128 x 128 tile would spill on sm_100 and sm_120 (ptxas 13.0), so what can be read again stays out of registers there.
+// On sm_100 and sm_120 the 128 x 128 tile would spill (ptxas 13.0), so what can be read again stays out of registers.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 1000
 constexpr bool kShortOfRegisters = false;
 #else
@@ -172,7 +172,7 @@ __device__ __forceinline__ void load_weights(const char* weights, int pitch, flo
   }
 }
 
-// Shared memory, in floats: a slab of weights, behind it one of pixels; kSlabFloats for both, twice that in all.
+// Shared memory, in floats: a slab of weights followed by one of pixels; kSlabFloats for both, twice that in all.
 template <typename Tile>
 constexpr int kPixelsAt = kSlab * Tile::kM;
 template <typename Tile>

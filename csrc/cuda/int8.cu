@@ -13,7 +13,7 @@ using Tile2 = Tile<32, 128, 4, 8, 4>;
 using Tile3 = Tile<16, 128, 4, 4, 5>;
 using Tile4 = Tile<64, 64, 8, 4, 4>;
 
-// Groups too narrow for a tile, and coordinates beyond a tile's?
+// Is this for the direct kernel?  Groups too narrow for a tile, sizes beyond its 32-bit coordinates.
 bool is_direct_int8(const Conv2dProblem& p) {
   const int64_t C = p.C_in / p.groups, M = p.C_out / p.groups, most = 0x3fffff00;
   const bool narrow = p.groups > 1 && (M < 4 || product(C, M) < 64);
@@ -21,7 +21,7 @@ bool is_direct_int8(const Conv2dProblem& p) {
   const bool large = product(p.N, p.OH, p.OW) > most || sum(p.H, p.pad_top) > most || sum(p.W, p.pad_left) > most ||
                      product(p.OH, p.stride_h) > most || product(p.OW, p.stride_w) > most || rows > most ||
                      columns > most || product(sum(product(rows, p.W), columns), p.C_in) > most || p.groups > 65535 ||
-                     blocks(M, 16) > 65535;
+                     ceil_div(M, 16) > 65535;
   return narrow || large;
 }
 
@@ -44,8 +44,8 @@ Int8Params params_of(const Int8Args& args, int bytes) {
   f.H = (int)p.H, f.W = (int)p.W, f.KH = (int)p.KH;
   f.C = (int)(p.C_in / p.groups), f.M = (int)(p.C_out / p.groups), f.K = (int)(p.KH * p.KW) * f.C;
   f.dilation_h = (int)p.dilation_h, f.dilation_w = (int)p.dilation_w;
-  const int64_t copies = blocks(f.C, bytes == 1 ? 4 : bytes);  // of a tap
-  f.slabs = (int)blocks(p.KH * p.KW * copies, slab);
+  const int64_t copies = ceil_div(f.C, bytes == 1 ? 4 : bytes);  // of a tap
+  f.slabs = (int)ceil_div(p.KH * p.KW * copies, slab);
   f.by_copies = divisor(copies), f.by_KW = divisor(p.KW);
   f.padding = args.padding * 0x01010101u;
   const auto aligned = [](const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; };
@@ -75,7 +75,7 @@ cudaError_t run(const Int8Args& args, const Device& device, const Choice& choice
   const int bytes = copy_bytes(args), picked = pick_tile(kTiles, M, P, p.groups, device, choice);
   const int tile = bytes < 16 && picked == 0 ? 1 : picked;
   const TileSize size = kTiles[tile];
-  const dim3 grid((unsigned)blocks(P, size.n), (unsigned)blocks(M, size.m), (unsigned)p.groups);
+  const dim3 grid((unsigned)ceil_div(P, size.n), (unsigned)ceil_div(M, size.m), (unsigned)p.groups);
   switch (tile) {
     case 0: launch<Tile0>(args, bytes, grid, stream); break;
     case 1: launch<Tile1>(args, bytes, grid, stream); break;

@@ -4,15 +4,15 @@
 //   x  (N, H, W, C_in) uint8, `padding` outside the image       w  (C_out, KH, KW, C_in/groups) uint8, not packed
 //   y, residual  (N, OH, OW, C_out)
 //
-//   s_w [2][kM filters][16 words]      A slab is 64 bytes of K of each filter and pixel: four 16-byte words, word g of row
-//   s_x [2][kN pixels][16 words]       r at g ^ r/2 % 4, so that eight rows are copied and read without a bank conflict.
-//         |                |           One slab is computed, one arrives (cp.async).
+//   s_w [2][kM filters][16 words]      A slab is 64 bytes of K of each filter and pixel: four 16-byte words, word g of
+//   s_x [2][kN pixels][16 words]       row r at g ^ r/2 % 4, so that eight rows are copied and read without a bank
+//         |                |           conflict.  One slab is computed, one arrives (cp.async).
 //         v                v
 //   8 bytes of each   8 bytes of       block   128 filters x 128 pixels, 8 warps; four smaller tiles
 //   of 8 filters      a pixel          warp    8 x 4 threads
 //         |                |           thread  8 x 8 accumulators: filters 4t + i%4 + i/4 * 4*kThreadsM, every
-//         +-> add_distances4 <-+               kThreadsN-th pixel.  Filter i of a thread lies in row t + i*kThreadsM, so
-//                  |                           that eight threads read eight neighbouring rows
+//         +-> add_distances4 <-+               kThreadsN-th pixel.  Filter i of a thread lies in row t + i*kThreadsM,
+//                  |                           so that eight threads read eight neighbouring rows
 //              acc[8][8] int32         grid    (tiles of pixels, tiles of filters, groups)
 //                  |
 //   s_slabs as [pixel][kM] -> epilogue4: four filters of a pixel per thread, 16 bytes of sums, 4 or 16 bytes of y
@@ -20,11 +20,11 @@
 // A copy moves 16 bytes where the channels of a group are a multiple of 16, 4 bytes where of 4, else a word composed of
 // single bytes, zeros on both sides beyond the last channel.  The copies of a filter are counted through taps and
 // channels, so that a slab may hold several taps.  A copy outside the image is `padding`, and so are the copies of both
-// sides behind the last tap: equal bytes are no distance.
+// sides after the last tap: equal bytes add nothing.
 //
-// 128 registers, 34 KB of shared memory, two blocks per multiprocessor (one on sm_75, which has 64 KB, and on sm_120), 0.32
+// 128 registers (159 on sm_120), 34 KB of shared memory, two blocks per multiprocessor (one on sm_75 and sm_120), 0.32
 // to 0.34 instructions per term (docs/cuda.md).
-// Tails: filters and pixels beyond the last are computed, of padding, and not stored.
+// Tails: filters and pixels beyond the last are computed from padding, and not stored.
 #pragma once
 #include "../definition/int8.h"
 #include "tile.cuh"
@@ -84,7 +84,7 @@ struct Int8Loader {
     }
   }
 
-  // The filter in row threadIdx.x / kCopies + r * kRows lies m(r) behind the one of r = 0.
+  // The filter in row threadIdx.x / kCopies + r * kRows is m(r) filters after that of r = 0.
   static_assert(kRows % Tile::kThreadsM == 0, "a thread copies rows of one computing thread");
   static __device__ __forceinline__ constexpr int m(int r) {
     return r * kRows / Tile::kThreadsM % 4 + r * kRows / Tile::kThreadsM / 4 * (4 * Tile::kThreadsM);
@@ -110,7 +110,7 @@ struct Int8Loader {
       if (Tile::kM % kRows && row + r * kRows >= Tile::kM) break;
       copy(s_w + at + r * kRows * kInt8Slab, from + m(r) * params.K, m(r) < filters_left, left, params.padding);
     }
-    // behind the last tap every pixel is outside
+    // after the last tap every pixel is outside
     const int height = i < params.KH ? params.H : 0;
     from = x + (down * params.stride_h + right * params.stride_w + c * kStep);
 #pragma unroll

@@ -31,7 +31,7 @@ struct Choice {
 };
 constexpr Choice kAutomatic = {-1, -1, -1};
 
-// A pass computes one result, which one struct of arguments describes.
+// One computation of an operator, with its own struct of arguments.
 template <typename Args>
 struct Pass {
   // Bytes that run() needs; null: none.

@@ -14,10 +14,10 @@
 namespace adderops {
 namespace cuda {
 
-inline int64_t blocks(int64_t size, int64_t step) { return (size + step - 1) / step; }
-inline int64_t round_up(int64_t size, int64_t step) { return product(blocks(size, step), step); }
+inline int64_t ceil_div(int64_t size, int64_t step) { return (size + step - 1) / step; }
+inline int64_t round_up(int64_t size, int64_t step) { return product(ceil_div(size, step), step); }
 inline unsigned direct_grid(int64_t outputs) {
-  const int64_t count = blocks(outputs, kDirectThreads);
+  const int64_t count = ceil_div(outputs, kDirectThreads);
   return (unsigned)(count < 0x7fffffff ? count : 0x7fffffff);
 }
 
@@ -33,7 +33,7 @@ struct Arena {
   }
 };
 
-// Is this for a direct kernel (direct.cuh)?  Float64, groups too narrow for a tile, sizes beyond its 32-bit coordinates.
+// Is this for a direct kernel (direct.cuh)?  Float64, groups too narrow for a tile, sizes beyond 32-bit coordinates.
 inline bool is_direct(const Conv2dArgs& args) {
   const Conv2dProblem& p = args.problem;
   const int64_t C = p.C_in / p.groups, M = p.C_out / p.groups, taps = product(p.KH, p.KW), most = 0x3fffff00;
@@ -43,7 +43,7 @@ inline bool is_direct(const Conv2dArgs& args) {
                      product(p.OW, p.stride_w) > most || product(p.KH - 1, p.dilation_h) >= 1 << 15 ||
                      product(p.KW - 1, p.dilation_w) >= 1 << 15 || product(taps, C + 128) > most ||
                      product(taps, M + 128) > most || product(p.stride_h, p.stride_w) > 4096 || p.groups > 65535 ||
-                     blocks(M, 16) > 65535 || blocks(C, 16) > 65535;
+                     ceil_div(M, 16) > 65535 || ceil_div(C, 16) > 65535;
   return args.type == ElementType::kFloat64 || narrow || large;
 }
 
@@ -64,8 +64,8 @@ inline Layout pick_layout(bool channels_last, const Choice& choice) {
 struct TileSize {
   int m, n;
 };
-// The tile that lets the busiest multiprocessor finish first, for `m` x `n` outputs `batch` times; a tile costs its area
-// and, for its loads, four times its border.
+// The tile that lets the busiest multiprocessor finish first, for `m` x `n` outputs `batch` times; a tile costs its
+// area and, for its loads, four times its border.
 template <int Count>
 int pick_tile(const TileSize (&tiles)[Count], int64_t m, int64_t n, int64_t batch, const Device& device,
               const Choice& choice) {
@@ -73,9 +73,9 @@ int pick_tile(const TileSize (&tiles)[Count], int64_t m, int64_t n, int64_t batc
   int best = 0;
   double least = 0;
   for (int i = 0; i < Count; ++i) {
-    const int64_t count = product(blocks(m, tiles[i].m), blocks(n, tiles[i].n), batch);
+    const int64_t count = product(ceil_div(m, tiles[i].m), ceil_div(n, tiles[i].n), batch);
     const double cost =
-        (double)blocks(count, device.multiprocessors) * (tiles[i].m * tiles[i].n + 4 * (tiles[i].m + tiles[i].n));
+        (double)ceil_div(count, device.multiprocessors) * (tiles[i].m * tiles[i].n + 4 * (tiles[i].m + tiles[i].n));
     if (i == 0 || cost < least) best = i, least = cost;
   }
   return best;
@@ -122,19 +122,19 @@ inline void set_slabs(GemmParams* params, int slab_channels, int64_t bytes, int6
 inline PackedWeights plan_packed(const Conv2dProblem& p, int64_t M, int64_t channels, int64_t tile_m, int slab,
                                  int64_t element_bytes, Arena* arena) {
   const int64_t pitch = round_up(M, tile_m), depth = round_up(channels, slab), taps = p.KH * p.KW;
-  const int64_t chunks = blocks(taps * depth, kPackTerms), m_blocks = blocks(pitch, kPackM);
+  const int64_t splits = ceil_div(taps * depth, kPackTerms), m_blocks = ceil_div(pitch, kPackM);
   PackedWeights f{};
   f.data = arena->take<char>(product(p.groups, taps, depth, pitch, element_bytes));
-  f.sums = arena->take<float>(product(p.groups, chunks, pitch));
-  f.sizes = arena->take<float>(product(p.groups, chunks, pitch));
-  f.flags = arena->take<int>(product(p.groups, chunks, m_blocks));
+  f.sums = arena->take<float>(product(p.groups, splits, pitch));
+  f.sizes = arena->take<float>(product(p.groups, splits, pitch));
+  f.flags = arena->take<int>(product(p.groups, splits, m_blocks));
   f.M = (int)M, f.pitch = (int)pitch, f.channels = (int)channels, f.depth = (int)depth;
-  f.taps = (int)taps, f.KW = (int)p.KW, f.chunks = (int)chunks, f.blocks = (int)m_blocks;
+  f.taps = (int)taps, f.KW = (int)p.KW, f.splits = (int)splits, f.blocks = (int)m_blocks;
   return f;
 }
 template <typename T, Packing P>
 void pack(const Conv2dArgs& args, const PackedWeights& weights, cudaStream_t stream) {
-  const dim3 grid((unsigned)weights.chunks, (unsigned)weights.blocks, (unsigned)args.problem.groups);
+  const dim3 grid((unsigned)weights.splits, (unsigned)weights.blocks, (unsigned)args.problem.groups);
   LAUNCH((pack_kernel<T, P>), grid, dim3(kPackThreads), stream, args.w, weights);
 }
 

@@ -1,20 +1,20 @@
 // Packs weights into the order in which the tiled kernels read them, padded with zeros to whole slabs and tiles:
 //
-//   forward        packed[group][kh*KW + kw][ci, to a multiple of kSlab][co, to whole tiles]      = W, float32
-//   grad_x         packed[group][kh*KW + kw][co, to a multiple of kSlab][ci, to whole tiles]      = W/2 + 1/2, float32
-//   forward, mma   packed[group][kh*KW + kw][slab of 32 ci][co, to whole tiles][32]               = W, in the element type
+//   forward        packed[group][kh*KW + kw][ci, to a multiple of kSlab][co, to whole tiles]    W, float32
+//   grad_x         packed[group][kh*KW + kw][co, to a multiple of kSlab][ci, to whole tiles]    W/2 + 1/2, float32
+//   forward, mma   packed[group][kh*KW + kw][slab of 32 ci][co, to whole tiles][32]             W, in the element type
 //
-//                 32 channels m                  grid (chunks of terms, blocks of 32 channels m, groups)
-//               +---------------+                block 32 x 8 threads; a warp reads one term of 32 channels at a time, from
-//   256 terms   |  warp 0       |                W of any strides, and writes 32 neighbouring elements of packed
-//   (a chunk)   |  warp 1       |
+//                 32 channels m                  grid (splits of the terms, blocks of 32 channels m, groups)
+//               +---------------+                block 32 x 8 threads; a warp reads one term of 32 channels at a time,
+//   256 terms   |  warp 0       |                from W of any strides, and writes 32 neighbouring elements of packed
+//   (a split)   |  warp 1       |
 //               |  ...  8 warps, every 8th term  thread: 32 terms of one channel; sum, size and flag in registers,
 //               +---------------+                        added up over the 8 warps in shared memory (2 KB)
 //
-//   sums[group][chunk][m]            the chunk's part of the sum of W over the terms of channel m;  sizes: of |W|
-//   flags[group][chunk][block of m]  grad_x: is a weight of kLargestWeight or more, an infinity or a NaN among them?
+//   sums[group][split][m]            the split's part of the sum of W over the terms of channel m;  sizes: of |W|
+//   flags[group][split][block of m]  grad_x: is a weight of kLargestWeight or more, an infinity or a NaN among them?
 //
-// The last chunk is shorter; channels and terms that are padding are written as zeros.
+// The last split is shorter; channels and terms that are padding are written as zeros.
 #pragma once
 #include "tile.cuh"
 
@@ -29,17 +29,17 @@ struct PackedWeights {
   int M, pitch;         // output channels of the pass and group; with the padding
   int channels, depth;  // channels summed over; with the padding
   int taps, KW;
-  int chunks, blocks;  // of terms, of output channels: pack_kernel's grid
+  int splits, blocks;  // of terms, of output channels: pack_kernel's grid
 };
 
-// s_sums[i] = `parts` (sums or sizes) of channel m0 + i of this block's group, added up over the chunks.  `thread`:
+// s_sums[i] = `parts` (sums or sizes) of channel m0 + i of this block's group, added up over the splits.  `thread`:
 // threadIdx.x, or thread_index() where registers are short.
-__device__ __forceinline__ void reduce_chunks(const PackedWeights& weights, const float* parts, int m0, int count,
+__device__ __forceinline__ void reduce_splits(const PackedWeights& weights, const float* parts, int m0, int count,
                                               unsigned thread, float* s_sums) {
   for (int i = (int)thread; i < count; i += blockDim.x) {
     float sum = 0;
-    for (int chunk = 0; chunk < weights.chunks; ++chunk)
-      sum += parts[((int64_t)blockIdx.z * weights.chunks + chunk) * weights.pitch + m0 + i];
+    for (int split = 0; split < weights.splits; ++split)
+      sum += parts[((int64_t)blockIdx.z * weights.splits + split) * weights.pitch + m0 + i];
     s_sums[i] = sum;
   }
 }
@@ -84,10 +84,10 @@ __global__ void __launch_bounds__(kPackThreads) pack_kernel(Operand w, PackedWei
   if (threadIdx.x < 32 && m < to.pitch) {
     float total = 0, total_size = 0;
     for (int i = 0; i < kPackThreads; i += 32) total += s_sum[threadIdx.x + i], total_size += s_size[threadIdx.x + i];
-    const int64_t at = ((int64_t)group * to.chunks + blockIdx.x) * to.pitch + m;
+    const int64_t at = ((int64_t)group * to.splits + blockIdx.x) * to.pitch + m;
     to.sums[at] = total, to.sizes[at] = total_size;
   }
-  if (threadIdx.x == 0) to.flags[((int64_t)group * to.chunks + blockIdx.x) * gridDim.y + blockIdx.y] = any;
+  if (threadIdx.x == 0) to.flags[((int64_t)group * to.splits + blockIdx.x) * gridDim.y + blockIdx.y] = any;
 }
 
 }  // namespace cuda

@@ -7,8 +7,8 @@ namespace cuda {
 namespace {
 
 cudaError_t run(const QuantizeArgs& args, const Device&, const Choice&, void*, cudaStream_t stream) {
-  const int64_t channels = blocks(args.C, kQuantizeChannels);
-  const dim3 grid((unsigned)blocks(args.N * args.H * args.W, kQuantizePixels),
+  const int64_t channels = ceil_div(args.C, kQuantizeChannels);
+  const dim3 grid((unsigned)ceil_div(args.N * args.H * args.W, kQuantizePixels),
                   (unsigned)(channels < 65535 ? channels : 65535));
   with_tiled_type(args.type, [&](auto element) {
     LAUNCH((quantize_kernel<decltype(element)>), grid, dim3(kQuantizeThreads), stream, args);

@@ -12,7 +12,8 @@
 //            +------------------+                 step k:  kThreadM + kThreadN floats from shared memory, 16 bytes at a
 //                                                        time, for kThreadM * kThreadN terms
 //
-// Shared memory holds two slabs of kSlab steps: [kSlab][kM] and [kSlab][kN] floats each, one being computed, one arriving.
+// Shared memory holds two slabs of kSlab steps, one being computed, one arriving: [kSlab][kM] and [kSlab][kN] floats
+// each.
 #pragma once
 #include "dialect.cuh"
 
@@ -58,7 +59,7 @@ struct ThreadTile {
 // The upper left input pixel of an output pixel's window: where tap (0, 0) reads.
 struct alignas(16) Window {
   int64_t offset;  // bytes from the first element of the image's group, of that pixel even where it is padding
-  int h, w;        // h is kOutside behind the last pixel of a tile, so that every tap lies outside
+  int h, w;        // h is kOutside beyond the last pixel, so that every tap lies outside
 };
 constexpr int kOutside = -0x40000000;
 
@@ -73,8 +74,8 @@ __device__ __forceinline__ void load_fragment(float (&to)[Count], const float* f
   }
 }
 
-// acc[i][j] = term(acc[i][j], a[k][i], b[k][j], i, j) over the steps k of a slab.  The fragments of step k + 1 load while
-// step k computes.
+// acc[i][j] = term(acc[i][j], a[k][i], b[k][j], i, j) over the steps k of a slab.  The fragments of step k + 1 load
+// while step k computes.
 template <typename T, int PitchA, int PitchB, typename Term>
 __device__ __forceinline__ void multiply_slab(float (&acc)[T::kThreadM][T::kThreadN], const float* s_a,
                                               const float* s_b, const Term& term) {
@@ -106,7 +107,8 @@ __device__ __forceinline__ void store_float(T* p, float v) {
 
 __device__ __forceinline__ bool is_finite(float v) { return fabsf(v) <= 3.402823466e38f; }
 
-// The number of this block's tile: of its flag, set where the faster arithmetic cannot be trusted and read by the repair.
+// The number of this block's tile, and of its flag: set where the faster arithmetic cannot be trusted, read by the
+// repair.
 __device__ __forceinline__ int64_t tile_index() {
   return ((int64_t)blockIdx.z * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x;
 }

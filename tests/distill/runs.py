@@ -1,17 +1,23 @@
-"""A small image set in its true format, its task, and comparisons of run folders."""
+"""Small image sets, tasks and run folders for tests, what a command prints, and comparisons of run folders."""
 
 import csv
+import io
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import torch
+from PIL import Image
 
-from adderops.distill import METHODS, Options, Task, trainer
+from adderops.distill import METHODS, Options, Task, main, trainer
 from adderops.distill.build import build_optimizer
+from adderops.distill.checkpoint import write_csv, write_json
 from adderops.distill.data import IDX_FILES
+from adderops.distill.methods.task import COMPARE
 from distill.idx_files import idx_bytes
 
 TIMING = {"seconds", "images_per_second"}
+TINY = "--arch lenet5 --side 32 --method plain --epochs 2 --batch-size 8 --threads 1".split()  # on `write_pictures`
 
 
 def _bars(count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -64,3 +70,55 @@ def assert_same_state(a: object, b: object, where: str = "checkpoint") -> None:
             assert_same_state(x, y, f"{where}[{i}]")
     else:
         assert a == b, where
+
+
+def written_run(folder: Path, accuracies: list[float], **options) -> Path:
+    """A run folder as the trainer leaves it, without networks; `accuracies` are the main network's, one per epoch."""
+    config = Options(**{"data": "digits", "epochs": len(accuracies), "threads": 1, **options}).resolve()
+    name = "student" if config.method == COMPARE else METHODS[config.method].main
+    rows = [
+        {
+            "epoch": i + 1,
+            f"{name}_train_accuracy": 1.0,
+            f"{name}_test_accuracy": accuracy,
+            "images_per_second": 100.0 + i,
+            "seconds": 1800.0,
+        }
+        for i, accuracy in enumerate(accuracies)
+    ]
+    folder.mkdir(parents=True)
+    write_json(folder / "config.json", config.flat())
+    write_csv(folder / "log.csv", rows)
+    if len(rows) == config.epochs:
+        write_json(folder / "summary.json", {})
+    return folder
+
+
+def lines_of(capsys) -> list[list[str]]:
+    """Returns the words of each printed line."""
+    return [line.split() for line in capsys.readouterr().out.splitlines()]
+
+
+def error_of(capsys, *arguments: object) -> str:
+    """Runs a command that is refused; returns what it prints as its error."""
+    assert main([str(argument) for argument in arguments]) == 2
+    return capsys.readouterr().err
+
+
+def saved(content: object) -> bytes:
+    """Returns the file that `torch.save` makes."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    return buffer.getvalue()
+
+
+def write_pictures(folder: Path, classes: dict[str, int], train: int = 12, val: int = 4) -> Path:
+    """Writes train/CLASS/IMAGE and val/CLASS/IMAGE: noise about one grey level per class."""
+    rng = np.random.default_rng(0)
+    for part, count in (("train", train), ("val", val)):
+        for name, level in classes.items():
+            (folder / part / name).mkdir(parents=True)
+            for i in range(count):
+                pixels = rng.integers(level, level + 50, (32, 32), dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / part / name / f"{i}.png")
+    return folder

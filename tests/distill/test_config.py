@@ -7,10 +7,9 @@ from dataclasses import fields
 import pytest
 from tqdm import tqdm
 
-from adderops.distill import Config, Options
-from adderops.distill.__main__ import main
-from adderops.distill.commands import COMMANDS
+from adderops.distill import Config, Options, main
 from adderops.distill.options import LARGEST_FLOAT, LARGEST_INT, kind_of
+from adderops.distill.runs import COMMANDS
 from adderops.distill.trainer import BAR, postfix
 
 WRONG = {bool: ["yes", 1, 0.0], int: ["3", 2.5, True], float: ["0.1", True, [1.0]], str: [5, True, ["x"]]}
@@ -79,7 +78,7 @@ def test_a_file_that_is_no_configuration(tmp_path, content):
     ],
 )
 def test_options_that_mean_nothing_are_refused_by_name(arguments, message, tmp_path, capsys):
-    assert main([*arguments.split(), "--output", str(tmp_path / "run")]) == 1
+    assert main([*arguments.split(), "--output", str(tmp_path / "run")]) == 2
     error = capsys.readouterr().err
     assert error.startswith("adderops.distill: error: ") and message in error
     assert not (tmp_path / "run").exists()
@@ -106,9 +105,9 @@ def test_help_has_every_option_under_a_heading(capsys):
 
 
 def test_amp_alone_is_bfloat16():
-    from adderops.distill.__main__ import _parser
+    from adderops.distill.command_line import training_parser
 
-    given = [vars(_parser().parse_args(a.split())) for a in ("--amp", "--amp float16", "--lr 1")]
+    given = [vars(training_parser().parse_args(a.split())) for a in ("--amp", "--amp float16", "--lr 1")]
     assert [g.get("amp") for g in given] == ["bfloat16", "float16", None]
 
 

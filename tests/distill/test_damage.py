@@ -20,7 +20,7 @@ import pytest
 import torch
 from PIL import Image
 
-from adderops.distill.__main__ import run
+from adderops.distill import main
 from adderops.distill.data import IDX_FILES, load_data, read_idx
 from distill.runs import write_bars
 
@@ -28,9 +28,7 @@ COUNT = int(os.environ.get("ADDEROPS_FUZZ", "8"))
 TINY = "--epochs 1 --batch-size 10 --threads 1 --device cpu".split()
 
 
-@pytest.fixture(autouse=True)
-def _one_thread(set_threads):
-    set_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +38,7 @@ def trained(tmp_path_factory) -> Path:
     (root / "bars").mkdir()
     write_bars(root / "bars", train=40, test=8)
     options = ["--data", root / "bars", "--method", "pkkd", "--output", root / "run"]
-    assert run([*TINY, *map(str, options)]) == 0
+    assert main([*TINY, *map(str, options)]) == 0
     return root / "run"
 
 
@@ -68,7 +66,7 @@ def ends_well(capsys, arguments: list[object], limit: int = 60) -> tuple[int, st
     capsys.readouterr()
     signal.alarm(limit)  # its default action ends the process: only a hang gets there
     try:
-        status = run([str(a) for a in arguments])
+        status = main([str(a) for a in arguments])
     finally:
         signal.alarm(0)
     message = capsys.readouterr().err

@@ -7,10 +7,7 @@ from torch.utils.data import TensorDataset
 from adderops.distill.data import ImageSet, epoch_batches, load_data
 from distill.idx_files import IDX_NAMES, idx_bytes, write_idx_set
 
-
-@pytest.fixture(autouse=True)
-def _one_thread(set_threads):
-    set_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

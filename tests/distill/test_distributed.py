@@ -17,8 +17,7 @@ import time
 import pytest
 import torch
 
-from adderops.distill import distributed
-from adderops.distill.__main__ import main
+from adderops.distill import distributed, main
 from distill.runs import rows_of, write_bars
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="torch is built without gloo")

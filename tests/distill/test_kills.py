@@ -176,14 +176,14 @@ def test_out_of_memory_is_one_line_with_a_remedy(sets, whole, tmp_path):
     arguments = [*TRAINING, *sets["bars"], "--output", str(run)]
     program = f"""
 import sys, torch
-from adderops.distill.__main__ import run
+from adderops.distill import main
 from adderops.distill.loop import Loop
 step, steps = Loop._step, []
 def hungry(self, *arguments, **options):
     steps.append(torch.empty(2**50 if len(steps) == 9 else 1, dtype=torch.uint8))
     return step(self, *arguments, **options)
 Loop._step = hungry
-sys.exit(run({arguments!r}))
+sys.exit(main({arguments!r}))
 """
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", program], capture_output=True, text=True)
     assert done.returncode == 1 and "Traceback" not in done.stderr

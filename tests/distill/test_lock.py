@@ -12,8 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from adderops.distill import lock, train
-from adderops.distill.__main__ import main, run
+from adderops.distill import lock, main, train
 from adderops.distill.loop import Loop
 
 HOLDER = """
@@ -42,12 +41,12 @@ def test_a_folder_in_use_is_refused_with_its_owner_and_free_once_that_is_dead(op
     holder = hold(folder)
     try:
         capsys.readouterr()
-        assert run(["--resume", str(folder)]) == 2
+        assert main(["--resume", str(folder)]) == 2
         expected = f"{folder}: expected a free run folder, got one in use by process {holder.pid} on "
         assert capsys.readouterr().err == f"adderops.distill: error: {expected}{socket.gethostname()}\n"
         holder.kill()  # the child lives on
         holder.wait()
-        assert run(["--resume", str(folder)]) == 0
+        assert main(["--resume", str(folder)]) == 0
     finally:
         os.killpg(holder.pid, 9)
 
@@ -56,7 +55,7 @@ def test_output_beside_an_owner_is_refused(options, tmp_path, capsys):
     """The owner has not written anything yet."""
     holder = hold(tmp_path / "run")
     try:
-        assert run([*options, "--method", "cnn", "--output", str(tmp_path / "run")]) == 2
+        assert main([*options, "--method", "cnn", "--output", str(tmp_path / "run")]) == 2
         assert "in use by process" in capsys.readouterr().err
         assert (tmp_path / "run").is_dir()
     finally:
@@ -118,14 +117,14 @@ def test_what_a_run_left_that_was_killed_before_its_first_checkpoint(options, tm
         other = tmp_path / "other" / name
         (folder / name).write_bytes(other.read_bytes() if other.exists() else b'{"recipe": "dig')
     if left != "config.json" and left != "data.json":
-        assert run(["--resume", str(folder)]) == 2
+        assert main(["--resume", str(folder)]) == 2
         assert "without a config.json; start it again with --output" in capsys.readouterr().err
     else:
-        assert run(["--resume", str(folder)]) == 0
+        assert main(["--resume", str(folder)]) == 0
         (folder / "log.csv").unlink()
         for name in ("checkpoint.pt", "teacher.pt", "teacher_best.pt", "summary.json"):
             (folder / name).unlink()
-    assert run([*arguments, "--output", str(folder)]) == 0
+    assert main([*arguments, "--output", str(folder)]) == 0
     assert (folder / "summary.json").is_file()
 
 
@@ -136,10 +135,10 @@ def test_what_a_run_left_that_was_killed_before_its_first_checkpoint(options, tm
 def test_a_refused_command_leaves_nothing(options, tmp_path, capsys, refused, method):
     folder = tmp_path / "runs" / "run"
     arguments = [*options, "--epochs", "1", "--method", method, "--output", str(folder)]
-    assert run([*arguments, *refused]) == 2
+    assert main([*arguments, *refused]) == 2
     assert not folder.exists()
     folder.mkdir()  # of the user: it stays
-    assert run([*arguments, *refused]) == 2
+    assert main([*arguments, *refused]) == 2
     assert list(folder.iterdir()) == []
 
 
@@ -148,11 +147,11 @@ def test_nothing_of_anyone_else_is_taken_for_a_start(options, tmp_path, capsys):
     folder.mkdir()
     content = json.dumps({"architectures": ["BertModel"]})
     (folder / "config.json").write_text(content)
-    assert run([*options, "--output", str(folder)]) == 2
+    assert main([*options, "--output", str(folder)]) == 2
     assert f"{folder} exists" in capsys.readouterr().err
     assert [p.name for p in folder.iterdir()] == ["config.json"] and (folder / "config.json").read_text() == content
     (tmp_path / "file").write_text("mine")
-    assert run([*options, "--output", str(tmp_path / "file")]) == 2
+    assert main([*options, "--output", str(tmp_path / "file")]) == 2
     assert (tmp_path / "file").read_text() == "mine"
 
 

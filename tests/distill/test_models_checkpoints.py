@@ -1,13 +1,13 @@
-"""Checkpoints as trainers write them, and weights of one kind of layer offered to the other."""
+"""Checkpoints as trainers write them, and weights of one kind of layer loaded into the other."""
 
 import pytest
 import torch
 from torch import nn
 
 from adderops import AdderConv2d
-from adderops.distill.__main__ import main
+from adderops.distill import main
 from adderops.distill.build import load_weights
-from adderops.distill.run_folder import RunFolder
+from adderops.distill.runs.folder import RunFolder
 from adderops.models import lenet5, load_reference_checkpoint, mark_adder_weights, unwrap_state_dict
 
 PREFIXES = ["", "module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module.", "module.module.", "model.", "net."]
@@ -42,7 +42,7 @@ def test_names_within_the_model_are_compiled_or_its_own():
     compiled = nn.ModuleDict({"module": torch.compile(inner), "model": own["model"]})
     assert any("_orig_mod" in name for name in compiled.state_dict())
     assert unwrap_state_dict(compiled.state_dict(), own).keys() == own.state_dict().keys()
-    only = nn.ModuleDict({"module": inner})  # its names all start with module. by themselves
+    only = nn.ModuleDict({"module": inner})  # all its own names start with module.
     for state in (only.state_dict(), {f"module.{name}": v for name, v in only.state_dict().items()}):
         load_reference_checkpoint(only, state)
 

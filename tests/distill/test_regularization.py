@@ -8,13 +8,12 @@ import pytest
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from adderops.distill import Interrupted, LabelLoss, PKKDTask, train, trainer
-from adderops.distill.__main__ import main
+from adderops.distill import Interrupted, LabelLoss, PKKDTask, main, train, trainer
 from adderops.distill.build import build_mix
 from adderops.distill.checkpoint import load_checkpoint, save_checkpoint
 from adderops.distill.config import DROPPED
 from adderops.distill.evaluate import correct
-from adderops.distill.run_folder import RunFolder
+from adderops.distill.runs.folder import RunFolder
 from adderops.models import create_model
 from distill.runs import TIMING, assert_same_state, keep_tasks, rows_of
 
@@ -203,7 +202,7 @@ def test_best_network_is_that_of_its_best_epoch(config, data, tmp_path, capsys):
     ]
     assert main(arguments) == 0
     assert_same_state(dict(load(output)), dict(load(tmp_path / "student_best.pt")))
-    assert main(["eval", str(tmp_path), "--weights", "teacher_best"]) == 1
+    assert main(["eval", str(tmp_path), "--weights", "teacher_best"]) == 2
     assert "weights: expected student or student_best" in capsys.readouterr().err
 
 
@@ -305,7 +304,7 @@ def test_a_teacher_of_another_architecture_and_its_pretrained_file(tmp_path, set
     assert main(["eval", str(run)]) == 0
     (tmp_path / "damaged.safetensors").write_bytes(b"1234567890")
     arguments[-1] = str(tmp_path / "damaged.safetensors")
-    assert main([*arguments, "--output", str(tmp_path / "r")]) == 1
+    assert main([*arguments, "--output", str(tmp_path / "r")]) == 2
     assert "damaged.safetensors: expected a whole state_dict" in capsys.readouterr().err
 
 

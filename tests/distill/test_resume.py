@@ -11,8 +11,7 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from adderops.atomic import write_atomically
-from adderops.distill import Interrupted, log, train, trainer
-from adderops.distill.__main__ import main
+from adderops.distill import Interrupted, log, main, train, trainer
 from distill.runs import TIMING, assert_same_state, rows_of
 
 COMMAND = [sys.executable, "-m", "adderops.distill"]
@@ -237,7 +236,7 @@ def test_damaged_checkpoint(options, tmp_path, capsys, damage):
         checkpoint.unlink()
         expected = "no checkpoint"
     capsys.readouterr()
-    assert main(["--resume", str(run)]) == 1
+    assert main(["--resume", str(run)]) == 2
     message = capsys.readouterr().err
     assert message.startswith("adderops.distill: error: ") and str(checkpoint) in message and expected in message
 

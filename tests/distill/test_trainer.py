@@ -13,9 +13,9 @@ from torch.optim.optimizer import (
 )
 
 from adderops import AdderConv2d
-from adderops.distill import RECIPES, Distillation, Options, train
-from adderops.distill.__main__ import _open_run, _parser, main
+from adderops.distill import RECIPES, Distillation, Options, main, train
 from adderops.distill.checkpoint import load_checkpoint
+from adderops.distill.command_line import open_run, training_parser
 from adderops.distill.schedule import cosine
 from adderops.models import create_model, lenet5
 from distill.runs import assert_same_state, build_task, keep_tasks, rows_of
@@ -238,7 +238,7 @@ def test_command_of_the_summary_starts_the_same_run(config):
     config = replace(config, **changes).resolve()
     words = config.command().split()
     assert words[:3] == ["python", "-m", "adderops.distill"]
-    assert _open_run(_parser(), vars(_parser().parse_args(words[3:])))[0] == config
+    assert open_run(training_parser(), vars(training_parser().parse_args(words[3:])))[0] == config
 
 
 def test_validation_images_are_tested_in_place_of_the_test_images(options, tmp_path, capsys):
@@ -254,7 +254,7 @@ def test_validation_images_are_tested_in_place_of_the_test_images(options, tmp_p
 
 
 def fails(capsys, arguments: list[str], *expected: str) -> None:
-    assert main(arguments) == 1
+    assert main(arguments) == 2
     message = capsys.readouterr().err
     assert message.startswith("adderops.distill: error: ") and "Traceback" not in message
     for text in expected:

@@ -107,8 +107,8 @@ def test_an_unknown_method_is_refused(pkkd, small, capsys):
 
 
 def test_every_experiment_is_one_that_the_trainer_takes(pkkd, tmp_path):
-    from adderops.distill.__main__ import _parser
+    from adderops.distill.command_line import training_parser
 
     for experiment in pkkd.EXPERIMENTS.values():
         for method in experiment.methods:
-            _parser().parse_args(experiment.options(method, 0, tmp_path))
+            training_parser().parse_args(experiment.options(method, 0, tmp_path))

@@ -1,7 +1,7 @@
-"""The CUDA kernels keep every promise of the CPU kernels, and those that only a GPU can break.
+"""The CUDA kernels pass the tests of the CPU kernels, and those that only a GPU can fail.
 
-The bodies of the CPU tests run here again with a CUDA device for a backend.  Without a GPU, or without kernels, the
-whole file is one skip.
+The bodies of the CPU tests run here again on a CUDA device.  Without a GPU, or without kernels, the whole file is one
+skip.
 """
 
 import csv
@@ -45,7 +45,7 @@ LAYER = case("layer", (3, 40, 20, 21), 136, 3, padding=1)
 
 @cache
 def expected_here(name: str, c, *data):
-    """`expected` of the accuracy tests, with the bound of the form that grad_x has here; float64 has the CPU's."""
+    """`expected` of the accuracy tests, with the bound of the CUDA formula of grad_x; float64 has that of the CPU."""
     inputs, want, bound = expected_on_the_cpu(name, c, *data)
     if name != "grad_x" or inputs.x.dtype == torch.float64:
         return inputs, want, bound
@@ -71,13 +71,13 @@ for _module in (
     test_conv2d_threads,
     test_elements,
 ):
-    _of = _module.__name__.removeprefix("test_")
+    _of = _module.__name__.removeprefix("ops.test_")
     for _name, _body in list(vars(_module).items()):
         if _name.startswith("test_"):
             globals()[f"test_{_of}_{_name.removeprefix('test_')}"] = _body
 
 
-# grad_x of equal operands: on a CPU exactly 0; here W/2 + 1/2 rounds, and the bound is that of tolerances.py.
+# grad_x of equal operands is exactly 0 on a CPU; here W/2 + 1/2 rounds, within the bound of tolerances.py.
 del globals()["test_conv2d_accuracy_equal_operands_give_zero"]
 
 
@@ -102,7 +102,7 @@ def leaves_of(i: Inputs) -> list[torch.Tensor]:
     return [t.clone(memory_format=torch.preserve_format).requires_grad_() for t in (i.x, i.w, i.bias)]
 
 
-# --- a citizen of PyTorch ---
+# --- as an operator of PyTorch ---
 
 
 @pytest.mark.parametrize("requires_grad", (False, True), ids=("data", "requires_grad"))
@@ -166,7 +166,7 @@ def test_autograd_hands_out_the_training_gradients():
 
 
 def test_backward_of_an_expanded_gradient():
-    """y.sum().backward() hands over a grad_y with strides of zero."""
+    """y.sum().backward() passes a grad_y with strides of zero."""
     i = on_device(SHAPE)
     x, w, _ = leaves_of(i)
     OPS.adder_conv2d(x, w, None, *SHAPE.geometry).sum().backward()
@@ -271,7 +271,7 @@ def test_wrong_grad_y(name, what, grad_y, message):
 @pytest.mark.parametrize("name", errors.NAMES)
 @pytest.mark.parametrize("elsewhere", ("x", "w", "other"))
 def test_operands_of_two_devices(name, elsewhere):
-    """A kernel must not be handed an address of the host, whichever operand it is of."""
+    """No kernel may receive a host address, for any operand."""
     other = "bias" if name == "adder_conv2d" else "grad_y"
     shapes = {"x": errors.X, "w": errors.W, other: errors.BIAS if other == "bias" else errors.GRAD_Y}
     operands = {field: torch.ones(shape, device=DEVICE) for field, shape in shapes.items()}
@@ -296,7 +296,7 @@ def test_the_function_names_the_device():
 
 @pytest.mark.parametrize("name", PASSES)
 def test_work_is_queued_on_the_current_stream(name):
-    """The operands are zeros until the stream has slept: on another stream the kernels would overtake the copies."""
+    """The operands are zeros until the stream has slept: kernels on another stream would overtake the copies."""
     i, want = on_device(LAYER), exact_result(name, LAYER).float()
     late = Inputs(*(torch.zeros_like(t) for t in (i.x, i.w, i.grad_y, i.bias)))
     compute(name, LAYER, late)
@@ -334,7 +334,7 @@ def test_streams_side_by_side(name):
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float64, torch.bfloat16, torch.float16), ids=str)
 @pytest.mark.parametrize("name", PASSES)
 def test_cuda_graph(name, dtype):
-    """Captured once, replayed with other data; a synchronisation, or memory not of torch's, would end the capture."""
+    """Captured once, replayed with other data; a synchronisation, or foreign memory, would end the capture."""
     for c in (SHAPE, case("graph", (3, 32, 9, 10), 72, 3, padding=1)):
         i = on_device(c, dtype)
         static = Inputs(*(t.clone() for t in (i.x, i.w, i.grad_y, i.bias)))
@@ -392,7 +392,7 @@ def test_another_device_than_the_current_one(name):
     "name, x, filters, stride, padding", test_memory.LAYERS, ids=[v[0] for v in test_memory.LAYERS]
 )
 def test_extra_memory_of_a_step(name, x, filters, stride, padding, form):
-    """As on the CPU: forward and backward together stay below input + output + weights + 64 MiB, results included."""
+    """As on the CPU: forward plus backward stay below input + output + weights + 64 MiB, results included."""
     leaf = FORMATS[form](torch.randn(x, device=DEVICE)).requires_grad_()
     w = torch.randn(filters[0], x[1], filters[1], filters[1], device=DEVICE, requires_grad=True)
     grad_y = torch.randn_like(adder_conv2d(leaf.detach(), w.detach(), None, stride, padding))
@@ -408,7 +408,7 @@ def test_extra_memory_of_a_step(name, x, filters, stride, padding, form):
 
 
 def test_nothing_is_kept():
-    """What a call has borrowed goes back to the allocator."""
+    """A call returns all that it took from the allocator."""
     i = on_device(LAYER)
     before = torch.cuda.memory_allocated()
     for name in PASSES:
@@ -419,7 +419,7 @@ def test_nothing_is_kept():
 @pytest.mark.parametrize("form", FORMATS)
 @pytest.mark.parametrize("name", PASSES)
 def test_more_elements_than_32_bits_count(name, form):
-    """x, grad_y and y of 2.2e9 elements each.  Small integers; w is -1, 0 or 1 by filter, so that sums are few."""
+    """x, grad_y and y of 2.2e9 elements each.  Small integers; a filter of w is all -1, 0 or 1: few sums per pixel."""
     n, channels, size = 3, 64, 3400
     free, _ = torch.cuda.mem_get_info()
     if free < 30 * 2**30:
@@ -464,7 +464,7 @@ def test_more_elements_than_32_bits_count(name, form):
 
 @pytest.mark.parametrize("dtype", ("float32", "float16", "bfloat16"))
 def test_benchmark(dtype, tmp_path):
-    """It runs end to end, which includes its own check of every result."""
+    """It runs end to end, including its own check of every result."""
     script, file = Path(__file__).resolve().parents[2] / "benchmarks" / "bench_adder.py", tmp_path / "r.csv"
     layers = "resnet20/16-16*,resnet20/16-32.1x1*"
     options = ["--device", "cuda", "--dtype", dtype, "--layers", layers, "--batch", "8", "--seconds", "2", "--full"]

@@ -1,4 +1,4 @@
-"""The int8 kernels keep every promise of the CPU's on a GPU, bit for bit; without one the whole file is one skip."""
+"""The int8 CUDA kernels give the bits of the reference on a GPU; without one the whole file is one skip."""
 
 import pytest
 import torch
@@ -51,7 +51,7 @@ def test_every_option():
 
 
 def test_layers_of_many_tiles():
-    """Tiles of 128 x 128 and slabs by the dozen."""
+    """Tiles of 128 x 128, and many slabs."""
     for c in (
         case("resnet18-512", (2, 512, 14, 14), 512, 3, padding=1),
         case("resnet50-1x1", (4, 256, 28, 28), 256, 1),
@@ -62,7 +62,7 @@ def test_layers_of_many_tiles():
 
 
 def test_the_longest_sum():
-    """As many terms of 255 as the operator takes: the sum is just below 2^31."""
+    """As many terms of 255 as the operator accepts: the sum is just below 2^31."""
     k = (2**31 - 1) // 255
     x, w = torch.full((1, k, 1, 1), 255, dtype=torch.uint8), torch.zeros(2, k, 1, 1, dtype=torch.uint8)
     w[1] = 255
@@ -135,7 +135,7 @@ def test_operands_of_two_devices():
 
 
 def test_cuda_graph():
-    """Captured once, replayed with other data: no synchronisation, no memory but torch's, the current stream."""
+    """Captured once, replayed with other data: no synchronisation, only torch's memory, the current stream."""
     c = case("graph", (3, 32, 9, 10), 72, 3, padding=1)
     b = on_device(arranged(inputs(c), "channels_last"))
     x = b.x.clone(memory_format=torch.preserve_format)

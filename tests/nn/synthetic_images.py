@@ -1,4 +1,4 @@
-"""Images that a small network learns within seconds, and a training loop as people write it."""
+"""Images that a small network learns within seconds, and an ordinary training loop."""
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +24,7 @@ def masks(labels: torch.Tensor, side: int) -> torch.Tensor:
 
 
 def train(model: nn.Module, loss_of, images: torch.Tensor, steps: int, lr: float, batch: int = 32) -> list[float]:
-    """The losses of `steps` steps of SGD with a falling learning rate; BatchNorms are re-estimated at the end."""
+    """Trains by SGD with a decaying learning rate, re-estimates BatchNorm, and returns the loss of each step."""
     optimizer = torch.optim.SGD(model.parameters(), lr, momentum=0.9)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     losses = []
@@ -42,7 +42,7 @@ def train(model: nn.Module, loss_of, images: torch.Tensor, steps: int, lr: float
 def train_classifier(
     model: nn.Module, steps: int, lr: float = 0.05, side: int = 32
 ) -> tuple[list[float], float, float]:
-    """Losses, accuracy on other images, and the part of the logits that depends on the image."""
+    """Returns the losses, the accuracy on other images, and the part of the logits that depends on the image."""
     (images, labels), (others, other_labels) = bars(256, 1, side), bars(64, 2, side)
     losses = train(model, lambda m, part: F.cross_entropy(m(images[part]), labels[part]), images, steps, lr)
     adderops.reestimate_batchnorm(model, images.split(64))

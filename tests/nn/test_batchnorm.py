@@ -1,4 +1,4 @@
-"""`reestimate_batchnorm`: the statistics it leaves, and all that it must leave alone."""
+"""`reestimate_batchnorm`: its statistics, and everything that it must not change."""
 
 import pytest
 import torch

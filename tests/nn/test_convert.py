@@ -1,4 +1,4 @@
-"""`adderops.convert` on the models that people have."""
+"""`adderops.convert` on models as they occur in practice."""
 
 import threading
 
@@ -47,11 +47,11 @@ def test_last_convolution_before_a_linear_classifier_is_replaced(head):
     assert kinds(convert(model, verbose=False))["4.0"] is AdderConv2d
 
 
-# --- what a normalisation follows ---
+# --- convolutions and the normalisation after them ---
 
 
 class Net(nn.Module):
-    """A stem, what `make` builds of 8 channels, and a classifier."""
+    """A stem, a part with 8 channels that `make` builds, and a classifier."""
 
     def __init__(self, body):
         super().__init__()
@@ -80,7 +80,7 @@ class Gate(nn.Module):
 
 
 class Preactivation(nn.Module):
-    """The norm stands before its convolution; the last convolution is added to the shortcut as it is."""
+    """The norm precedes its convolution; the last convolution is added to the shortcut without one."""
 
     def __init__(self, traceable=True):
         super().__init__()
@@ -94,7 +94,7 @@ class Preactivation(nn.Module):
 
 
 class Dense(nn.Module):
-    """The concatenation of both outputs is normalized, behind a pooling and a change of shape."""
+    """The concatenation of both outputs is normalized, after a pooling and a change of shape."""
 
     def __init__(self):
         super().__init__()
@@ -230,9 +230,9 @@ def test_the_reasons_are_printed(capsys):
         line.removeprefix("convert: kept     ").split(": ", 1) for line in capsys.readouterr().out.splitlines()
     )
     assert lines["stem"] == "first convolution"
-    assert lines["body.2.reduce"] == "no normalisation behind it but relu"
-    assert lines["body.2.expand"] == "no normalisation behind it but sigmoid"
-    assert lines["body.3.conv2"] == "no normalisation behind it but add"
+    assert lines["body.2.reduce"] == "no normalisation after it but relu"
+    assert lines["body.2.expand"] == "no normalisation after it but sigmoid"
+    assert lines["body.3.conv2"] == "no normalisation after it but add"
 
 
 def test_a_model_that_counts_its_forwards_is_not_run():
@@ -333,7 +333,7 @@ class Standardized(nn.Conv2d):
 
 
 class Renamed(nn.Conv2d):
-    """Adds nothing to the computation, so it is a convolution like another."""
+    """Computes what its base class does, so it counts as an ordinary convolution."""
 
 
 def unconvertible():
@@ -341,7 +341,7 @@ def unconvertible():
     hooked = nn.Conv2d(4, 4, 3)
     hooked.register_forward_hook(lambda *_: None)
     return {
-        "Standardized has a forward of its own": Standardized(4, 4, 3),
+        "Standardized has a custom forward": Standardized(4, 4, 3),
         "parametrized": parametrized,
         "has hooks": hooked,
         "not yet initialised: run the model once first": nn.LazyConv2d(4, 3),

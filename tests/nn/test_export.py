@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import assert_same, one_thread
+from cases import assert_same, quarters
 from tolerances import gamma
 from torch import nn
 
@@ -23,14 +23,8 @@ FORMS = ("operator", "decomposed", "onnx")
 CHANNELS = {"lenet5": 1, "resnet20": 3}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def single_thread():
-    with one_thread():
-        yield
-
-
 def exported(form: str, model: nn.Module, example: torch.Tensor, folder: Path, **options):
-    """The exported model as a function from a tensor to a list of tensors."""
+    """Returns the exported model as a function from a tensor to a list of tensors."""
     if form == "onnx":
         return load_onnx(model, example, folder, **options)
     run = export_program(model, example, decompose=form == "decomposed").module()
@@ -60,7 +54,7 @@ def load_onnx(model: nn.Module, example: torch.Tensor, folder: Path, **options):
 
 
 class Geometries(nn.Module):
-    """Layers of all geometries side by side, each on the first channels of the image."""
+    """Layers of all geometries in parallel, each on the first channels of the image."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -71,7 +65,7 @@ class Geometries(nn.Module):
                 AdderConv2d(2, 3, 2, stride=2, padding=1, bias=True),
                 AdderConv2d(4, 6, 3, stride=(3, 2), padding=(0, 2), dilation=(2, 3), groups=2),
                 AdderConv2d(3, 4, (2, 5), stride=(1, 3)),
-                AdderConv2d(2, 3, (4, 2), padding="same", dilation=(1, 3)),  # odd pixels below and to the right
+                AdderConv2d(2, 3, (4, 2), padding="same", dilation=(1, 3)),  # odd pixels at the bottom and right
                 AdderConv2d(12, 12, 3, padding=2, dilation=2, groups=12),
                 AdderConv2d(6, 12, (3, 2), groups=6, bias=True),
                 AdderConv2d(9, 6, 2, groups=3, stride=5, bias=True),
@@ -86,14 +80,9 @@ class Geometries(nn.Module):
         return [*outputs, self.linear(x[:, :3, 4])]
 
 
-def quarters(*shape: int) -> torch.Tensor:
-    """Small multiples of 1/4: sums of their distances do not round."""
-    return torch.randint(-8, 9, shape) / 4
-
-
 @pytest.mark.parametrize("form", FORMS)
 def test_every_geometry(form, tmp_path):
-    """Exactly, whatever the order of the sums, and for batches of other sizes than the example's."""
+    """Exact for any order of the sums, and for other batch sizes than the example's."""
     torch.manual_seed(0)
     model = Geometries()
     with torch.no_grad():
@@ -130,7 +119,7 @@ class Dtypes(nn.Module):
     ids=("decomposed", "onnx"),
 )
 def test_dtypes(form, dtypes, tmp_path):
-    """Halves are summed in float32: one after the other in their own dtype the terms would end at 2048 and 256."""
+    """float16 and bfloat16 are summed in float32: in their own dtype the sums would stop at 2048 and 256."""
     x = torch.ones(3, 3000, 1, 1)
     for got, dtype in zip(exported(form, Dtypes(*dtypes), x, tmp_path)(x), dtypes, strict=True):
         assert_same(got, torch.full((3, 2, 1, 1), -3000.0).to(dtype), f"{form}, {dtype}")
@@ -138,7 +127,7 @@ def test_dtypes(form, dtypes, tmp_path):
 
 @dataclass(frozen=True)
 class Network:
-    """An adder network in training mode, images, and what it makes of them in evaluation mode."""
+    """An adder network in training mode, images, and its outputs for them in evaluation mode."""
 
     model: nn.Module
     images: torch.Tensor
@@ -148,7 +137,7 @@ class Network:
 
 @cache
 def network(arch: str) -> Network:
-    """Its BatchNorms know their inputs, without which the logits would not depend on the images."""
+    """The statistics of its BatchNorms fit their inputs; otherwise the logits would not depend on the images."""
     torch.manual_seed(1)
     model = create_model(arch, "adder", in_channels=CHANNELS[arch], num_classes=10)
     for module in model.modules():
@@ -163,7 +152,7 @@ def network(arch: str) -> Network:
 
 
 def logits_and_bound(model: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, float]:
-    """Logits in float64, and how far those of a float32 run may be: the error of every sum, carried to the logits.
+    """Returns logits in float64, and a bound on the error of float32: that of every sum, propagated to the logits.
 
     Each output of a layer gets an error of the size that tolerances.py allows a sum of n terms (those of the
     operator's least favourable form, and 5 more roundings for BatchNorm and sums behind it), of random sign.  The
@@ -203,7 +192,7 @@ def logits_and_bound(model: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, f
     ids=("lenet5-onnx18", *(f"resnet20-{form}" for form in FORMS)),
 )
 def test_networks(arch, form, options, tmp_path):
-    """In evaluation mode, for any batch size; the model stays in training mode and keeps its weights for itself."""
+    """In evaluation mode, for any batch size; the model stays in training mode and does not share its weights."""
     want = network(arch)
     model = copy.deepcopy(want.model)
     run = exported(form, model, want.images[:2], tmp_path, **options)
@@ -235,7 +224,7 @@ torch.save(y, "decomposed.pt")
 
 
 def test_saved_programs(tmp_path):
-    """The decomposed one runs with torch alone, in a process that never imports adderops; the other one here."""
+    """The decomposed program runs with torch alone, in a process that never imports adderops; the other one here."""
     want = network("lenet5")
     torch.save(want.images, tmp_path / "x.pt")
     for form in ("decomposed", "operator"):

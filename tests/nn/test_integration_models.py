@@ -12,8 +12,7 @@ from nn.synthetic_images import bars, masks, train, train_classifier
 
 
 @pytest.fixture(autouse=True)
-def one_thread(set_threads):
-    set_threads(1)
+def seed():
     torch.manual_seed(0)
 
 
@@ -51,7 +50,7 @@ def test_classifiers_with_gates_learn(make, steps, lr):
     losses, accuracy, spread = train_classifier(make(), steps, lr)
     assert sum(losses[-5:]) / 5 < 0.5 * losses[0]
     assert accuracy > 0.8
-    assert spread > 0.1  # a network whose gates are shut gives every image the same logits
+    assert spread > 0.1  # with closed gates every image would have the same logits
 
 
 def intersection_over_union(logits: torch.Tensor, target: torch.Tensor) -> float:
@@ -60,7 +59,7 @@ def intersection_over_union(logits: torch.Tensor, target: torch.Tensor) -> float
 
 
 def fcn_with_auxiliary_head() -> nn.Module:
-    """As torchvision's fcn_resnet50, with a ResNet of one block a stage, of which the heads read the first two."""
+    """As torchvision's fcn_resnet50, with a ResNet of one block per stage; the heads read the first two stages."""
     torchvision = pytest.importorskip("torchvision")
     resnet, segmentation = torchvision.models.resnet, torchvision.models.segmentation
     body = resnet.ResNet(resnet.BasicBlock, [1, 1, 1, 1])

@@ -1,4 +1,4 @@
-"""The trainers that people have, as they come, step adder layers at lr·eta: clipping, scaling and accumulation too."""
+"""Popular trainers, unmodified, step adder layers by lr·eta, also with clipping, scaling and accumulation."""
 
 import copy
 import warnings
@@ -16,8 +16,7 @@ LR, ETA = 0.1, 0.2
 
 
 @pytest.fixture(autouse=True)
-def one_thread(set_threads):
-    set_threads(1)
+def seed():
     torch.manual_seed(0)
 
 
@@ -34,7 +33,7 @@ def network() -> nn.Module:
 
 
 class Steps:
-    """How far each layer went in each optimizer step, seen from the outside: by the weights before and after."""
+    """Measures the step of each layer in each optimizer step from outside: by the weights before and after."""
 
     def __init__(self, model: nn.Module) -> None:
         self.layers = [m for m in model.modules() if isinstance(m, AdderConv2d)]
@@ -42,7 +41,7 @@ class Steps:
         self.note()
 
     def note(self, *_) -> None:
-        """To be called behind each step."""
+        """To be called after each step."""
         now = [layer.weight.detach().float().cpu().clone() for layer in self.layers]
         if hasattr(self, "before"):
             self.rms += [(a - b).square().mean().sqrt().item() for a, b in zip(now, self.before, strict=True)]
@@ -197,7 +196,7 @@ def test_the_trainer_of_hugging_face(accumulate, tmp_path):
 
 
 def test_a_converted_network_trains_like_its_copy():
-    """No state beside the weights: what one trainer leaves, another goes on with, to the same bits."""
+    """There is no state besides the weights: another trainer continues with them to the same bits."""
     images, labels = bars(16, 1)
 
     def steps(model, optimizer, count):

@@ -17,7 +17,7 @@ from adderops.models import (
     resnet50,
 )
 
-# state entries, parameters, matched layers, multiply-accumulates of an image: all layers, matched layers.
+# state entries, parameters, matched layers, multiply-accumulates per image: all layers, matched layers.
 # ResNet-20 and -50: entries, parameters and layers of the reference code; ResNet-18 and -50: torchvision's parameters
 # and multiply-accumulates plus the 2000 parameters of `bn2`; the others: summed by hand.
 SIZES = {
@@ -31,18 +31,13 @@ SIZES = {
 }
 
 
-@pytest.fixture(autouse=True)
-def one_thread(set_threads):
-    set_threads(1)
-
-
 def build_on_meta(arch: str, kind: str, **kwargs) -> nn.Module:
     with torch.device("meta"):
         return ARCHITECTURES[arch](kind, **kwargs)
 
 
 def multiply_accumulates(model: nn.Module, x: torch.Tensor) -> dict[nn.Module, int]:
-    """Output elements times the elements of a filter, of each layer."""
+    """Returns output elements times the elements of a filter, per layer."""
     counts = {}
 
     def count(layer, inputs, output):
@@ -109,8 +104,8 @@ def test_train_on_other_channels_and_classes(arch):
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
 
-def test_batchnorm_and_relu_stand_behind_every_layer_but_the_classifier():
-    """BatchNorm makes both signs, so that what reaches a layer would have negative parts without the ReLU."""
+def test_batchnorm_and_relu_follow_every_layer_but_the_classifier():
+    """The outputs of BatchNorm have both signs: without the ReLU the inputs of a layer would be negative in part."""
     for arch in ("lenet5", "vgg_small", "resnet20", "mobilenet", "resnet50"):
         model, fed = ARCHITECTURES[arch]("cnn").train(), {}
         for name, layer in {**matched_layers(model), "fc": model.fc}.items():
@@ -134,7 +129,7 @@ def test_convolutions_of_the_imagenet_form_start_as_in_the_reference():
 
 
 class ReferenceState(dict[str, torch.Tensor]):
-    """A state_dict as github.com/huawei-noah/AdderNet publishes it, written down from the files there."""
+    """A state_dict as github.com/huawei-noah/AdderNet publishes it, transcribed from the files there."""
 
     def weight(self, name: str, *shape: int) -> None:
         self[f"module.{name}"] = torch.randn(shape)

@@ -1,4 +1,4 @@
-"""Networks of torchvision and timm as CNN and as adder network."""
+"""Networks of torchvision and timm as CNNs and as adder networks."""
 
 import sys
 
@@ -8,11 +8,6 @@ from torch import nn
 
 from adderops import AdderConv2d
 from adderops.models import IntermediateOutputs, classifier, create_model, matched_layers
-
-
-@pytest.fixture(autouse=True)
-def one_thread(set_threads):
-    set_threads(1)
 
 
 def need(arch: str) -> None:
@@ -28,7 +23,7 @@ GATES = [f"blocks.{stage}.0.se.conv_{name}" for stage in (3, 4) for name in ("re
 )
 @pytest.mark.filterwarnings("ignore:.*convolutions stay ordinary")
 def test_both_kinds_train_and_match(arch, channels, layers, gates, head):
-    """Gates of squeeze-and-excitation stay convolutions: as adder layers they would be shut and pass no gradient."""
+    """Gates of squeeze-and-excitation stay convolutions: as adder layers they would be closed and pass no gradient."""
     need(arch)
     names = {}
     for kind, layer in (("cnn", nn.Conv2d), ("adder", AdderConv2d)):
@@ -92,21 +87,21 @@ def test_a_classifier_that_is_a_convolution():
 
 def test_what_stays_a_convolution_is_reported():
     need("timm")
-    # one of five has a forward of its own there (its padding depends on the image), the others are gates
+    # one of five has a custom forward there (its padding depends on the image), the others are gates
     kept = r"tf_mobilenetv3_small_100: \d+ of \d+ convolutions stay ordinary, .*: blocks.0.0.conv_dw, .*se.*, \.\.\."
     with torch.device("meta"):
         with pytest.warns(UserWarning, match=kept) as warned:
             create_model("timm/tf_mobilenetv3_small_100")
         assert warned[0].filename == __file__
         create_model("timm/vit_tiny_patch16_224", "cnn")
-        with pytest.raises(ValueError, match="convolutions with normalisation behind, got 'timm/vit_tiny_patch16_224'"):
+        with pytest.raises(ValueError, match="convolutions followed by normalisation, got 'timm/vit_tiny_patch16_224'"):
             create_model("timm/vit_tiny_patch16_224")
 
 
 def test_networks_without_normalisation_have_no_adder_form():
     need("torchvision")
     with torch.device("meta"):
-        with pytest.raises(ValueError, match="convolutions with normalisation behind, got 'torchvision/vgg11'"):
+        with pytest.raises(ValueError, match="convolutions followed by normalisation, got 'torchvision/vgg11'"):
             create_model("torchvision/vgg11")
         model = create_model("torchvision/vgg11_bn")
     assert all(isinstance(m, AdderConv2d) for m in matched_layers(model).values())

@@ -1,4 +1,4 @@
-"""Raw outputs of the matched layers of any network, taken during an ordinary forward."""
+"""Raw outputs of the matched layers of any network, recorded in an ordinary forward pass."""
 
 import copy
 import io
@@ -13,13 +13,8 @@ from adderops import AdderConv2d, convert
 from adderops.models import ARCHITECTURES, IntermediateOutputs, ResNetCIFAR, create_model, lenet5, matched_layers
 
 
-@pytest.fixture(autouse=True)
-def one_thread(set_threads):
-    set_threads(1)
-
-
 def small_net() -> nn.Sequential:
-    """The second convolution is overwritten in place by the ReLU behind it, the third is not."""
+    """The second convolution is overwritten in place by the ReLU after it, the third is not."""
     return nn.Sequential(
         nn.Conv2d(3, 4, 3),
         nn.Conv2d(4, 5, 3),
@@ -34,7 +29,7 @@ def small_net() -> nn.Sequential:
 
 
 class Calls(nn.Module):
-    """Two matched layers, run as `calls` says."""
+    """Two matched layers, which `calls` runs."""
 
     def __init__(self, calls) -> None:
         super().__init__()
@@ -112,7 +107,7 @@ def test_other_changes_in_place_are_refused():
     model(IMAGES)
     with pytest.raises(RuntimeError, match="the output of layer 'a' was changed in place"):
         outputs.take()
-    with torch.inference_mode():  # where nothing tells
+    with torch.inference_mode():  # where tensors have no version
         model(IMAGES)
         assert len(outputs.take()) == 2
 
@@ -153,7 +148,7 @@ def test_remove_takes_the_hooks_away():
 
 
 def test_outputs_are_forgotten():
-    """By take(), by the next forward and by remove(): nothing else would let go of graph and memory."""
+    """By take(), by the next forward pass and by remove(); otherwise graph and memory would stay alive."""
     model = small_net()
     outputs = IntermediateOutputs(model)
 
@@ -201,7 +196,7 @@ def test_a_layer_run_twice_is_refused():
     outputs = IntermediateOutputs(model := Calls(lambda m, x: m.b(m.a(m.a(x)))))
     with pytest.raises(RuntimeError, match="layer 'a' was run twice in one forward"):
         model(IMAGES)
-    model.calls = lambda m, x: m.b(m.a(x))  # and the next forward is not taken for the rest of the refused one
+    model.calls = lambda m, x: m.b(m.a(x))  # the next forward pass does not continue the refused one
     model(IMAGES)
     assert len(outputs.take()) == 2
 
@@ -220,7 +215,7 @@ def test_compiled_without_a_graph_break():
 
 
 class Task(nn.Module):
-    """Holds both, as a task of distillation does."""
+    """Holds both, as a distillation task does."""
 
     def __init__(self) -> None:
         super().__init__()

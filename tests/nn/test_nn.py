@@ -1,4 +1,4 @@
-"""The layers stand where nn.Conv2d and nn.Linear stood: arguments, padding modes, state dicts, devices, printing."""
+"""The layers replace nn.Conv2d and nn.Linear: arguments, padding modes, state dicts, devices, printing."""
 
 import copy
 import inspect
@@ -217,7 +217,7 @@ def test_fusers_of_linear_layers_refuse(bias):
     with pytest.raises(TypeError, match="fuse_linear_bn_eval: expected a linear layer, got AdderLinear"):
         nn.utils.fuse_linear_bn_eval(AdderLinear(3, 4, bias=bias).eval(), nn.BatchNorm1d(4).eval())
     layer = AdderConv2d(3, 4, 3, bias=bias)
-    layer.weight = nn.Parameter(torch.zeros(4, 3, 3, 3))  # anybody else may
+    layer.weight = nn.Parameter(torch.zeros(4, 3, 3, 3))  # other callers may
     layer.bias = nn.Parameter(torch.zeros(4))
 
 

@@ -1,4 +1,4 @@
-"""Operations are counted as written down by hand, layer by layer, and weighed by the table of energies."""
+"""Operation counts agree with those by hand, layer by layer; energies follow from the table."""
 
 import copy
 
@@ -57,7 +57,7 @@ def resnet20_terms() -> dict[str, int]:
 
 
 def test_resnet20():
-    """AdderNet prints 41.17 M and 81.89 M for it; see the module's docstring."""
+    """AdderNet's table has 41.17 M and 81.89 M for it; see the module's docstring."""
     terms = resnet20_terms()
     ordinary = ("conv1", "fc")
     cnn, adder = (
@@ -71,7 +71,7 @@ def test_resnet20():
     )
     assert (cnn.multiplications, cnn.additions) == (40_813_184, 40_813_184)
     assert (adder.multiplications, adder.additions) == (443_008, 81_183_360)
-    # ResNet-32 has twelve more layers of the size of layer1.0.conv1: 69.12 M, as printed
+    # ResNet-32 has twelve more layers of the size of layer1.0.conv1: 69.12 M, as in the table
     assert round((cnn.multiplications + 12 * terms["layer1.0.conv1"]) / 1e6, 2) == 69.12
 
 
@@ -112,7 +112,7 @@ def test_shared_layers_and_products_outside_of_layers():
 
 
 def test_models_of_others():
-    """What torchvision says of its models, in thousand millions of multiply-accumulates."""
+    """torchvision's own figures for its models, in 10^9 multiply-accumulates."""
     models = pytest.importorskip("torchvision").models
     for name, weights in (("mobilenet_v3_small", "IMAGENET1K_V1"), ("vit_b_16", "IMAGENET1K_V1")):
         with torch.device("meta"):
@@ -177,7 +177,7 @@ def test_bad_arguments():
         energy(Operations(()), "int4")
 
 
-# --- torch.utils.flop_counter, and what is built on it ---
+# --- torch.utils.flop_counter, and tools built on it ---
 
 
 def flops(call) -> int:

@@ -1,4 +1,4 @@
-"""The fixed rate: one formula, applied once, whatever the training loop does to the gradients on the way."""
+"""The adaptive rate: one formula, applied once, whatever the training loop does to the gradients before."""
 
 import copy
 import gc
@@ -74,17 +74,17 @@ def raw_gradient(layer, x):
 
 
 def stepped(layer, optimizer, backward):
-    """How far the weight goes in one step with learning rate 1."""
+    """Returns how far the weight moves in one step with learning rate 1."""
     before = layer.weight.detach().clone()
     backward()
     optimizer.step()
     return before - layer.weight.detach()
 
 
-def test_the_layer_hands_over_the_raw_gradient_and_the_step_normalizes_it(make):
+def test_the_layer_returns_the_raw_gradient_and_the_step_normalizes_it(make):
     layer, x = make(eta=0.3, bias=True)
     raw = raw_gradient(layer, x)
-    assert rms(raw) > 1  # so that the next lines say something
+    assert rms(raw) > 1  # or the next lines would prove nothing
     optimizer = torch.optim.SGD(layer.parameters(), lr=1.0)
     layer(x).square().sum().backward()
     assert torch.equal(layer.weight.grad, raw)
@@ -183,7 +183,7 @@ def test_a_step_that_the_scaler_skips_changes_nothing(kind, make):
 
 def test_accumulated_gradients_step_as_the_whole_batch(make):
     layer, x = make(eta=0.3)
-    x = x * torch.logspace(-2, 2, len(x)).double().view(-1, *[1] * (x.dim() - 1))  # samples of unlike gradients
+    x = x * torch.logspace(-2, 2, len(x)).double().view(-1, *[1] * (x.dim() - 1))  # samples with different gradients
     whole = normalize_gradient(raw_gradient(layer, x), 0.3)
     step = stepped(
         layer,
@@ -194,7 +194,7 @@ def test_accumulated_gradients_step_as_the_whole_batch(make):
 
 
 def test_the_norm_of_all_gradients_is_not_that_of_the_adder_layers():
-    """A clipping at 1.0, the default of Hugging Face's trainer, leaves the other layers as it leaves a CNN's."""
+    """Clipping at 1.0, the default of Hugging Face's trainer, acts on the other layers as in a CNN."""
     torch.manual_seed(0)
     model = resnet20("adder")
     nn.functional.cross_entropy(model(torch.randn(16, 3, 32, 32)), torch.arange(16) % 10).backward()
@@ -265,7 +265,7 @@ def test_an_optimizer_per_parameter_that_steps_during_the_backward_pass(make):
 
 
 class Descent:
-    """Has what AdaptiveRate asks for, and nothing of torch.optim."""
+    """Has what AdaptiveRate needs, and nothing from torch.optim."""
 
     def __init__(self, parameters, lr):
         self.param_groups = [{"params": list(parameters), "lr": lr}]
@@ -327,7 +327,7 @@ def test_adaptive_rate_takes_any_optimizer(kind, closure, make):
 
 def test_adaptive_rate_refuses_an_optimizer_without_the_weights():
     layer = AdderLinear(4, 4)
-    for others in (nn.Linear(4, 4), copy.deepcopy(layer)):  # the second as where an optimizer keeps copies
+    for others in (nn.Linear(4, 4), copy.deepcopy(layer)):  # the second: an optimizer that keeps copies
         with pytest.raises(
             ValueError, match="optimizer: expected one with the weight of an adder layer of model, got none"
         ):

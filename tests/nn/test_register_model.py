@@ -7,8 +7,7 @@ from torch import nn
 
 from adderops import AdderConv2d, reestimate_batchnorm
 from adderops import convert as convert_to_adder
-from adderops.distill import Config
-from adderops.distill.__main__ import main
+from adderops.distill import Config, main
 from adderops.models import (
     ARCHITECTURES,
     create_model,
@@ -47,8 +46,7 @@ def toy(kind: str = "adder", in_channels: int = 3, num_classes: int = 10) -> Toy
 
 
 @pytest.fixture(autouse=True)
-def registered(set_threads):
-    set_threads(1)
+def registered():
     known = dict(ARCHITECTURES)
     assert register_model(image_size=24)(toy) is toy
     yield

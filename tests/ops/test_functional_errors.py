@@ -268,7 +268,7 @@ def test_bias_gradient_is_the_sum():
 def test_autocast_computes_in_float32(dtype):
     x, w, b = torch.randn(X_SHAPE), torch.randn(W_SHAPE, requires_grad=True), torch.randn(6)
     with torch.autocast("cpu", dtype=dtype):
-        y = adder_conv2d(x.to(dtype), w, b)  # unlike dtypes are brought together here, and only here
+        y = adder_conv2d(x.to(dtype), w, b)  # different dtypes are converted here, and only here
     assert y.dtype == torch.float32
     assert torch.equal(y, adder_conv2d(x.to(dtype).float(), w, b))
     y.sum().backward()

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from cases import assert_same, one_thread
+from cases import assert_same, one_thread, quarters
 from slow import slow_except
 from torch import nn
 from torch.export import Dim
@@ -33,11 +33,6 @@ GEOMETRIES = {
 def single_thread():
     with one_thread():
         yield
-
-
-def quarters(*shape: int) -> torch.Tensor:
-    """Small multiples of 1/4: sums of their distances do not round."""
-    return torch.randint(-8, 9, shape) / 4
 
 
 def network(**geometry) -> nn.Module:
@@ -164,7 +159,7 @@ def test_changed_and_wrapped_models(name, tmp_path):
 
 
 def test_distributed_data_parallel(tmp_path):
-    """Its forward cannot be traced; our functions take the model out of it."""
+    """Its forward cannot be traced; our functions unwrap it."""
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
         model, x = nn.parallel.DistributedDataParallel(network()), quarters(2, 6, 16, 16)

@@ -5,7 +5,7 @@ from itertools import product
 
 import pytest
 import torch
-from cases import assert_same, case, exact_inputs, one_thread
+from cases import assert_same, case, exact_inputs, one_thread, quarters
 from torch import nn
 from torch.autograd import forward_ad
 from torch.func import (
@@ -37,11 +37,8 @@ def single_thread():
 
 
 def of_samples(shape: tuple[int, ...], dim: int | None) -> torch.Tensor:
-    """Small multiples of 1/4, so that no sum rounds, for one sample or, with dimension `dim`, for all of them."""
-    shape = list(shape)
-    if dim is not None:
-        shape.insert(dim, SAMPLES)
-    return torch.randint(-8, 9, shape) / 4
+    """Random multiples of 1/4 for one sample or, stacked in dimension `dim`, for all samples."""
+    return quarters(*shape) if dim is None else quarters(*shape[:dim], SAMPLES, *shape[dim:])
 
 
 def batched(*choices: tuple) -> list[tuple]:
@@ -276,4 +273,4 @@ def test_second_derivatives_are_refused():
             transform(W)
     w = W.clone().requires_grad_()
     with pytest.raises(RuntimeError, match="adder_conv2d_grad_w: .*second derivative is not defined"):
-        grad(loss)(w).sum().backward()  # ordinary autograd round torch.func
+        grad(loss)(w).sum().backward()  # ordinary autograd around torch.func

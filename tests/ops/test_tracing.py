@@ -141,7 +141,7 @@ def test_jit_script_is_refused():
     for model in (AdderConv2d(3, 4, 3), nn.Sequential(AdderLinear(3, 4))):
         with pytest.raises(TypeError, match="Adder.*: expected torch.export or torch.jit.trace, got torch.jit.script"):
             torch.jit.script(model)
-        assert model(torch.randn(1, 3, 3, 3)).isfinite().all()  # and is left as it was
+        assert model(torch.randn(1, 3, 3, 3)).isfinite().all()  # the model is unchanged
 
 
 # --- modes, subclasses, layouts ---

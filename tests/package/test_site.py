@@ -11,7 +11,7 @@ import pytest
 import adderops
 
 CHECKOUT = Path(__file__).resolve().parents[2]
-PAGES = [CHECKOUT / "README.md", *sorted((CHECKOUT / "docs").glob("*.md"))]
+PAGES = [CHECKOUT / "README.md", CHECKOUT / "CONTRIBUTING.md", *sorted((CHECKOUT / "docs").glob("*.md"))]
 MODULES = {"adderops", "adderops.batchnorm", "adderops.dataflow", *(f"adderops.{name}" for name in adderops._LAZY)}
 MODULES |= {f"adderops.{name}" for name in ("functional", "nn", "optim", "reference")}
 
@@ -71,8 +71,18 @@ def test_every_public_name_has_an_entry(module, entries):
     assert [name for name in names if not aliases(module, name) & entries] == []
 
 
+@pytest.fixture
+def registries():
+    """Undoes registrations after the test."""
+    before = [(registry, dict(registry)) for registry in (adderops.models.ARCHITECTURES, adderops.distill.METHODS)]
+    yield
+    for registry, entries in before:
+        registry.clear()
+        registry.update(entries)
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_the_examples_of_a_page_run(page, tmp_path, monkeypatch, set_threads):
+def test_the_examples_of_a_page_run(page, tmp_path, monkeypatch, set_threads, registries):
     """All Python blocks of a page, in order, as one program."""
     blocks = re.findall(r"^```python\n(.*?)^```$", page.read_text(), re.DOTALL | re.MULTILINE)
     monkeypatch.chdir(tmp_path)
@@ -86,4 +96,15 @@ def test_no_example_is_overlooked():
     """A fence of another spelling would go untested."""
     pages = "\n".join(page.read_text() for page in PAGES)
     fences = re.findall(r"^[ \t]*(?:```|~~~)[ \t]*(?:python|py).*", pages, re.MULTILINE | re.IGNORECASE)
-    assert set(fences) == {"```python"} and len(fences) >= 9
+    assert set(fences) == {"```python"} and len(fences) >= 11
+
+
+@pytest.mark.parametrize("page", [*PAGES, CHECKOUT / "csrc" / "README.md"], ids=lambda page: page.name)
+def test_files_that_a_page_names_exist(page):
+    text = page.read_text()
+    links = {link for link in re.findall(r"\]\(([^)#\s]+)[^)]*\)", text) if "://" not in link}
+    assert {link for link in links if not (page.parent / link).exists()} == set()
+    named = re.findall(r"(?:csrc|_build|adderops|tests|benchmarks|experiments|docs)/[\w./*{},<>-]+", text)
+    pattern = re.compile(r"[*{<]|/X\.|_X\.")  # several files; a file to be written
+    named = [path.rstrip(".,") for path in named]
+    assert {path for path in named if not pattern.search(path) and not (CHECKOUT / path).exists()} == set()

@@ -1,4 +1,4 @@
-"""`calibrate` and `convert` on the models that people have: right, or refused by name with the model as it was."""
+"""`calibrate` and `convert` on models as they occur in practice: correct, or refused by name."""
 
 import copy
 import warnings
@@ -29,7 +29,7 @@ def network(batches):
 
 @pytest.fixture
 def logits(network, batches):
-    """Of the integer network by the plain way."""
+    """Logits of the integer network, calibrated on plain batches."""
     return convert(calibrate(copy.deepcopy(network), batches), batches[0])(batches[0])
 
 
@@ -156,7 +156,7 @@ def test_heads_that_run_in_training_only(batches):
     integer = convert(model, batches[0])
     assert relative(integer(batches[0]), model(batches[0])) < 1e-3
     assert not any("aux" in name for name in integer.state_dict())
-    logits, aux = model.train()(batches[0])  # tuning: the head computes in floats
+    logits, aux = model.train()(batches[0])  # fine-tuning: the head is not quantized
     assert torch.equal(aux, AdderConv2d.forward(model.aux, model.stem(batches[0]).relu()))
     other = insert(Auxiliary())
     other.load_state_dict(model.state_dict())
@@ -165,10 +165,10 @@ def test_heads_that_run_in_training_only(batches):
 
 def test_a_dead_layer(batches):
     model = nn.Sequential(AdderConv2d(1, 4, 3), nn.ReLU(), AdderConv2d(4, 4, 3))  # sums of distances are negative
-    with pytest.warns(UserWarning, match="nothing but zeros reaches '2'"):
+    with pytest.warns(UserWarning, match="only zeros reach '2'"):
         calibrate(model, batches)
     assert torch.allclose(convert(model, batches[0])(batches[0]), model(batches[0]), atol=1e-3)
-    with pytest.raises(ValueError, match="expected inputs that reach layer '0', got none but zeros there"):
+    with pytest.raises(ValueError, match="expected inputs that reach layer '0', got only zeros there"):
         calibrate(nn.Sequential(AdderConv2d(1, 4, 3)), [batches[0] * 0])
 
 
@@ -202,7 +202,7 @@ def test_layers_that_run_twice_and_shared_weights(batches, kind, scheme):
     weights = [
         w for w in convert(model, batches[0]).state_dict().values() if w.dtype == torch.uint8 and w.numel() > 1e3
     ]
-    assert kind == "weight" or scheme.filter_groups > 1 or len(weights) == 1  # the bytes once
+    assert kind == "weight" or scheme.filter_groups > 1 or len(weights) == 1  # stored once
 
 
 def small_weights(batches):
@@ -248,7 +248,7 @@ def test_filter_groups_with_a_residual(batches):
 
 
 def test_without_batchnorm_behind_six_bits_do(batches):
-    """Sums of distances are all negative: a grid of both signs would spend half of its steps on nothing."""
+    """Sums of distances are all negative: a grid of both signs would waste half of its steps."""
     torch.manual_seed(0)
     model = nn.Sequential(
         *(nn.Conv2d(1, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), AdderConv2d(16, 16, 3, padding=1)),
@@ -267,7 +267,7 @@ def test_hooks_that_watch_see_numbers(network, batches, logits):
     seen = []
     network.conv2.register_forward_hook(lambda layer, x, y: seen.append(y.mean().item()))
     network.conv3.register_forward_hook(lambda layer, x, y: setattr(layer, "kept", y))
-    network(batches[0])  # under autograd: `kept` is no leaf
+    network(batches[0])  # under autograd: `kept` is not a leaf
     calibrate(network, batches)
     assert torch.equal(convert(network, batches[0])(batches[0]), logits)
     assert all(isinstance(value, float) for value in seen)

@@ -1,4 +1,4 @@
-"""Quantized networks: clipping loses nothing, the network of bytes is what the rounded layers say."""
+"""Quantized networks: clipping is exact, and the integer network computes what the fake-quantized layers do."""
 
 import copy
 
@@ -24,7 +24,7 @@ SCHEMES = [
 
 
 def trained(network: nn.Module, images: torch.Tensor) -> nn.Module:
-    """BatchNorm statistics as after training, and weights of which many lie beyond the inputs."""
+    """BatchNorm statistics as after training, and many weights outside the range of the inputs."""
     torch.manual_seed(0)
     for module in network.modules():
         if isinstance(module, AdderConv2d):
@@ -46,7 +46,7 @@ def network(images):
 
 
 class Everything(nn.Module):
-    """What networks put between adder layers: no BatchNorm, a bias, pooling, two readers of a value, concatenation."""
+    """What occurs between adder layers: no BatchNorm, a bias, pooling, two readers of a value, concatenation."""
 
     def __init__(self):
         super().__init__()
@@ -85,7 +85,7 @@ def test_grid(low, high, bits):
 
 @pytest.mark.parametrize("padding", (0, 2))
 def test_clipped_weights_lose_nothing(padding):
-    """-sum |x - w| = -sum |x - clip(w)| - excess for every x within the clip, zeros around included."""
+    """-sum |x - w| = -sum |x - clip(w)| - excess for every x within the range, zero padding included."""
     grid = Grid(0.25, 0, 4)
     x = torch.randint(0, 16, (2, 6, 5, 5)).double() * grid.scale
     w = torch.randn(4, 6, 3, 3, dtype=torch.float64) * 5
@@ -199,7 +199,7 @@ def test_fine_tuning_takes_back_what_few_bits_cost(images):
     assert losses[-1] < 0.7 * losses[0]
 
 
-# --- the network of bytes ---
+# --- the integer network ---
 
 
 def operators(integer) -> list[str]:
@@ -207,19 +207,19 @@ def operators(integer) -> list[str]:
 
 
 def assert_close(integer, model, images):
-    """Equal but for numbers that a rounding of float32 puts on the other side of a step, here and there."""
+    """Equal except where float32 rounding moves a few numbers to the next step of the grid."""
     got, want = integer(images), model(images)
     difference = ((got - want).abs().mean() / want.std()).item()
     assert difference < 0.03
 
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
-def test_the_network_of_bytes_is_the_rounded_one(network, images, scheme, backend):
+def test_the_integer_network_equals_the_fake_quantized_one(network, images, scheme, backend):
     model = calibrate(copy.deepcopy(network), [images], scheme)
     integer = convert(model, images)
     if scheme.bits == 8 and scheme.method == "redistribution":
         assert_close(integer, model, images)
-    else:  # a shortcut is rounded like the layers' inputs, which the layers of floats cannot show
+    else:  # the integer network also rounds shortcuts, which fake-quantized layers do not
         got, want = integer(images), model(images)
         assert torch.corrcoef(torch.stack((got.flatten(), want.flatten())))[0, 1] > 0.9
     assert integer(images[:5]).shape == (5, 10)
@@ -241,12 +241,15 @@ def test_lenet(images):
 @pytest.mark.parametrize("arch", ("vgg_small", "mobilenet", "torchvision/resnet18"))
 def test_other_networks(images, arch):
     model = calibrate(trained(create_model(arch, "adder", 3, 10), images), [images])
-    got, want = convert(model, images)(images), model(images)  # deep and random, so that a step here grows large there
+    got, want = (
+        convert(model, images)(images),
+        model(images),
+    )  # deep and random: one step early on becomes a large difference
     assert torch.corrcoef(torch.stack((got.flatten(), want.flatten())))[0, 1] > 0.8
 
 
-def test_activations_stay_bytes_from_layer_to_layer(network, images):
-    """Of ResNet-20's 20 adder layers two are shortcuts and one is the last: only these hand on floats."""
+def test_activations_stay_uint8_from_layer_to_layer(network, images):
+    """Of ResNet-20's 20 adder layers two are shortcuts and one is the last: only these output floats."""
     integer = convert(calibrate(copy.deepcopy(network), [images]), images)
     calls = [node for node in integer.graph.nodes if "adder_conv2d_int8" in str(node.target)]
     assert len(calls) == 20
@@ -281,9 +284,9 @@ def test_wrong_models(network, images):
         calibrate(nn.Sequential(nn.Conv2d(3, 4, 3)), [images])
     with pytest.raises(ValueError, match="batches: expected at least one, got none"):
         calibrate(copy.deepcopy(network), [])
-    with pytest.raises(ValueError, match="batches: expected inputs that reach layer '0', got none but zeros"):
+    with pytest.raises(ValueError, match="batches: expected inputs that reach layer '0', got only zeros"):
         calibrate(nn.Sequential(AdderConv2d(3, 4, 3)), [images * 0])
-    with pytest.raises(ValueError, match="model: expected a network of floats, got one that is quantized already"):
+    with pytest.raises(ValueError, match="model: expected a floating-point network, got one that is quantized already"):
         calibrate(calibrate(copy.deepcopy(network), [images]), [images])
 
 

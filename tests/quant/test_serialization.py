@@ -1,4 +1,4 @@
-"""Integer networks as files and objects: the same bits everywhere, and nothing that a file can hold does harm.
+"""Integer networks as files and objects: the same bits everywhere, and no content of a file does harm.
 
 ADDEROPS_FUZZ=500 tries that many damaged files per kind instead of a few.
 """
@@ -92,7 +92,7 @@ def test_networks_of_torchvision_are_the_same_from_their_file(arch, tmp_path):
 
 
 class Pieces(nn.Module):
-    """Several outputs, names that a module has itself, a part in floats, operations of every form."""
+    """Several outputs, names of module attributes, an unquantized part, operations of every form."""
 
     def __init__(self):
         super().__init__()
@@ -137,7 +137,7 @@ def test_the_network_is_an_object_like_others(integer, images, path):
     ]
     want = integer(images)
     for network in (integer, loaded):
-        assert network.conv2.weight.is_contiguous(memory_format=torch.channels_last)  # what the kernels read uncopied
+        assert network.conv2.weight.is_contiguous(memory_format=torch.channels_last)  # read without a copy
         buffer = io.BytesIO()
         torch.save(network, buffer)
         buffer.seek(0)
@@ -160,7 +160,7 @@ def test_the_network_is_an_object_like_others(integer, images, path):
 def test_autocast_leaves_bytes_alone(images):
     torch.manual_seed(0)
     coloured = torch.randn(4, 3, 32, 32)
-    integer = integer_of(create_model("resnet20", "adder", 3, 10), coloured)  # with residuals of floats
+    integer = integer_of(create_model("resnet20", "adder", 3, 10), coloured)  # with float residuals
     with torch.autocast("cpu", dtype=torch.bfloat16):
         got = integer(coloured).float()
     want = integer(coloured)
@@ -215,7 +215,7 @@ def parts(path):
 
 
 def written(path, document, tensors):
-    """The same with the right checksum: what somebody could make up."""
+    """Writes a forged file: any content with the right checksum."""
     document = {key: value for key, value in document.items() if key != "sha256"}
     try:
         document["sha256"] = serialization._checksum(document, tensors)
@@ -354,7 +354,7 @@ def test_headers_that_lie(path, tmp_path):
     assert_refused(path)
     path.write_bytes(b"")
     assert_refused(path, "header: expected")
-    with open(path, "wb") as file:  # says 100 TB, has none
+    with open(path, "wb") as file:  # claims 100 TB, has none
         file.write(struct.pack("<Q", 2**23 + 1))
         file.truncate(2**33)
     assert_refused(path, "header: expected 1 to 8388608 bytes")
@@ -366,7 +366,7 @@ def test_headers_that_lie(path, tmp_path):
 
 
 def test_archives_are_not_opened(tmp_path):
-    """A .pt2, whatever is in it: the loader of torch.export would run code of it."""
+    """A .pt2, whatever is in it: the loader of torch.export would run code from it."""
     marker = tmp_path / "ran"
 
     class Evil:
@@ -433,7 +433,7 @@ def _mutated(value, dice):
 
 
 def test_made_up_files_are_refused_or_run(path, images):
-    """Schema and checksum hold what they say: what is not refused is a network, and runs."""
+    """A forged file is refused, or it is a network that runs."""
     document, tensors = parts(path)
     dice, refused = random.Random(0), 0
     for _ in range(FUZZ):

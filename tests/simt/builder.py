@@ -1,6 +1,6 @@
-"""Compiles the CUDA sources for the host and loads them: objects and libraries are kept under build/simt.
+"""Compiles the CUDA sources for the host and loads them; objects and libraries are cached under build/simt.
 
-The key of an object is what it is made of: the compiler, the flags, the text of the source and of what it includes.
+The key of an object is a hash of the compiler, the flags, and the text of the source and of all that it includes.
 """
 
 import ctypes
@@ -21,15 +21,16 @@ ROOT = HERE.parent.parent
 CSRC = ROOT / "csrc"
 EXECUTOR = ("context", "executor", "collectives", "simt_interface")
 KEPT_DAYS = 7
+ORDERS = ("forward", "reverse", "random")  # of threads and blocks
 
 BASE = ("-std=c++20", "-fPIC", "-fvisibility=hidden", "-DADDEROPS_SIMT")
-# The kernels cast between types of memory as CUDA allows; contraction to FMA would depend on the machine.
+# The kernels reinterpret memory as CUDA allows; contraction to FMA would depend on the machine.
 KERNELS = ("-fno-strict-aliasing", "-ffp-contract=off")
 SANITIZED = ("-O0", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer")
 # variant: flags of everything, of the kernels, of the executor
 VARIANTS = {
     "plain": ((), ("-O1", "-g1"), ("-O3",)),
-    # accesses of 16 bytes stay one, so that their alignment is checked
+    # a 16-byte access stays one access, so that its alignment is checked
     "race": (("-DSIMT_RACE_CHECKER",), ("-O1", "-g1", "-fsanitize=thread", "-fno-tree-sra"), ("-O3",)),
     "asan": (SANITIZED, (), ()),
 }
@@ -77,7 +78,7 @@ def _texts(source: Path, folders: tuple[Path, ...], seen: dict[Path, bytes]) -> 
 
 
 def _make(name: str, key: tuple, command: list[str]) -> Path:
-    """A file of the cache, by `command` with the output's path appended unless it is there already."""
+    """The path of a cached file; runs `command`, with the output's path appended, unless the file is there."""
     digest = hashlib.sha256(repr(key).encode()).hexdigest()[:24]
     path = cache_folder() / f"{digest}-{name}"
     if path.exists():
@@ -94,7 +95,7 @@ def _make(name: str, key: tuple, command: list[str]) -> Path:
 def _compile(source: Path, flags: tuple[str, ...], csrc: Path) -> Path:
     cxx, folders = compiler(), (csrc, HERE)
     includes = [f"-I{folder}" for folder in folders]
-    # messages and line tables name files relative to the checkout, also those of a mutant
+    # messages and line tables name files relative to the checkout, for mutants too
     maps = [f"-ffile-prefix-map={folder}/=" for folder in (csrc.parent, ROOT)]
     contents = sorted(_texts(source, folders, {}).values())
     command = [cxx, *flags, *includes, *maps, "-x", "c++", "-c", str(source)]
@@ -105,7 +106,7 @@ def build(variant: str, kernels: tuple[Path, ...], csrc: Path = CSRC, more: tupl
     """A shared library of `kernels`, compiled against the headers of `csrc`, with the executor and `more` of it."""
     everything, of_kernels, of_executor = VARIANTS[variant]
     names = (*EXECUTOR, *more, *(("race_checker",) if variant == "race" else ()))
-    # First, because the linker keeps the first of equal inline functions, and the executor's own are not to be watched.
+    # The executor comes first: the linker keeps the first of equal inline functions, and its own must not be watched.
     jobs = [(HERE / f"{name}.cpp", (*BASE, *everything, *of_executor)) for name in names]
     jobs += [(path, (*BASE, *everything, *KERNELS, *of_kernels)) for path in kernels]
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
@@ -135,11 +136,11 @@ class Library:
         self.c.simt_findings.restype = ctypes.c_char_p
 
     def configure(self, order: str = "forward", seed: int = 1, poison: int = 0xFF) -> None:
-        """The order of threads and blocks (forward, reverse, random) and the byte that fills fresh memory."""
-        self.c.simt_configure(("forward", "reverse", "random").index(order), seed, poison)
+        """The order of threads and blocks, one of ORDERS, and the byte that fills fresh memory."""
+        self.c.simt_configure(ORDERS.index(order), seed, poison)
 
     def findings(self) -> list[str]:
-        """What the race checker found since the last call, with the places in the source."""
+        """The findings of the race checker since the last call, with their places in the source."""
         return self.with_places(self.c.simt_findings().decode()).splitlines()
 
     def statistics(self) -> dict[str, int]:
@@ -154,7 +155,7 @@ class Library:
         for offset in offsets if tool else ():
             command = [tool, "-i", "-e", str(self.path), offset]
             frames = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
-            # innermost first: pass over the accessors to where they are called
+            # innermost first: skip the accessors
             names = [re.sub(r" \(discriminator \d+\)", "", f) for f in frames]
             named = [f for f in names if not re.search(r"(dialect\.cuh|elements\.h|simt\.h):|\?", f)] or names
             text = text.replace(f"{{{offset}}}", named[0].removeprefix(f"{ROOT}/"))
@@ -162,7 +163,7 @@ class Library:
 
 
 def sanitized_python(code: str, *arguments: str, timeout: float = 300) -> subprocess.CompletedProcess:
-    """Runs Python code that loads a library of the variant "asan": the sanitizer has to be in the process first."""
+    """Runs Python code that loads a library of the variant "asan", with the sanitizer preloaded."""
     asan = subprocess.run([compiler(), "-print-file-name=libasan.so"], capture_output=True, text=True, check=True)
     options = "detect_leaks=0:detect_stack_use_after_return=0:abort_on_error=0"
     environment = os.environ | {

@@ -1,4 +1,4 @@
-// What the lanes of a warp compute together, by the last lane to arrive.
+// The collective operations of a warp, computed by the last lane to arrive.
 #include "executor.h"
 #include "simt.h"
 

@@ -1,5 +1,5 @@
-// Switching between stacks without a system call: what makes one fiber per CUDA thread affordable.
-// Hand-written for x86-64 and AArch64, ucontext elsewhere.  AddressSanitizer is told of every switch.
+// Switches between stacks without a system call, which makes one fiber per CUDA thread affordable.  Hand-written for
+// x86-64 and AArch64, ucontext elsewhere.  AddressSanitizer is told of every switch.
 #pragma once
 #include <stddef.h>
 #include <stdint.h>
@@ -23,7 +23,7 @@
 #include <ucontext.h>
 #else
 #define SIMT_UCONTEXT 0
-// Pushes the registers that a call preserves, stores the stack pointer in *save, and goes on where `load` was stored.
+// Pushes the callee-saved registers, stores the stack pointer in *save, and continues where `load` was stored.
 extern "C" void simt_switch(void** save, void* load);
 #endif
 
@@ -58,7 +58,7 @@ class Context {
 #endif
   }
 
-  // Leaves *this here and goes on in `to`; returns when somebody switches back.
+  // Suspends *this and continues in `to`; returns when another context switches back.
   void switch_to(Context& to) {
 #if SIMT_ASAN
     __sanitizer_start_switch_fiber(&fake_stack_, to.low_, to.bytes_);
@@ -72,7 +72,7 @@ class Context {
     arrived();
   }
 
-  // To be called first in an entry, and after every switch.
+  // Call it first in an entry, and after every switch.
   void arrived() {
 #if SIMT_ASAN
     const void* low;

@@ -1,5 +1,5 @@
-// Runs the blocks of a launch one after another, the threads of a block as fibers, each to its next barrier.
-// A fiber that waits switches straight to the next one that can run; the launcher is back when none can.
+// Runs the blocks of a launch one after another, and the threads of a block as fibers, each up to its next barrier.  A
+// fiber that waits switches directly to the next one that can run; control returns to the launcher when none can.
 #include "executor.h"
 
 #include <stdarg.h>
@@ -28,7 +28,7 @@ namespace {
 
 constexpr size_t kMostThreads = 1024, kMostShared = 48 << 10;
 constexpr size_t kPage = 64 << 10;  // at least the system's
-// What a kernel keeps on its stack: accumulators, twice that where each variable has red zones.
+// A kernel's stack holds its accumulators; AddressSanitizer puts red zones around each variable.
 constexpr size_t kStack = SIMT_ASAN ? 512 << 10 : 128 << 10;
 
 enum class State : uint8_t { kReady, kInBlockBarrier, kInCollective, kReturned };
@@ -51,8 +51,8 @@ struct Fiber {
   uint32_t mask = 0;  // of the collective
   Combine combine = nullptr;
   void* payload = nullptr;
-  std::vector<Copy> copies;    // under way, oldest first
-  std::vector<size_t> groups;  // how many of them each committed group has, oldest first
+  std::vector<Copy> copies;    // in flight, oldest first
+  std::vector<size_t> groups;  // the number of copies of each committed group, oldest first
   size_t uncommitted = 0;
 };
 
@@ -60,9 +60,9 @@ struct SharedArray {
   const void* key;
   const char* name;
   size_t bytes;
-  std::vector<char*> freed;  // what malloc() gave
+  std::vector<char*> freed;  // by free_shared()
   char* data;
-  int64_t block;  // the last that touched it
+  int64_t block;  // the last to touch it
 };
 
 struct Random {
@@ -77,7 +77,7 @@ struct Random {
   }
 };
 
-// The launch that runs, and what is kept from one to the next.
+// The running launch, and what is reused from one launch to the next.
 struct Launch {
   const char* name = "";
   void (*thread)(const void*) = nullptr;
@@ -86,11 +86,10 @@ struct Launch {
   std::vector<SharedArray> shared;
   size_t shared_bytes = 0;
 
-  std::vector<Fiber> fibers;  // grows, never shrinks: stacks are used again
+  std::vector<Fiber> fibers;  // never shrinks: stacks are reused
   std::vector<int> turns;     // the order of this block's threads
   size_t threads = 0, turn = 0, ready = 0, alive = 0, in_barrier = 0;
   int votes = 0, vote = 0;
-  int returned = -1;  // a thread that has
   Random random = {1};
   Context launcher;
   Fiber* self = nullptr;
@@ -177,7 +176,7 @@ void release_block() {
   race::block_barrier();
 }
 
-// The collective that the running lane is in, if all its lanes are.
+// Completes the collective of the running lane once all of its lanes have arrived.
 void release_collective() {
   Launch& l = run();
   const Fiber& self = *l.self;
@@ -220,7 +219,7 @@ void release_collective() {
       if (l.fibers[i].state == State::kInBlockBarrier)
         fail("barrier divergence: returned, but thread %zu waits in %s", i, waits(l.fibers[i]).c_str());
   yield();
-  abort();  // nobody switches to a thread that has returned
+  abort();  // no fiber switches to a thread that has returned
 }
 
 void enter_thread() {
@@ -250,7 +249,7 @@ void run_block(dim3 block) {
     f.index = {unsigned(i % block.x), unsigned(i / block.x % block.y), unsigned(i / block.x / block.y)};
     f.state = State::kReady;
     f.copies.clear(), f.groups.clear(), f.uncommitted = 0;
-    // Tops that differ modulo 4096 keep the stacks from evicting each other from the processor's caches.
+    // Stack tops that differ modulo 4096 do not evict each other from the caches.
     f.context.start(f.stack, kStack - i * 192 % 8192, enter_thread);
     l.turns[i] = int(settings.order == Order::kReverse ? l.threads - 1 - i : i);
   }
@@ -314,7 +313,7 @@ void fail(const char* format, ...) {
   Fiber* const from = l.self;
   if (!from) abort();
   choose(nullptr);
-  from->context.switch_to(l.launcher);  // for good: the block's other fibers are left where they stand
+  from->context.switch_to(l.launcher);  // and never back: the block's other fibers are abandoned
   abort();
 }
 

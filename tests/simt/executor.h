@@ -1,4 +1,4 @@
-// What the library and the race checker know of the executor.
+// The executor, as the library and the race checker see it.
 #pragma once
 #include <stddef.h>
 #include <stdint.h>
@@ -7,12 +7,11 @@ namespace simt {
 
 enum class Order : int { kForward, kReverse, kRandom };
 
-// Of threads between barriers and of blocks in the grid.
 struct Settings {
-  Order order = Order::kForward;
+  Order order = Order::kForward;  // of threads between barriers, and of blocks in the grid
   uint64_t seed = 1;
-  // What fresh shared memory and the targets of unfinished copies are filled with: 0xff is a NaN in every type, but
-  // kernels with fminf() overlook NaNs; other patterns are large finite numbers.
+  // Fills fresh shared memory and the targets of unfinished copies: 0xff is a NaN in every type, but fminf() ignores
+  // NaNs; other patterns are large finite numbers.
   uint8_t poison = 0xff;
 };
 struct Statistics {
@@ -23,7 +22,7 @@ extern Statistics statistics;
 
 constexpr size_t kPadding = 4096;  // around shared arrays and global buffers
 
-// Null after launches without an error.  clear_error() allows launches again.
+// Null unless a launch failed.  After an error nothing is launched until clear_error().
 const char* error();
 void clear_error();
 // From a running CUDA thread: ends the launch with this error and does not return.
@@ -34,11 +33,11 @@ int running_thread();
 bool on_own_stack(const void* address);
 bool in_launch_parameters(const void* address, size_t bytes);
 
-// The caller's arrays.  Copies from elsewhere are errors once there are any; the padding counts as the array.
+// The caller's arrays.  Once there are any, copies from elsewhere are errors; the padding counts as the array.
 void add_global(const void* data, size_t bytes);
 void forget_globals();
 
-// In poisoned memory around [data, data + bytes): whether a byte differs from the poison.
+// Does a byte of [begin, end) differ from the poison?
 bool written(const char* begin, const char* end, uint8_t poison);
 
 }  // namespace simt

@@ -91,7 +91,7 @@ STRUCTS = (Conv2dProblem, Operand, Conv2dArgs, Int8Args, QuantizeArgs, Device, C
 
 
 class Buffer:
-    """A copy of a tensor with its strides and alignment, padded, everything but its elements filled with poison."""
+    """A padded copy of a tensor with its strides and alignment; every byte except its elements is poison."""
 
     def __init__(self, name: str, tensor: torch.Tensor, poison: int, writable: bool):
         self.name, self.writable = name, writable
@@ -241,7 +241,7 @@ class Kernels(builder.Library):
         seed: int = 1,
         poison: int = 0xFF,
     ) -> torch.Tensor:
-        """Runs a pass on copies of its tensors, and looks for everything that can have gone wrong."""
+        """Runs a pass on copies of its tensors; raises KernelError for an error, a finding or a write outside."""
         self.configure(order, seed, poison)
         buffers = [Buffer(key, tensor, poison, False) for key, tensor in inputs.items()]
         buffers += [Buffer(key, tensor, poison, True) for key, tensor in output.items()]
@@ -261,7 +261,7 @@ class Kernels(builder.Library):
 
 
 def channels_last(tensor: torch.Tensor) -> torch.Tensor:
-    """Dense in (N, H, W, C), at its own address where it is so already."""
+    """Dense in (N, H, W, C); the tensor itself where it already is."""
     strides = tensor.permute(0, 2, 3, 1)
     return tensor if strides.is_contiguous() else strides.contiguous().permute(0, 3, 1, 2)
 
@@ -281,7 +281,7 @@ def library(variant: str, kernels: Iterable[str | Path] = PASSES, csrc: Path = b
 
 @cache
 def build(variant: str = "plain", kernels: tuple[str | Path, ...] = CONV2D) -> Kernels:
-    """This checkout's passes, compiled as "plain" or with the "race" checker."""
+    """The passes of this checkout, "plain" or with the "race" checker."""
     return Kernels(library(variant, kernels))
 
 
@@ -318,7 +318,7 @@ def run_sanitized(
 
 
 def serve(path: str, calls: str, results: str) -> None:
-    """The other side of run_sanitized()."""
+    """The process of run_sanitized()."""
     kernels = Kernels(Path(path))
     try:
         torch.save([getattr(kernels, name)(*args, **named) for name, args, named in torch.load(calls)], results)

@@ -27,11 +27,11 @@ struct Touch {
   uint32_t pc;            // offset in the library
   uint16_t thread;
 };
-// What has to be remembered of a byte: the last write, and two reads such that a write that is unordered with any past
-// read of the launch is unordered with one of the two (exact unless collectives have partial masks).
+// The history of a byte: the last write, and two reads.  A write that is unordered with any past read of the launch is
+// unordered with one of these two (exact unless collectives have partial masks).
 struct Cell {
   Touch write, read, other;
-  bool copying;  // a cp.async is under way to it
+  bool copying;  // a cp.async to it is in flight
 };
 
 struct Region {
@@ -72,7 +72,7 @@ int find_module(dl_phdr_info* info, size_t, void*) {
 }
 
 uint32_t offset_of(const void* pc) {
-  // the call's own line, not the next one's
+  // - 1: the line of the call, not of the next instruction
   return pc ? uint32_t(static_cast<const char*>(pc) - 1 - checker().module_begin) : 0;
 }
 
@@ -83,7 +83,7 @@ std::string describe(const char* what, const Touch& t) {
   return text;
 }
 
-// Once for each pair of places in the code.
+// Once per pair of places in the code.
 void report(const char* kind, const Region& region, int64_t offset, const char* what, const Touch& now,
             const char* what_before = nullptr, const Touch& before = {}) {
   Checker& c = checker();
@@ -93,7 +93,7 @@ void report(const char* kind, const Region& region, int64_t offset, const char* 
                 (what_before ? " and " + describe(what_before, before) : "") + "\n";
 }
 
-// Neither thread waits for the other between the earlier access and now.
+// Is there no barrier between the earlier access and now at which one thread waits for the other?
 bool unordered(const Touch& earlier, const Touch& now, bool shared) {
   const Checker& c = checker();
   if (earlier.block < c.first_block) return false;  // none, or of another launch
@@ -109,13 +109,13 @@ void remember_read(Cell& cell, const Touch& now, bool shared) {
   if (read.block < first) {
     read = now, other = {};
   } else if (other.block >= first && other.block != read.block) {
-    // readers in two blocks: every further write is unordered with one
+    // readers in two blocks: any later write is unordered with one of them
   } else if (read.block != now.block) {
     other = now;
   } else if (read.epoch != now.epoch) {
     read = now, other = {};
   } else if (other.block >= first && other.thread / 32 != read.thread / 32) {
-    // readers in two warps between the same barriers: likewise
+    // readers in two warps between the same barriers: so is it here
   } else if (read.thread == now.thread) {
     read = now;
   } else {

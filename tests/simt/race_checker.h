@@ -1,8 +1,8 @@
 // Watches every access of kernels compiled with -fsanitize=thread, which only inserts calls: race_checker.cpp defines
-// them, and the sanitizer's own library is not linked.  Without SIMT_RACE_CHECKER nothing is watched.
+// the functions called, and the sanitizer's own library is not linked.  Without SIMT_RACE_CHECKER nothing is watched.
 //
-// Accesses to the same byte are in order where one thread does both, or a barrier of the block or of the lanes of a
-// warp lies between; blocks of a launch are in no order.  Launches follow each other.
+// Two accesses to the same byte are ordered if one thread makes both, or a barrier of the block or of the lanes of a
+// warp lies between them.  The blocks of a launch are not ordered; launches follow each other.
 #pragma once
 #include <stddef.h>
 #include <stdint.h>
@@ -10,7 +10,7 @@
 namespace simt {
 namespace race {
 
-// A copy by cp.async writes at any time between its two moments.
+// A cp.async writes at any time from kCopyIssued to kCopyArrived.
 enum class Kind { kRead, kWrite, kCopyIssued, kCopyArrived };
 
 #if defined(SIMT_RACE_CHECKER)
@@ -20,7 +20,7 @@ void block_barrier();
 void warp_barrier(int warp, uint32_t mask);
 void watch_shared(const char* name, const void* data, size_t bytes);
 void forget_shared();
-// With kPadding bytes around it that belong to nobody.  `elements`: which bytes belong to the tensor, null: all.
+// With kPadding bytes around it that belong to no array.  `elements`: which bytes belong to the tensor, null: all.
 void watch_global(const char* name, const void* data, size_t bytes, bool writable, bool initialised,
                   const uint8_t* elements);
 void forget_global();

@@ -1,9 +1,8 @@
-// CUDA's dialect of csrc/cuda/dialect.cuh on the host: kernels compiled with -DADDEROPS_SIMT run as plain C++, one fiber
-// per CUDA thread, one thread at a time, each up to its next barrier.  executor.cpp runs them, race_checker.cpp
-// watches.
+// csrc/cuda/dialect.cuh on the host: kernels compiled with -DADDEROPS_SIMT run as plain C++, one fiber per CUDA thread,
+// one thread at a time, each up to its next barrier.  executor.cpp runs them, race_checker.cpp watches.
 //
-// What is not modelled: time, the order of memory, contraction to FMA, the hardware's order of sums in an mma, threads
-// that spin on a flag (they spin for ever).  One launch at a time in a process.
+// Not modelled: time, memory order, contraction to FMA, the hardware's order of sums in an mma, threads that spin on a
+// flag (they never stop).  One launch at a time per process.
 #pragma once
 #include <math.h>
 #include <stddef.h>
@@ -47,7 +46,7 @@ enum cudaError_t {
   cudaErrorUnknown = 999,
 };
 typedef struct CUstream_st* cudaStream_t;
-// The error of the last launch.  It stays, and no further launch runs, until the next call of a pass.
+// The error of the last launch; until the next call of a pass it stays, and nothing more is launched.
 cudaError_t cudaGetLastError();
 const char* cudaGetErrorString(cudaError_t error);
 
@@ -55,10 +54,10 @@ namespace simt {
 
 typedef std::source_location Where;
 
-// All threads of the block; whether any gave a predicate that is not 0.
+// Waits for all threads of the block; is any predicate not 0?
 int block_barrier(int predicate, const char* name, Where where);
 
-// All lanes of `mask`: the last to come calls combine() on the payloads of all, which lie on the lanes' own stacks.
+// Waits for all lanes of `mask`; the last to arrive calls combine() on all payloads, which lie on the lanes' stacks.
 typedef void (*Combine)(void* const payloads[32], uint32_t mask);
 void warp_collective(uint32_t mask, const char* name, Combine combine, void* payload, Where where);
 
@@ -83,7 +82,7 @@ T shuffle(uint32_t mask, const char* name, T value, int source, Where where) {
 
 void* shared_array(const void* key, const char* name, size_t bytes);
 
-// `Tag` is a lambda's type: every declaration in every instantiation of a kernel has its own.
+// `Tag` is the type of a lambda, distinct per declaration and instantiation of a kernel.
 template <typename Array, typename Tag>
 Array& shared(Tag, const char* name) {
   static const char key = 0;
@@ -150,8 +149,8 @@ inline unsigned __ballot_sync(unsigned mask, int predicate, simt::Where where = 
 namespace adderops {
 namespace cuda {
 
-// What each of these does is said in csrc/cuda/dialect.cuh.  The copy is modelled as the hardware may do it at the
-// latest: from the call on the destination holds poison, and the data arrives in cp_async_wait.
+// Documented in csrc/cuda/dialect.cuh.  A copy is as late as the hardware allows: its destination holds poison from the
+// call on, and the data arrives in cp_async_wait.
 inline void cp_async_16(void* shared, const void* global, bool valid) { simt::copy_async(shared, global, 16, valid); }
 inline void cp_async_4(void* shared, const void* global, bool valid) { simt::copy_async(shared, global, 4, valid); }
 inline void cp_async_commit() { simt::copy_async_commit(); }

@@ -1,4 +1,4 @@
-"""The executor that runs CUDA kernels on the host, on kernels of its own: a right one, and each bug by its detector."""
+"""The host executor on small kernels: a correct one, and each deliberate bug with what must detect it."""
 
 import ctypes
 import re
@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from simt import builder
+from simt.builder import ORDERS
 
 pytestmark = pytest.mark.skipif(not builder.compiler(), reason="no C++ compiler: set CXX, or install g++")
 
 KERNELS = (builder.HERE / "trial_kernels.cpp",)
-ORDERS = ("forward", "reverse", "random")
 THREADS, ROUNDS, BLOCKS, PADDING = 64, 4, 3, 1024
 
 # In the order of trial_kernels.cpp.  Bug: (what ends the launch in every build and order, what the race checker finds).
@@ -164,7 +164,7 @@ def test_orders_and_fresh_shared_memory():
     for seed in (1, 2):
         run = runs["random", seed]
         assert sorted(run) == everyone and run not in (everyone, everyone[::-1])
-        assert len({n // 32 for n in run[:32]}) == 1, "a block at a time"
+        assert len({n // 32 for n in run[:32]}) == 1, "one block at a time"
 
 
 @pytest.mark.parametrize("order", ORDERS)

@@ -1,6 +1,6 @@
-"""The passes on the host, through host.py: tensors of any strides go in and come out, and nothing else is touched.
+"""host.py runs a pass on tensors of any strides, and reports everything that a kernel must not touch.
 
-Passes of one element a thread stand in for the real kernels (tests/simt/trial_passes.cpp).
+Passes with one output per thread stand in for the real kernels (tests/simt/trial_passes.cpp).
 """
 
 import ctypes
@@ -45,13 +45,13 @@ def test_values(name, dtype, variant):
     of = tensors(dtype)
     want = expected(name, of).to(dtype)
     passes = host.build(variant, KERNELS)
-    for order in ("forward", "reverse", "random"):
+    for order in builder.ORDERS:
         assert torch.equal(passes.conv2d(name, *operands(name, of), **GEOMETRY, order=order), want)
 
 
 @pytest.mark.parametrize("name", host.CONV2D)
 def test_strides_of_the_result(name):
-    """Those of `out`; channels last where the first operand is; else contiguous."""
+    """The strides of `out`; without it channels_last where the first operand is, else contiguous."""
     of, passes = tensors(), host.build("race", KERNELS)
     want = expected(name, of).float()
     assert passes.conv2d(name, *operands(name, of), **GEOMETRY).is_contiguous()
@@ -106,7 +106,7 @@ def test_tiles_and_wrong_arguments():
 
 
 def test_structs_are_those_of_csrc(monkeypatch):
-    """A field too few changes the size, and the library refuses it."""
+    """A missing field changes the size, which Kernels compares."""
     fields = host.Conv2dArgs._fields_[:-1]
     shorter = type("Conv2dArgs", (ctypes.Structure,), {"_fields_": fields})
     monkeypatch.setattr(host, "STRUCTS", (*host.STRUCTS[:2], shorter))
@@ -123,7 +123,7 @@ def test_a_pass_that_the_library_lacks():
 
 
 def test_mutants():
-    """A mutant differs in the one place, is found by its values, and leaves the sources and other builds alone."""
+    """A mutant differs in one place, its values show it, and the sources and other builds are unchanged."""
     of = tensors()
     text = (builder.CSRC / "definition/conv2d.h").read_text()
     changed = host.mutant([("definition/conv2d.h", "sum -= d < 0 ? -d : d;", "sum -= d;")], kernels=KERNELS)
@@ -143,7 +143,7 @@ def test_mutants():
 
 
 def test_sanitized_runs():
-    """The first call is right, the second ends the process with the sanitizer's report."""
+    """The first call is correct, the second ends the process with the sanitizer's report."""
     of = tensors()
     calls = [("conv2d", ("forward", of["x"], of["w"]), GEOMETRY | {"tile": tile}) for tile in (-1, 1)]
     with pytest.raises(host.KernelError, match="AddressSanitizer: use-after-poison(.|\n)*trial_passes.cpp"):

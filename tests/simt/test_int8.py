@@ -1,4 +1,4 @@
-"""The int8 kernels of csrc/cuda, the very same source, run on the host against the reference: bits, order, races."""
+"""The sources of the int8 CUDA kernels, run on the host against the reference: bits, order, races."""
 
 from itertools import product
 
@@ -9,12 +9,13 @@ from ops.test_int8 import BYTE_CASES, OUTPUTS, Bytes, arranged, expected, inputs
 
 from adderops import reference
 from simt import builder, host
+from simt.builder import ORDERS
+from simt.test_passes import SEEDS
 
 pytestmark = pytest.mark.skipif(not builder.compiler(), reason="no C++ compiler: set CXX, or install g++")
 
-ORDERS = ("forward", "reverse", "random")
 TILES = ((128, 128), (64, 128), (32, 128), (16, 128), (64, 64))  # csrc/cuda/int8.cu
-PIECES = {16: 32, 4: 20, 1: 7}  # bytes that one copy moves: channels that make it so
+COPIES = {16: 32, 4: 20, 1: 7}  # bytes per copy: channels that lead to it
 
 
 def build(variant: str = "plain") -> host.Kernels:
@@ -29,13 +30,13 @@ def check(kernels: host.Kernels, c: Case, output: str, options: int = 0, b: Byte
 
 @pytest.mark.parametrize("c", [*CASES, *BYTE_CASES], ids=str)
 def test_every_geometry(c):
-    """Output, options, tile, order and layout change from case to case."""
+    """Output, options, tile, order and layout vary from case to case."""
     index = [*CASES, *BYTE_CASES].index(c)
     how = {"order": ORDERS[index % 3], "tile": index // 3 % 6 - 1, "seed": index}
     check(build(), c, OUTPUTS[index // 2 % 3], index, arranged(inputs(c), list(FORMATS)[index % 2]), **how)
 
 
-@pytest.mark.parametrize("seed", range(60))
+@pytest.mark.parametrize("seed", SEEDS)
 def test_random_geometries(seed):
     how = {"order": ORDERS[seed % 3], "tile": seed % len(TILES), "seed": seed}
     check(build(), random_case(3000 + seed), OUTPUTS[seed // 3 % 3], seed, **how)
@@ -43,7 +44,7 @@ def test_random_geometries(seed):
 
 @pytest.mark.parametrize("output", OUTPUTS)
 def test_every_option(output):
-    """Filters in fours and not, on a tile and by the definition."""
+    """Filters in groups of four and not, by tile and by the definition."""
     for c in (case("fours", (2, 16, 5, 6), 24, 3, padding=1), *(s for s in SELECTED if s.name in OPTION_CASES)):
         for seed in range(9):
             check(build(), c, output, seed, tile=seed % 5)
@@ -52,40 +53,40 @@ def test_every_option(output):
 OPTION_CASES = ("groups4", "depthwise17x2", "padding0123", "out33", "k5x2-s2x1")
 
 
-@pytest.mark.parametrize("piece", PIECES)
+@pytest.mark.parametrize("copy", COPIES)
 @pytest.mark.parametrize("tile", range(len(TILES)), ids=lambda tile: "{}x{}".format(*TILES[tile]))
-def test_tile_edges(tile, piece):
+def test_tile_edges(tile, copy):
     """One filter or pixel, one less than a tile, a tile, one more."""
     tile_m, tile_n = TILES[tile]
     for i, (m, n) in enumerate(
         zip((1, tile_m - 1, tile_m, tile_m + 1), (tile_n + 1, 1, tile_n, tile_n - 1), strict=True)
     ):
-        c = case(f"filters{m}-pixels{n}", (1, PIECES[piece], 1, n), m, 1)
+        c = case(f"filters{m}-pixels{n}", (1, COPIES[copy], 1, n), m, 1)
         check(build(), c, OUTPUTS[i % 3], i, tile=tile, order=ORDERS[i % 3])
 
 
-def test_the_tiles_are_those_of_the_source():
+def test_tiles_are_those_of_the_source():
     assert build().tiles("int8") == len(TILES)
     text = (builder.CSRC / "cuda/int8.cu").read_text()
     assert "{" + ", ".join(f"{{{m}, {n}}}" for m, n in TILES) + "}" in text
 
 
-def ragged(piece: int) -> Case:
-    return case(f"ragged-{piece}", (2, 2 * PIECES[piece], 7, 6), 42, (3, 2), stride=(1, 2), padding=(1, 0), groups=2)
+def ragged(copy: int) -> Case:
+    return case(f"ragged-{copy}", (2, 2 * COPIES[copy], 7, 6), 42, (3, 2), stride=(1, 2), padding=(1, 0), groups=2)
 
 
-@pytest.mark.parametrize("piece", PIECES)
+@pytest.mark.parametrize("copy", COPIES)
 @pytest.mark.parametrize("tile", range(len(TILES)))
-def test_same_bits_in_every_order(tile, piece):
-    """Threads and blocks in three orders, and other poison: nothing depends on who comes first or on what was there."""
+def test_same_bits_in_every_order(tile, copy):
+    """Threads and blocks in three orders, and other poison: no result depends on order or on what memory held."""
     for order, poison in zip(ORDERS, (0xFF, 0x00, 0x5A), strict=True):
-        check(build(), ragged(piece), "bytes", 3, tile=tile, order=order, poison=poison)
+        check(build(), ragged(copy), "bytes", 3, tile=tile, order=order, poison=poison)
 
 
-@pytest.mark.parametrize("piece", PIECES)
+@pytest.mark.parametrize("copy", COPIES)
 @pytest.mark.parametrize("tile", range(len(TILES)))
-def test_no_race_and_nothing_out_of_bounds(tile, piece):
-    c = case(f"raced-{piece}", (1, PIECES[piece], 4, 5), 23, 3, stride=(1, 2), padding=1)
+def test_no_race_and_nothing_out_of_bounds(tile, copy):
+    c = case(f"raced-{copy}", (1, COPIES[copy], 4, 5), 23, 3, stride=(1, 2), padding=1)
     for i, order in enumerate(ORDERS):
         check(build("race"), c, OUTPUTS[i], 2 * i + 1, tile=tile, order=order)
 
@@ -96,7 +97,7 @@ def test_no_race_in_the_direct_kernel():
 
 
 def misaligned(t: torch.Tensor, elements: int) -> torch.Tensor:
-    """Dense channels last, so many elements behind an aligned address."""
+    """A channels_last copy that starts `elements` elements after an aligned address."""
     n, c, h, w = t.shape
     store = torch.zeros(t.numel() + 64 + elements, dtype=t.dtype)
     begin = -store.data_ptr() % 64 // t.element_size() + elements
@@ -105,7 +106,7 @@ def misaligned(t: torch.Tensor, elements: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("variant", ("plain", "race"))
 def test_operands_anywhere_in_memory(variant):
-    """16 bytes are copied at a time where they are aligned, and no access is wider than its address allows."""
+    """16 bytes are copied at a time where they are aligned; no access is wider than its address allows."""
     c = case("anywhere", (1, 32, 4, 4), 24, 3, padding=1)
     b = inputs(c)
     for x, w, residual in ((0, 0, 0), (4, 0, 1), (0, 4, 4), (1, 0, 2), (0, 3, 0), (8, 8, 16)):
@@ -133,7 +134,7 @@ def test_long_sums():
 
 
 def test_rounding_and_bounds():
-    """Ties go to even, everything beyond the bytes to the nearest byte, a NaN to the largest; four at a time or not."""
+    """Ties go to even, values out of range to the nearest uint8, a NaN to the largest; by vectors of four or not."""
     values = [-3e38, -1e10, -0.5, 0.5, 1.5, 2.5, 3.4999998, 254.5, 255.0, 255.5, 256.0, 1e10, 3e38, float("nan")]
     for filters in (13, 14, 28):
         offset = torch.tensor((values * 2)[-filters:])
@@ -176,8 +177,8 @@ def test_quantize_has_no_race(form):
 def test_sanitized():
     """AddressSanitizer and UBSan over every kernel once, in a process of their own."""
     calls, wanted = [], []
-    for (piece, channels), tile in product(PIECES.items(), range(len(TILES))):
-        c = case(f"sanitized-{piece}", (1, channels, 5, 4), 21, (2, 3), stride=(2, 1), padding=(1, 0))
+    for (copy, channels), tile in product(COPIES.items(), range(len(TILES))):
+        c = case(f"sanitized-{copy}", (1, channels, 5, 4), 21, (2, 3), stride=(2, 1), padding=(1, 0))
         b, output = inputs(c), OUTPUTS[tile % 3]
         calls.append(("int8", (b.x, b.w, *b.epilogue(output, tile), *c.geometry), {"tile": tile}))
         wanted.append(expected(c, output, tile))

@@ -1,4 +1,4 @@
-"""The CUDA kernels, the very same source, run on the host against the float64 reference: values, order, races.
+"""The sources of the CUDA kernels, run on the host against the float64 reference: values, order, races.
 
 Every kernel that csrc/cuda launches, with each tile, type, layout and formula, on shapes that are ragged
 against it; docs/cuda.md says what that proves and what it does not.
@@ -32,12 +32,13 @@ from cases import (
 from tolerances import assert_within, tolerance
 
 from simt import builder, host
+from simt.builder import ORDERS
 
 pytestmark = pytest.mark.skipif(not builder.compiler(), reason="no C++ compiler: set CXX, or install g++")
 
 INF, NAN = float("inf"), float("nan")
+SEEDS = [*range(15), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(15, 60))]
 HALVES = (torch.bfloat16, torch.float16)
-ORDERS = ("forward", "reverse", "random")
 LAYOUTS = {
     "contiguous": torch.Tensor.contiguous,
     "channels_last": lambda t: t.contiguous(memory_format=torch.channels_last),
@@ -62,7 +63,7 @@ def compute(passes: host.Kernels, name: str, c: Case, i: Inputs, **how) -> torch
 
 
 def arranged(inputs: Inputs, layout: str, dtype: torch.dtype) -> Inputs:
-    """The halves go through float32, as everything: float64 -> half may differ by an ulp."""
+    """Halves go through float32: a direct conversion from float64 may differ by an ulp."""
     how = LAYOUTS[layout]
     return Inputs(*(how(t.float().to(dtype)) for t in (inputs.x, inputs.w, inputs.grad_y)), inputs.bias.to(dtype))
 
@@ -99,7 +100,7 @@ SHAPES = list(dict.fromkeys([*SELECTED, *PEER_CASES, *GEOMETRY_CASES, *LARGER]))
 @pytest.mark.parametrize("name", PASSES)
 @pytest.mark.parametrize("c", SHAPES, ids=str)
 def test_exact(c, name):
-    """Every geometry, the tables' choice of kernel; type, layout, device and order change from case to case."""
+    """Every geometry, with the automatic choice of kernel; type, layout, device and order vary from case to case."""
     passes, index = host.build(), CASES.index(c)
     dtype = (torch.float32, torch.bfloat16, torch.float32, torch.float16)[index % 4]
     layout = list(LAYOUTS)[index // 2 % 4]
@@ -108,7 +109,7 @@ def test_exact(c, name):
     assert_same(got, exact_result(name, c).float().to(dtype), f"{name} of {c!r}, {dtype}, {layout}, {how}")
 
 
-@pytest.mark.parametrize("seed", range(60))
+@pytest.mark.parametrize("seed", SEEDS)
 def test_exact_random_geometry(seed):
     c, passes = random_case(1000 + seed), host.build()
     for number, name in enumerate(PASSES):
@@ -131,7 +132,7 @@ RAGGED = case("ragged", (2, 24, 9, 8), 40, 3, stride=(1, 2), padding=1)
 @pytest.mark.parametrize("layout", ("contiguous", "channels_last"))
 @pytest.mark.parametrize("kernel", KERNELS, ids=str)
 def test_same_bits_in_every_order(kernel, layout):
-    """Threads and blocks in three orders, and other poison: nothing depends on who comes first or on what was there."""
+    """Threads and blocks in three orders, and other poison: no result depends on order or on what memory held."""
     name, dtype, tile, formula, capability = kernel
     inputs = arranged(random_inputs(RAGGED, torch.float64), layout, dtype)
     how = {"tile": tile, "formula": formula, "capability": capability}
@@ -226,7 +227,7 @@ OPPOSITE = [
 
 @pytest.mark.parametrize("dtype, offset, c", OPPOSITE, ids=str)
 def test_minimum_form_where_offsets_cancel_within_its_sums(dtype, offset, c):
-    """sum X + sum W is small, and wrong: what tells is sum |W|."""
+    """sum X + sum W is small, and wrong: sum |W| reveals it."""
     inputs = exact_inputs(c)
     if dtype == torch.float16:  # integers next to 2032
         inputs = Inputs(*(t.round() for t in (inputs.x, inputs.w, inputs.grad_y, inputs.bias)))
@@ -242,7 +243,7 @@ def test_minimum_form_where_offsets_cancel_within_its_sums(dtype, offset, c):
     "far, close", [(far, near(far, geometry)) for far, geometry in FAR_CASES], ids=lambda c: c.name
 )
 def test_far_windows(far, close, name):
-    """Windows of up to 2^31 pixels: the same sums as near at hand, in a workspace as small."""
+    """Windows that span up to 2^31 pixels: the same sums as nearby, and a workspace as small."""
     for dtype, capability in ((torch.float32, 80), (torch.float64, 80), (torch.bfloat16, 90)):
         got = compute(
             host.build(), name, far, arranged(exact_inputs(close), "contiguous", dtype), capability=capability
@@ -266,8 +267,8 @@ def test_accuracy(name, scales):
             assert_within(got, want, bound, f"{name} of {c!r}, {dtype}, scales {scales}, sm_{capability}")
 
 
-def test_many_runs_of_pixels():
-    """grad_w splits its sum over blocks: as many as the device can use, and the same bits on the same device."""
+def test_many_splits_of_pixels():
+    """grad_w divides its sum into as many splits as the device can use; each number of them gives the exact sum."""
     c = case("split", (6, 10, 20, 23), 12, 3, padding=1)
     inputs = arranged(exact_inputs(c), "contiguous", torch.float32)
     for multiprocessors in (1, 4, 132):

@@ -1,4 +1,4 @@
-// Small kernels that test the executor and the race checker themselves: one right, and each deliberate bug in turn.
+// Small kernels that test the executor and the race checker: one correct, and one per deliberate bug.
 #include "cuda/dialect.cuh"
 #include "executor.h"
 #include "simt_interface.h"
@@ -117,7 +117,7 @@ __global__ void order_kernel(int* next, int* order, uint32_t* fresh) {
   order[(*next)++] = (int)(blockIdx.x * blockDim.x + threadIdx.x);
 }
 
-// A write behind a barrier of its own warp, which a thread of the other warp's read does not wait for.
+// A write after a barrier of its own warp only: the read of another warp is not ordered before it.
 __global__ void readers_kernel(float* out) {
   SHARED(float, s_value, [1]);
   const int t = threadIdx.x;

@@ -1,7 +1,7 @@
 """The image sets of the trainer.
 
-`sources` knows what lies where, `idx` and `images` the formats of it, `sets` splits, augments and normalizes,
-`loading` makes batches, and `facts` is what a run keeps of it all.
+`sources` knows where each set lies, `idx` and `images` read the file formats, `sets` splits, augments and normalizes,
+`loading` makes batches, and `facts` is what a run records about its set.
 """
 
 try:
@@ -11,7 +11,7 @@ except ModuleNotFoundError as missing:
 
 from adderops.distill.data.idx import IDX_FILES, read_idx
 from adderops.distill.data.loading import ImageSet, calibration_batches, epoch_batches
-from adderops.distill.data.sets import Data, load_data, load_test_images
+from adderops.distill.data.sets import Data, known_facts, load_data, load_test_images
 from adderops.distill.data.sources import SETS
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "ImageSet",
     "calibration_batches",
     "epoch_batches",
+    "known_facts",
     "load_data",
     "load_test_images",
     "read_idx",

@@ -1,4 +1,4 @@
-"""What a run keeps of its image set (data.json): names, size, normalization, and checksums that tell another set."""
+"""What a run records about its image set (data.json): names, size, normalization, and checksums to recognize it by."""
 
 import hashlib
 import json
@@ -8,17 +8,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, TensorDataset
+from torch.utils.data import TensorDataset
 
-from adderops.distill.data.images import ImageFolder, shown
+from adderops.distill.data.images import Items, shown
 
-# Type of each; classes are None where a set does not name them, checksums are empty where it cannot be said.
+# Type of each fact. `classes` is None if the set does not name them; `checksums` has an entry for what can be summed.
 FACTS = {"name": str, "channels": int, "side": int, "num_classes": int, "mean": list, "std": list}
 FACTS |= {"train_images": int, "test_images": int, "held_out": bool, "checksums": dict}
 
 
-def checksums(part: str, items: Dataset, labels: Tensor) -> dict[str, str]:
-    """Returns SHA-256 of a part's labels, and of its pixels where they are in memory, else of its file names.
+def checksums(part: str, items: Items, labels: Tensor) -> dict[str, str]:
+    """Returns SHA-256 of the labels of a part, and of its pixels if they are in memory, else of its file names.
 
     >>> sums = checksums("test", TensorDataset(torch.zeros(1, 1, 2, 2)), torch.tensor([3]))
     >>> sums.keys()
@@ -27,7 +27,7 @@ def checksums(part: str, items: Dataset, labels: Tensor) -> dict[str, str]:
     found = {f"{part} labels": _sha256(labels.numpy())}
     if isinstance(items, TensorDataset):
         found[f"{part} pixels"] = _sha256(items.tensors[0].contiguous().numpy())
-    elif isinstance(items, ImageFolder):
+    else:
         names = "\0".join(str(Path(path).relative_to(items.root)) for path, _ in items.samples)
         found[f"{part} file names"] = _sha256(names.encode(errors="surrogateescape"))
     return found
@@ -41,7 +41,7 @@ def read_facts(path: Path) -> dict[str, Any]:
     """Reads data.json.
 
     Raises:
-        ValueError: damaged.
+        ValueError: a damaged file.
     """
     try:
         facts = json.loads(path.read_text())
@@ -54,7 +54,7 @@ def read_facts(path: Path) -> dict[str, Any]:
 
 
 def check_facts(facts: dict[str, Any]) -> None:
-    """Raises ValueError where facts have another form than `Data.facts` gives them."""
+    """Raises ValueError if the facts do not have the form that `Data.facts` gives them."""
     for name, kind in FACTS.items():
         if type(facts.get(name)) is not kind:
             raise ValueError(f"{name}: expected {kind.__name__}, got {type(facts.get(name)).__name__}")
@@ -77,7 +77,7 @@ def check_facts(facts: dict[str, Any]) -> None:
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """Returns in words what another set differs in.
+    """Returns in words how a new set differs from the old one.
 
     >>> facts = {"name": "cats", "classes": ["a", "b"], "checksums": {}}
     >>> differences(facts, {**facts, "name": "dogs", "classes": ["b", "a"]})
@@ -98,10 +98,10 @@ def _named(facts: dict[str, Any]) -> str:
 
 
 def numbers_of(names: Sequence[str], numbering: Sequence[str]) -> Tensor:
-    """Returns the number that each name has among `numbering`.
+    """Returns the index of each name in `numbering`.
 
     Raises:
-        ValueError: unknown names, which the message lists.
+        ValueError: names that `numbering` does not have; the message lists them.
 
     >>> numbers_of(["day", "night"], numbering=["night", "day"])
     tensor([1, 0])

@@ -1,4 +1,4 @@
-"""idx files, the format of MNIST and of sets like it."""
+"""idx files, the format of MNIST and similar sets."""
 
 import gzip
 import math
@@ -13,25 +13,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-SIDE = 32  # the input of LeNet-5 and of the CIFAR networks, to which smaller images are brought
-CHUNK = 2**24
+SIDE = 32  # input of LeNet-5 and of the CIFAR networks; smaller images are padded to it
+CHUNK = 2**24  # bytes per read
 IDX_FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
 
 
 def read_idx_images(folders: Sequence[Path], train: bool, remedy: str) -> tuple[Tensor, Tensor]:
-    """Reads the training or the test images of a set, centred on 32x32 with zeros around them, and their labels.
+    """Reads the training or test images of a set, zero-padded on all sides to 32x32, and their labels.
 
     Args:
-        folders: where to look, in this order, for each file: plain or with gzip.
+        folders: searched in this order for each file, plain or compressed by gzip.
         train: the training images, else the test images.
-        remedy: end of the message where a file is missing.
+        remedy: end of the message if a file is missing.
 
     Returns:
         Images (N, 1, 32, 32) uint8 and labels (N) int64.
 
     Raises:
         FileNotFoundError: a file is in none of the folders.
-        ValueError: a file is not a right idx file, or the two do not fit together.
+        ValueError: a file is not a valid idx file, or the two do not fit together.
     """
     images_path, labels_path = (_find(folders, stem, remedy) for stem in (IDX_FILES[:2] if train else IDX_FILES[2:]))
     images, labels = read_idx(images_path), read_idx(labels_path)
@@ -55,13 +55,13 @@ def _find(folders: Sequence[Path], stem: str, remedy: str) -> Path:
 
 
 def read_idx(path: Path) -> Tensor:
-    """Reads an idx file of bytes, plain or with gzip, as a uint8 tensor.
+    """Reads an idx file of unsigned bytes, plain or compressed by gzip, as a uint8 tensor.
 
     The format: two zero bytes, the type (8 for unsigned bytes), the number of dimensions, each size as a big-endian
     32-bit number, then the data in row-major order.
 
     Raises:
-        ValueError: damaged, or another type than unsigned bytes.
+        ValueError: a damaged file, or one of another type.
     """
     with open(path, "rb") as file:
         compressed = file.read(2) == b"\x1f\x8b"
@@ -75,8 +75,8 @@ def read_idx(path: Path) -> Tensor:
                 raise ValueError(f"{path}: expected a whole gzip file, got a damaged one ({error})") from error
 
 
-def _read(path: Path, file: BinaryIO) -> Tensor:
-    """Reads no more than the header declares."""
+def _read(path: Path, file: BinaryIO | gzip.GzipFile) -> Tensor:
+    """Reads at most what the header declares: a compressed file may hold far more."""
     magic = file.read(4)
     if len(magic) < 4 or magic[:3] != b"\x00\x00\x08":
         raise ValueError(f"{path}: expected an idx file of unsigned bytes (00 00 08 ..), got {magic.hex(' ')!r}")
@@ -87,12 +87,12 @@ def _read(path: Path, file: BinaryIO) -> Tensor:
     expected, memory = math.prod(shape), os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if len(shape) > 4 or expected > memory:
         raise ValueError(f"{path}: expected at most 4 sizes and the {memory} bytes of memory, got shape {shape}")
-    content = bytearray()  # grows by what is there, not by what the header says
+    content = bytearray()  # grows by what was read, whatever the header says
     while len(content) < expected and (chunk := file.read(min(expected - len(content), CHUNK))):
         content += chunk
     surplus = file.read(1)
     if len(content) < expected or surplus:
         got = f"{len(content) + len(surplus)}" + " or more" * len(surplus)
         raise ValueError(f"{path}: expected {expected} bytes for shape {shape}, got {got}")
-    # torch takes no empty buffer
+    # torch.frombuffer refuses an empty buffer
     return torch.frombuffer(content, dtype=torch.uint8).reshape(shape) if content else torch.empty(shape).byte()

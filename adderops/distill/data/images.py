@@ -1,4 +1,4 @@
-"""Folders of image files, CLASS/IMAGE, and what a pixel of a file means."""
+"""Folders of image files, CLASS/IMAGE, and how their pixels become 8-bit RGB."""
 
 import os
 from collections.abc import Sequence
@@ -6,24 +6,25 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from torch.utils.data import TensorDataset
 from torchvision import datasets
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-# Of files with the suffixes of torchvision.datasets.ImageFolder, whatever the suffix claims; other formats of PIL start
-# programs (EPS).
+# Formats of files with the suffixes of torchvision.datasets.ImageFolder, whatever the suffix of a file says.  PIL has
+# more, but some of them start programs (EPS).
 FORMATS = ("JPEG", "PNG", "PPM", "BMP", "DIB", "GIF", "TIFF", "WEBP")
 
 
-class ImageFolder(datasets.ImageFolder):
+class ImageFolder(datasets.ImageFolder):  # type: ignore[misc]  # torchvision has no types
     """`torchvision.datasets.ImageFolder` without hidden folders and files (.ipynb_checkpoints, ._1.jpg).
 
     Args:
-        folder: of a folder for each class.
-        numbering: names of the classes in the order of their numbers; None: alphabetical.
+        folder: has one folder per class.
+        numbering: class names in the order of their labels; None: alphabetical.
 
     Raises:
-        FileNotFoundError: no class, or one without an image.
-        ValueError: a class that is not among `numbering`.
+        FileNotFoundError: there is no class, or a class has no image.
+        ValueError: a class is not in `numbering`.
     """
 
     def __init__(self, folder: Path, numbering: Sequence[str] | None = None) -> None:
@@ -53,6 +54,9 @@ class ImageFolder(datasets.ImageFolder):
         return path.lower().endswith(IMG_EXTENSIONS) and not any(part.startswith(".") for part in parts)
 
 
+Items = TensorDataset | ImageFolder  # what gives (image, label) by index
+
+
 def shown(names: Sequence[str], most: int = 10) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
@@ -60,13 +64,13 @@ def shown(names: Sequence[str], most: int = 10) -> str:
 def decode(path: str) -> Image.Image:
     """Reads an image file as 8-bit RGB.
 
-    8-bit images are what `convert("RGB")` makes of them, as in torchvision: palettes and CMYK are converted, alpha is
+    8-bit images are converted by `convert("RGB")`, as in torchvision: palettes and CMYK are converted, alpha is
     dropped, an animation gives its first frame, and a rotation in EXIF data is not applied.  16-bit grey is scaled from
     0..65535, float grey from 0..1.
 
     Raises:
-        OSError: of the file system.
-        ValueError: no image, a damaged one, or one whose pixels have no known range.
+        OSError: the file system fails.
+        ValueError: not an image, a damaged one, or one whose pixels have no known range.
     """
     try:
         with open(path, "rb") as file, Image.open(file, formats=FORMATS) as image:
@@ -74,7 +78,7 @@ def decode(path: str) -> Image.Image:
     except MemoryError:
         raise
     except Exception as error:
-        if isinstance(error, OSError) and error.filename is not None:  # of the file system, and names the file
+        if isinstance(error, OSError) and error.filename is not None:  # from the file system; names the file
             raise
         raise ValueError(f"{path}: expected a whole image file, got a damaged one ({error})") from error
 
@@ -82,7 +86,7 @@ def decode(path: str) -> Image.Image:
 def _rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I") or image.mode == "F":
         pixels, largest = np.asarray(image), 1.0 if image.mode == "F" else 65535
-        # PIL widens 16-bit PGM and, in older versions, PNG to 32 bits; those of TIFF have no range
+        # PIL widens 16-bit PGM and, in older versions, PNG to 32 bits; 32-bit TIFF has no known range
         if image.mode == "I" and image.format not in ("PNG", "PPM"):
             raise ValueError("32-bit integers, whose range is not known: expected 8 or 16 bits, or floats from 0 to 1")
         if not (pixels.min() >= 0 and pixels.max() <= largest):

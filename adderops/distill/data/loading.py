@@ -1,29 +1,31 @@
-"""From images to batches: their order and every random crop follow from seed, epoch and image alone."""
+"""From images to batches: their order and every random crop depend on seed, epoch and image alone."""
 
 import atexit
 import math
 import multiprocessing
 import signal
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from multiprocessing.process import BaseProcess
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, TensorDataset, get_worker_info
+from torch.utils.data import DataLoader, TensorDataset, get_worker_info
 
+from adderops.distill.data.images import Items
 from adderops.distill.interrupt import signals_blocked
 
-CALIBRATION_BATCH = 100
+CALIBRATION_BATCH = 100  # images
 
 
 def epoch_batches(count: int, batch_size: int, seed: int, epoch: int, least: int = 1) -> tuple[Tensor, ...]:
     """Returns the indices of each batch of an epoch, a function of its arguments alone: a resumed run sees the same.
 
-    The images are dealt out evenly, so that no small batch is left for BatchNorm at the end: all batches have
-    `batch_size` images or a few fewer, and every image occurs once.  Where a batch would have fewer than `least`, there
-    is one batch less, and some have more than `batch_size`.
+    The images are dealt out evenly, so that the last batch is not too small for BatchNorm: all batches have
+    `batch_size` images or a few fewer, and every image occurs once.  If a batch would have fewer than `least` images,
+    there is one batch less, and some have more than `batch_size`.
 
     >>> [len(batch) for batch in epoch_batches(count=10, batch_size=4, seed=0, epoch=0)]
     [4, 3, 3]
@@ -35,25 +37,25 @@ def epoch_batches(count: int, batch_size: int, seed: int, epoch: int, least: int
     return order.tensor_split(max(1, min(math.ceil(count / batch_size), count // least)))
 
 
-_workers: weakref.WeakSet[multiprocessing.Process] = weakref.WeakSet()
+_workers: weakref.WeakSet[BaseProcess] = weakref.WeakSet()
 
 
 @atexit.register
 def _end_workers() -> None:
-    """Python ends the processes it has started by SIGTERM, and then waits for them."""
+    """At exit, Python would end the processes it started by SIGTERM, which workers block, and then wait for them."""
     for worker in _workers:
         worker.kill()
 
 
-class _Loader(DataLoader):
-    """A DataLoader whose workers leave by its queue, not by a signal to their group, and hand over their errors."""
+class _Loader(DataLoader[tuple[Tensor, Tensor]]):
+    """A DataLoader whose workers end through its queue, not by a signal to their group, and return their errors."""
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:  # type: ignore[override]  # DataLoader names its own class
         others, of_child = set(multiprocessing.active_children()), signal.getsignal(signal.SIGCHLD)
-        with signals_blocked():  # the workers inherit that and never unblock them
+        with signals_blocked():  # inherited by the workers, which never unblock them
             batches = super().__iter__()
         if signal.getsignal(signal.SIGCHLD) != of_child:
-            # torch's handler raises the loss of a worker wherever the main thread is; it looks for it here, too
+            # torch's handler would raise the loss of a worker anywhere in the main thread; the loader checks, too
             signal.signal(signal.SIGCHLD, of_child or signal.SIG_DFL)
         _workers.update(set(multiprocessing.active_children()) - others)
         while True:
@@ -74,11 +76,11 @@ class ImageSet:
     r"""Images and labels that become normalized batches, :math:`(image - mean) / std` per channel.
 
     Args:
-        source: items (image, label) by index; where there is no `transform`, a TensorDataset of (N, C, H, W) uint8 and
-            (N) int64, from which a batch is taken as a whole.
+        source: items (image, label) by index.  Without `transform` a TensorDataset of (N, C, H, W) uint8 and (N) int64,
+            from which a batch is taken at once.
         indices: (M) int64, the images of `source` that belong to the set.
         mean, std: (C), in grey levels from 0 to 255.
-        transform: makes one image of `source` a (C, H, W) uint8 tensor, with random numbers of torch.
+        transform: turns one image of `source` into a (C, H, W) uint8 tensor, with random numbers of torch.
 
     >>> from torch.utils.data import TensorDataset
     >>> source = TensorDataset(torch.tensor([0, 100, 200], dtype=torch.uint8).view(3, 1, 1, 1), torch.arange(3))
@@ -89,7 +91,7 @@ class ImageSet:
 
     def __init__(
         self,
-        source: Dataset,
+        source: Items,
         indices: Tensor,
         mean: Tensor,
         std: Tensor,
@@ -105,7 +107,7 @@ class ImageSet:
 
     @property
     def labels(self) -> Tensor:
-        """(M) int64, without reading an image."""
+        """The labels, (M) int64; no image is read."""
         source = self.source
         found = source.tensors[1] if isinstance(source, TensorDataset) else torch.tensor(source.targets)
         return found[self.indices]
@@ -118,32 +120,32 @@ class ImageSet:
         seed: int = 0,
         workers: int = 0,
         pin_memory: bool = False,
-    ) -> DataLoader:
-        """Returns an iterable of images (B, C, H, W) float32 and labels (B) int64 for each tensor of indices.
+    ) -> Iterable[tuple[Tensor, Tensor]]:
+        """Returns an iterable of images (B, C, H, W) float32 and labels (B) int64, one pair per tensor of indices.
 
-        What random transforms do to an image is a function of seed, epoch and its index in `source`: neither workers
-        nor the other images of a batch nor the global random state take part, and that state stays as it is.
+        What random transforms do to an image is a function of seed, epoch and its index in `source`.  Workers, other
+        images of the batch and the global random state have no influence, and that state stays as it was.
 
         Args:
             batches: the indices of each batch, from 0 to `len(self) - 1`.
             epoch, seed: for random transforms.
-            workers: processes that prepare batches; 0 for none but this one, best where there is no transform.
+            workers: processes that prepare batches; 0: this process does, which is best without a transform.
             pin_memory: put batches into page-locked memory, for a GPU.
         """
-        # spawn_key: other numbers than those that epoch_batches draws from the same seed and epoch
+        # spawn_key: numbers other than those that epoch_batches draws from the same seed and epoch
         seeds = np.random.SeedSequence([seed, epoch], spawn_key=(1,)).generate_state(len(self.source))
         positions = [self.indices[batch].numpy() for batch in batches]
         return _Loader(
-            [(batch, seeds[batch]) for batch in positions],
-            batch_size=None,  # an item is a batch already
-            collate_fn=self._load_or_fail,
+            [(batch, seeds[batch]) for batch in positions],  # type: ignore[arg-type]  # a sequence is enough
+            batch_size=None,  # each item is already a batch
+            collate_fn=self._load_or_fail,  # type: ignore[arg-type]  # of one item, because of that
             num_workers=workers,
             pin_memory=pin_memory,
-            generator=torch.Generator(),  # else each pass draws from the global one
+            generator=torch.Generator(),  # by default each pass draws from the global one
         )
 
     def _load_or_fail(self, batch: tuple[np.ndarray, np.ndarray]) -> tuple[Tensor, Tensor] | Exception:
-        """In a worker an error is a result: what DataLoader itself raises for it has the worker's traceback as text."""
+        """In a worker, returns an error as the result: DataLoader would raise it with the traceback in its text."""
         try:
             return self._load(batch)
         except Exception as error:
@@ -156,21 +158,21 @@ class ImageSet:
         if self.transform is None:
             images, labels = self.source[torch.from_numpy(positions)]
         else:
-            images, labels = [], []
+            items = []
             with torch.random.fork_rng(devices=[]):
                 for position, seed in zip(positions.tolist(), seeds.tolist(), strict=True):
-                    torch.default_generator.manual_seed(seed)  # the CPU's alone: torch.manual_seed sets every device's
+                    torch.default_generator.manual_seed(seed)  # torch.manual_seed would set every device's
                     image, label = self.source[position]
-                    images.append(self.transform(image))
-                    labels.append(int(label))
-            images, labels = torch.stack(images), torch.tensor(labels)
+                    items.append((self.transform(image), int(label)))
+            images, labels = torch.stack([image for image, _ in items]), torch.tensor([label for _, label in items])
         return (images - self.mean).div_(self.std), labels
 
 
 def calibration_batches(images: ImageSet, count: int = 2000, workers: int = 0) -> Iterator[Tensor]:
-    """Yields `count` images of a set, or all that it has, without labels, the same at every call.
+    """Yields batches of `count` images of a set, or of all if it has fewer, without labels; the same at every call.
 
-    The batches are even: a mean over them weighs images alike, and BatchNorm never meets a single image.
+    Batches are of nearly equal size: a mean over them weighs all images alike, and no batch is a single image, which
+    BatchNorm could not use.
     """
     chosen = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:count]
     batches = chosen.tensor_split(math.ceil(len(chosen) / CALIBRATION_BATCH))

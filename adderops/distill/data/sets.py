@@ -1,4 +1,4 @@
-"""An image set as it is trained and tested on: its split, augmentation and normalization."""
+"""An image set in the form that a run trains and tests on: split, augmented and normalized."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -6,30 +6,32 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import TensorDataset
 from torchvision.transforms import v2
 
 from adderops.distill.data.facts import checksums
 from adderops.distill.data.idx import SIDE
+from adderops.distill.data.images import Items
 from adderops.distill.data.loading import ImageSet
 from adderops.distill.data.sources import find_source
 
-FILE_SIDE = 224  # of the images of a folder
+FILE_SIDE = 224  # height and width of images from files, by default
 
 
 @dataclass(frozen=True)
 class Data:
-    """An image set as it is trained and tested on.
+    """An image set in the form that a run trains and tests on.
 
     Attributes:
         name: for tables.
         in_channels: 1 (grey) or 3 (RGB).
-        num_classes: number of labels, which run from 0 to num_classes - 1.
+        num_classes: labels are 0 to num_classes - 1.
         train: the training images, augmented.
-        test: the test images, or the validation images held out of the training images.
+        test: the test images, or validation images held out of the training images.
         held_out: whether `test` is a validation set.
-        classes: names in the order of the labels; None where the set does not name them.
+        classes: class names in the order of the labels; None if the set does not name them.
         side: height and width of an image in a batch.
-        checksums: what tells another set of as many images, by what they are of.
+        checksums: by what they sum ("test labels"), to recognize a changed set that has as many images.
     """
 
     name: str
@@ -43,9 +45,9 @@ class Data:
     checksums: dict[str, str] = field(default_factory=dict)
 
     def facts(self) -> dict[str, Any]:
-        """Returns what a run keeps of the set, and what an exported network needs: numbers, names, normalization.
+        """Returns what a run records about the set and an exported network needs: sizes, names, normalization.
 
-        Mean and deviation are for pixels from 0 to 1: x = (pixel - mean) / std, by channel.
+        Mean and standard deviation are per channel, for pixels from 0 to 1: x = (pixel - mean) / std.
         """
         return {
             "name": self.name,
@@ -74,27 +76,27 @@ def load_data(
 ) -> Data:
     """Loads an image set.
 
-    Images are 32x32 (smaller ones with zeros around them), those of an image folder `side` x `side`.  They are
-    normalized by published numbers (CIFAR; ImageNet's for every image folder) or by mean and deviation of the training
+    Images are 32x32 (smaller ones are zero-padded), those of an image folder `side` x `side`.  They are normalized by
+    published numbers (CIFAR; ImageNet's for every image folder), or by mean and standard deviation of the training
     images.
 
     Args:
         data: 'digits' (embedded in scikit-learn), 'mnist', 'fashion-mnist', 'cifar10', 'cifar100', 'imagenet', or the
-            path of a folder: of the four idx files of a set like MNIST, or of train/CLASS/IMAGE and val/CLASS/IMAGE.
-        root: folder in which a set given by name lies, laid out as torchvision does; './data' by default. The idx files
-            of mnist and fashion-mnist may lie in it directly, those of fashion-mnist where Debian's package puts them.
+            path of a folder with the four idx files of a set like MNIST, or with train/CLASS/IMAGE and val/CLASS/IMAGE.
+        root: folder of the sets given by name, laid out as torchvision does; './data' by default.  The idx files of
+            mnist and fashion-mnist may lie directly in it, those of fashion-mnist where Debian's package puts them.
         download: get missing files by torchvision; for mnist, fashion-mnist, cifar10 and cifar100.
-        augment: what is done to training images: 'none'; 'crop', a random 32x32 of the image in a border of 4 zeros;
-            'crop-flip', that and a random mirror image; 'imagenet', a random part of 8 % to 100 % of the area, scaled,
-            and a random mirror image.  By default crop-flip for CIFAR, imagenet for image folders, none otherwise.
-        train_images: number of training images to keep, spread evenly over the classes; the same ones every time, and
-            all of them among those of a larger number.
-        validation: number of training images, spread evenly over the classes, that are held out before `train_images`
-            and take the place of the test images; those are not read.
-        side: of the images of an image folder, 224 by default.
+        augment: of training images: 'none'; 'crop', a random 32x32 crop of the image padded by 4 zeros; 'crop-flip',
+            that and a random horizontal flip; 'imagenet', a random 8 % to 100 % of the area, resized, and a random
+            horizontal flip.  By default crop-flip for CIFAR, imagenet for image folders, none otherwise.
+        train_images: number of training images to keep, balanced over the classes; the same ones every time, and a
+            subset of those of any larger number.
+        validation: number of training images, balanced over the classes, that are held out before `train_images` is
+            applied; they replace the test images, which are not read.
+        side: height and width of the images of an image folder, 224 by default.
 
     Raises:
-        FileNotFoundError: a folder or file is missing; the message says what is expected where.
+        FileNotFoundError: a folder or file is missing; the message says what was expected where.
         OSError: the download failed.
         ValueError: a file is damaged, or an argument is out of range or does not fit the set.
 
@@ -127,11 +129,10 @@ def load_data(
         test_items, test = trained.items, held_out
     else:
         tested = source.read(False, None)
-        if tested.classes != trained.classes:  # of folders: what has names of its own has the same for both
-            other = sorted(set(tested.classes) ^ set(trained.classes))
-            raise ValueError(
-                f"{tested.items.root}: expected the classes of {trained.items.root}, got a difference: {other[:5]}"
-            )
+        if tested.classes != trained.classes:  # folders only: other sets have the same names for both
+            other = sorted(set(tested.classes or ()) ^ set(trained.classes or ()))
+            where, expected = (getattr(part.items, "root", data) for part in (tested, trained))
+            raise ValueError(f"{where}: expected the classes of {expected}, got a difference: {other[:5]}")
         test_items, test = tested.items, torch.arange(len(tested.labels))
         sums |= checksums("test", tested.items, tested.labels)
         if tested.labels.max() >= num_classes:
@@ -139,7 +140,7 @@ def load_data(
                 f"{data}: expected test labels up to {num_classes - 1} as in training, got {tested.labels.max()}"
             )
     if source.statistics is None:
-        mean, std = _measure(trained.items.tensors[0][kept])
+        mean, std = _measure(_pixels(trained.items)[kept])
     else:
         mean, std = (255 * torch.tensor(values) for values in source.statistics)
     return Data(
@@ -155,29 +156,48 @@ def load_data(
     )
 
 
+def known_facts(data: str, root: Path | None, side: int) -> dict[str, Any]:
+    """Returns the part of `Data.facts` that is known without the images.
+
+    It has mean and standard deviation only if they are published.  `classes` is None: the files have the names.
+
+    Args:
+        data, root: as `load_data` takes them.
+        side: of the images, if they are files.
+
+    Raises:
+        FileNotFoundError: `data` is a folder and missing.
+    """
+    source = find_source(data, root, download=False)
+    facts = {"name": source.name, "side": side if source.of_files else SIDE, "classes": None, "checksums": {}}
+    if source.statistics is not None:
+        facts |= dict(zip(("mean", "std"), map(list, source.statistics), strict=True))
+    return facts
+
+
 def load_test_images(
     data: str, facts: dict[str, Any], root: Path | None = None, own: bool = False
 ) -> tuple[ImageSet, dict[str, str]]:
-    """Loads the test images of a set for a network that was trained on another, or on the same some time ago.
+    """Loads the test images of a set for a network that was trained on another set, or earlier on this one.
 
-    They are sized and normalized as the network's were, and their classes are found by name, whatever their order.
-    The training images are not read.
+    They are sized and normalized as the network's training images were; classes are matched by name, whatever their
+    order.  Training images are not read.
 
     Args:
         data, root: as `load_data` takes them.
         facts: `Data.facts` of the set that the network was trained on.
-        own: this is that set.  Another one whose classes have no names needs as many of them.
+        own: `data` is that set.  Another set without class names needs as many classes.
 
     Returns:
         The images, and their checksums.
 
     Raises:
         FileNotFoundError: a folder or file is missing.
-        ValueError: a file is damaged; classes that the network does not know; other channels or size than it takes.
+        ValueError: a file is damaged, or the classes, channels or size are not those of the network.
     """
     source = find_source(data, root, download=False)
     tested = source.read(False, facts["classes"])
-    channels, side = (3, facts["side"]) if source.of_files else (tested.items.tensors[0].size(1), SIDE)
+    channels, side = (3, facts["side"]) if source.of_files else (_pixels(tested.items).size(1), SIDE)
     if (channels, side) != (facts["channels"], facts["side"]):
         expected = (facts["channels"], facts["side"], facts["side"])
         raise ValueError(f"data: expected images (C, H, W) {expected} for this network, got {(channels, side, side)}")
@@ -190,21 +210,28 @@ def load_test_images(
     return images, checksums("test", tested.items, tested.labels)
 
 
+def _pixels(items: Items) -> Tensor:
+    """Returns the images of a set in memory, (N, C, 32, 32) uint8."""
+    if not isinstance(items, TensorDataset):
+        raise TypeError(f"expected images in memory, got {type(items).__name__}")
+    return items.tensors[0]
+
+
 def _tensor_transforms() -> dict[str, v2.Transform | None]:
-    """What may be done to a 32x32 image in memory, by the name of the augmentation."""
+    """Transforms of a 32x32 image in memory, by the name of the augmentation."""
     crop = v2.RandomCrop(SIDE, padding=4)
     return {"none": None, "crop": crop, "crop-flip": v2.Compose([crop, v2.RandomHorizontalFlip()])}
 
 
 def _file_transforms(side: int) -> dict[str, v2.Transform]:
-    """What may be done to an image from a file, by the name of the augmentation: for 224 the usual of ImageNet."""
+    """Transforms of an image from a file, by the name of the augmentation; for side 224 the usual ones of ImageNet."""
     whole = [v2.Resize(round(side * 256 / 224)), v2.CenterCrop(side)]
     part = [v2.RandomResizedCrop(side), v2.RandomHorizontalFlip()]
     return {"none": v2.Compose([*whole, v2.PILToTensor()]), "imagenet": v2.Compose([*part, v2.PILToTensor()])}
 
 
 def _split(labels: Tensor, train_images: int | None, validation: int) -> tuple[Tensor, Tensor]:
-    """Returns the indices of the images to train on and of those to hold out."""
+    """Returns the indices of the training images and of the held-out images."""
     classes = labels.unique().numel()
     most = len(labels) - classes
     if validation and not classes <= validation <= most:
@@ -217,7 +244,7 @@ def _split(labels: Tensor, train_images: int | None, validation: int) -> tuple[T
 
 
 def _balanced_order(labels: Tensor) -> Tensor:
-    """Returns a fixed random order in which the classes take turns, as long as they last."""
+    """Returns a fixed random order in which the classes take turns as long as they have images."""
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
     order = order[labels[order].argsort(stable=True)]
     counts = labels.bincount()
@@ -227,10 +254,10 @@ def _balanced_order(labels: Tensor) -> Tensor:
 
 
 def _measure(images: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns mean and standard deviation of each channel, in grey levels."""
-    # by histogram: exact, and without a copy of the set in a wider type
+    """Returns mean and standard deviation per channel, in grey levels."""
+    # from a histogram: exact, and without a copy of the set in a wider type
     counts = torch.stack([channel.flatten().bincount(minlength=256) for channel in images.unbind(1)]).double()
     share, level = counts / counts.sum(1, keepdim=True), torch.arange(256.0, dtype=torch.double)
     mean = share @ level
-    std = (share @ level.square() - mean.square()).sqrt().clamp(min=1.0)  # a blank image set has 0
+    std = (share @ level.square() - mean.square()).sqrt().clamp(min=1.0)  # 0 if all images are blank
     return mean.float(), std.float()

@@ -1,4 +1,4 @@
-"""Where image sets lie and how they are read: into memory whole, or from image files one by one."""
+"""Where image sets lie, and how they are read: as a whole into memory, or one image file at a time."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -7,13 +7,13 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, TensorDataset
+from torch.utils.data import TensorDataset
 from torchvision import datasets
 from torchvision.datasets.utils import check_integrity
 
 from adderops.distill.data.facts import numbers_of
 from adderops.distill.data.idx import IDX_FILES, SIDE, read_idx_images
-from adderops.distill.data.images import ImageFolder
+from adderops.distill.data.images import ImageFolder, Items
 
 MNIST_LIKE = {"mnist": datasets.MNIST, "fashion-mnist": datasets.FashionMNIST}
 CIFAR = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}
@@ -35,10 +35,10 @@ class Part:
     Attributes:
         items: (image, label) by index.
         labels: (N) int64.
-        classes: their names in the order of their numbers; None where the set does not name them.
+        classes: class names in the order of the labels; None if the set does not name them.
     """
 
-    items: Dataset
+    items: Items
     labels: Tensor
     classes: tuple[str, ...] | None
 
@@ -49,10 +49,10 @@ class Source:
 
     Attributes:
         name: for tables.
-        read: the training images (True) or the test images (False), numbered as the names of classes given say.
-        of_files: whether images are RGB images of PIL, read when asked for, in place of (C, 32, 32) uint8 in memory.
+        read: reads the training images (True) or the test images (False), with labels numbered by these class names.
+        of_files: images are RGB images of PIL, each read when needed, instead of (C, 32, 32) uint8 in memory.
         augment: the usual augmentation.
-        statistics: published mean and standard deviation; None where those of the training images are to be measured.
+        statistics: published mean and standard deviation; None: measured on the training images.
     """
 
     name: str
@@ -63,7 +63,7 @@ class Source:
 
 
 def find_source(data: str, root: Path | None, download: bool) -> Source:
-    """Returns the set of a name or folder; nothing is read yet. See `load_data` for arguments and errors."""
+    """Returns the set with this name or folder; nothing is read yet.  Arguments and errors: see `load_data`."""
     downloadable = (*MNIST_LIKE, *CIFAR)
     if download and data not in downloadable:
         raise ValueError(f"download: expected one of {', '.join(downloadable)}, got {data}")
@@ -93,9 +93,9 @@ def _in_memory(images: Tensor, labels: Tensor, classes: Sequence[str] | None, nu
 
 
 def _read_digits(train: bool, numbering: Sequence[str] | None) -> Part:
-    """The 1797 digits of scikit-learn, 8x8 pixels enlarged four times; 500 fixed random ones are the test set."""
+    """The 1797 digits of scikit-learn, 8x8 pixels enlarged four times; a fixed random choice of 500 is the test set."""
     try:
-        from sklearn.datasets import load_digits  # takes a second to import, and only this set needs it
+        from sklearn.datasets import load_digits  # slow to import, and only this set needs it
     except ModuleNotFoundError as missing:
         raise ModuleNotFoundError("digits needs scikit-learn: install the extra `adderops[distill]`") from missing
 
@@ -135,7 +135,7 @@ def _read_cifar(
     kind: type[datasets.CIFAR10], root: Path, download: bool, train: bool, numbering: Sequence[str] | None
 ) -> Part:
     folder, archive = root / kind.base_folder, root / kind.filename
-    # torchvision unpacks an archive with the right checksum without the network
+    # given an archive with the right checksum, torchvision unpacks it without the network
     if download or (not folder.is_dir() and check_integrity(archive, kind.tgz_md5)):
         _download(kind, root)
     found = [path for path in (folder, archive) if path.exists()]

@@ -28,26 +28,31 @@ class Distillation:
 
     teacher: str = _option(
         "progressive",
-        "progressive: trained along with the student; frozen: stays as --teacher-checkpoint; none: no teacher, as "
-        "method plain",
+        "progressive: trained along with the student; frozen: keeps the weights of --teacher-checkpoint; none: no "
+        "teacher, as method plain",
         choices=TEACHERS,
         needs={"method": distilling_methods},
     )
     teacher_arch: str | None = _option(
         None,
-        "network of the teacher (default: that of --arch); where the two differ, layers are matched by relative depth",
+        "network of the teacher (default: --arch); where the two differ, layers are matched by relative depth",
         type=str,
         needs=_WITH_TEACHER,
     )
     teacher_checkpoint: str | None = _option(
         None,
-        "initial weights of the teacher, final if it is frozen: teacher.pt of a run, or a pretrained file of timm or "
-        "torchvision",
+        "weights of the teacher, the initial ones unless it is frozen: teacher.pt of a run, or a pretrained file of "
+        "timm or torchvision",
         type=str,
         needs=_WITH_TEACHER,
     )
-    features: str = _option("kernel+1x1", "what matches the inner layers", choices=FEATURES, needs=_WITH_TEACHER)
-    logits: bool = _option(True, "imitate the teacher's logits", needs=_WITH_TEACHER)
+    features: str = _option(
+        "kernel+1x1",
+        "how inner layers are matched: through kernels, 1x1 convolutions, both or not at all",
+        choices=FEATURES,
+        needs=_WITH_TEACHER,
+    )
+    logits: bool = _option(True, "imitate the logits of the teacher", needs=_WITH_TEACHER)
     alpha: float = _option(
         1.0, "weight of the cross entropy with the labels in the student's loss", least=0, needs=_WITH_TEACHER
     )

@@ -159,16 +159,16 @@ class FeatureMatch(nn.Module):
 def layer_pairs(
     student: nn.Module, teacher: nn.Module, layers: Mapping[str, str] | Iterable[str] | None = None
 ) -> dict[str, str]:
-    """Returns the layers to match: names of the student's layers with those of the teacher's.
+    """Returns the layers to match: {name of the student's layer: name of the teacher's}.
 
     Args:
         student, teacher: the networks.
         layers: {student layer: teacher layer}, or names that both networks have.  By default the `matched_layers` of
-            both in their order; where the teacher has more or fewer, each layer of the student goes with the one at
-            the same relative depth.
+            both in their order; where the teacher has more or fewer, each layer of the student is matched with the
+            teacher's layer at the same relative depth.
 
     Raises:
-        ValueError: a name that is no convolution of its network, or a network without matched layers.
+        ValueError: a name that is not a convolution of its network, or a network without matched layers.
 
     >>> from adderops.models import lenet5, resnet20
     >>> layer_pairs(lenet5("adder"), resnet20("cnn"))
@@ -186,22 +186,28 @@ def layer_pairs(
                     raise ValueError(f"layers: expected convolutions of the {role}, got {name!r} ({got})")
         return pairs
     ours, theirs = list(matched_layers(student)), list(matched_layers(teacher))
-    for role, names in (("student", ours), ("teacher", theirs)):
-        if not names:
+    for role, found in (("student", ours), ("teacher", theirs)):
+        if not found:
             raise ValueError(f"{role}: expected a convolution between the first and the classifier, got none")
     steps = max(len(ours) - 1, 1)
     return {name: theirs[(2 * i * (len(theirs) - 1) + steps) // (2 * steps)] for i, name in enumerate(ours)}
 
 
 def pair_channels(student: nn.Module, teacher: nn.Module, pairs: Mapping[str, str]) -> list[tuple[int, int]]:
-    """Returns the channels of the student's and the teacher's layer of each of `layer_pairs`."""
-    return [(student.get_submodule(a).out_channels, teacher.get_submodule(c).out_channels) for a, c in pairs.items()]
+    """Returns the channels of the student's and the teacher's layer in each of `layer_pairs`."""
+    return [(_channels(student, a), _channels(teacher, c)) for a, c in pairs.items()]
+
+
+def _channels(network: nn.Module, layer: str) -> int:
+    channels = network.get_submodule(layer).out_channels
+    assert isinstance(channels, int)  # `layer_pairs` has convolutions only
+    return channels
 
 
 def _same_size(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
     """Averages areas of the larger of two outputs, so that both have the smaller height and width."""
-    size = [min(a, c) for a, c in zip(student.shape[2:], teacher.shape[2:], strict=True)]
-    student, teacher = (y if list(y.shape[2:]) == size else F.adaptive_avg_pool2d(y, size) for y in (student, teacher))
+    size = (min(student.size(2), teacher.size(2)), min(student.size(3), teacher.size(3)))
+    student, teacher = (y if y.shape[2:] == size else F.adaptive_avg_pool2d(y, size) for y in (student, teacher))
     return student, teacher
 
 

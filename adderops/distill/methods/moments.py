@@ -1,7 +1,7 @@
 r"""Mean and covariance of the kernels of two layers, in one pass over their outputs.
 
-PKKD compares a student's layer with its teacher's through kernels, a 1x1 convolution and a BatchNorm each.  Behind the
-kernels z all of that is linear or made of mean and covariance, and so is the mean squared difference:
+PKKD compares a student's layer with its teacher's, each through a kernel, a 1x1 convolution and a BatchNorm.  After the
+kernels z everything is linear or a function of mean and covariance, and so is the mean squared difference:
 
 .. math:: y = W z, \quad mean(y) = W\,mean(z), \quad cov(y) = W\,cov(z)\,W^T
 
@@ -9,14 +9,16 @@ Therefore no tensor of the outputs' size is kept.  `adderops.distill.methods.mat
 covariance.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from adderops import _ops
 
-# Ten widths above zero is reached only where something has gone wrong.
+# Exponents above ten widths mean that something has gone wrong.
 MAX_EXPONENT = 10.0
-# With fewer pixels in an image, one matrix product for each image costs more than bringing the channels last.
+# With fewer pixels per image, one matrix product per image costs more than a copy with the channels last.
 LEAST_PIXELS = 64
 
 
@@ -25,20 +27,20 @@ def _one_matrix_per_image(x: Tensor) -> bool:
 
 
 def _as_matrices(x: Tensor, per_image: bool) -> Tensor:
-    """(N, C, H, W) as (N, C, H*W), or as one matrix (1, C, N*H*W) whose channels are dense; a view where it can be."""
+    """Returns (N, C, H, W) as (N, C, H*W), or as one matrix (1, C, N*H*W) with dense channels; a view if possible."""
     if per_image:
         return x.flatten(2)
     return x.permute(0, 2, 3, 1).reshape(1, -1, x.size(1)).transpose(1, 2)
 
 
 def _as_images(matrices: Tensor, per_image: bool, shape: torch.Size) -> Tensor:
-    """The inverse of `_as_matrices`."""
+    """Inverts `_as_matrices`."""
     n, c, h, w = shape
     return matrices.reshape(shape) if per_image else matrices.transpose(1, 2).reshape(n, h, w, c).permute(0, 3, 1, 2)
 
 
-def _features(student, teacher, scales, centres, kernel) -> Tensor:
-    """Returns z as matrices, student above teacher."""
+def _features(student: Tensor, teacher: Tensor, scales: Tensor, centres: tuple[float, float], kernel: bool) -> Tensor:
+    """Returns z as matrices, the student's channels first."""
     per_image = _one_matrix_per_image(student)
     n, c, p = _as_matrices(student, per_image).shape
     channels = c + teacher.size(1)
@@ -54,23 +56,25 @@ def _features(student, teacher, scales, centres, kernel) -> Tensor:
 
 
 class _Moments(torch.autograd.Function):
-    """On any device and in any type.  Keeps no z: it is made again in the backward pass."""
+    """For any device and type.  It does not save z; the backward pass computes it again."""
 
     @staticmethod
-    def forward(ctx, student, teacher, scales, centres, kernel):
+    def forward(
+        ctx: Any, student: Tensor, teacher: Tensor, scales: Tensor, centres: tuple[float, float], kernel: bool
+    ) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(student, teacher, scales)
         ctx.centres, ctx.kernel = centres, kernel
         z = _features(student, teacher, scales, centres, kernel)
         return z.mean((0, 2)), (z @ z.transpose(1, 2)).sum(0) / (z.size(0) * z.size(2))
 
     @staticmethod
-    def backward(ctx, grad_mean, grad_second):
+    def backward(ctx: Any, grad_mean: Tensor, grad_second: Tensor) -> tuple[Tensor | None, ...]:
         student, teacher, scales = ctx.saved_tensors
         per_image = _one_matrix_per_image(student)
         z = _features(student, teacher, scales, ctx.centres, ctx.kernel)
         n, channels, p = z.shape
         c = student.size(1)
-        factor, centre = scales[0] / (n * p), ctx.centres[0]
+        factor, centre = scales[:1] / (n * p), ctx.centres[0]
         if ctx.kernel:
             factor = factor * centre
         matrix, vector = (grad_second + grad_second.T)[:c] * factor, grad_mean[:c, None] * factor
@@ -81,17 +85,19 @@ class _Moments(torch.autograd.Function):
 
 
 class _NativeMoments(torch.autograd.Function):
-    """The same by the kernels of csrc: float32 on the CPU, equal C, scales without gradient; no z."""
+    """The same by the kernels of csrc: float32 on the CPU, equal numbers of channels.  No z exists in memory."""
 
     @staticmethod
-    def forward(ctx, student, teacher, scales, centres, kernel):
+    def forward(
+        ctx: Any, student: Tensor, teacher: Tensor, scales: Tensor, centres: tuple[float, float], kernel: bool
+    ) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(student, teacher)
         ctx.numbers = (*scales.tolist(), *centres, kernel)
         both = _ops.kernel_moments(student, teacher, *ctx.numbers)
         return both[-1], both[:-1]
 
     @staticmethod
-    def backward(ctx, grad_mean, grad_second):
+    def backward(ctx: Any, grad_mean: Tensor, grad_second: Tensor) -> tuple[Tensor | None, ...]:
         student, teacher = ctx.saved_tensors
         c = student.size(1)
         factor = ctx.numbers[0] / (student.numel() / c)
@@ -106,16 +112,16 @@ def moments(
 
     .. math:: z = \exp(scale \cdot output) - centre, \quad\text{or}\quad z = scale \cdot output - centre
 
-    The exponent is clamped to at most 10; beyond, the gradient is that of the edge.  (An adder layer without bias has
-    exponents of at most 0.)
+    The exponent is clamped to at most 10; above, the gradient is the one at the bound.  (An adder layer without bias
+    has exponents of at most 0.)
 
     Args:
-        student, teacher: outputs (N, C_a, H, W) and (N, C_c, H, W) of a layer, C = C_a + C_c; the teacher's gets no
+        student, teacher: outputs (N, C_a, H, W) and (N, C_c, H, W) of a layer, C = C_a + C_c; the teacher gets no
             gradient.
         scales: (2), of student and teacher, not zero; they get no gradient.
-        centres: of student and teacher; near the means of what they are taken from, so that squares keep their digits,
-            and not zero with the exponential.
-        kernel: with the exponential, or without.
+        centres: of student and teacher; near the means, so that the squares lose no digits; the student's is not zero
+            with the exponential.
+        kernel: with or without the exponential.
 
     Raises:
         ValueError: student and teacher differ in N, H or W.

@@ -97,7 +97,8 @@ class PKKDTask(Task):
             frozen = distillation.teacher == "frozen"
             load_weights(networks["teacher"], Path(distillation.teacher_checkpoint), any_classifier=not frozen)
         torch.manual_seed(config.seed)  # of the maps between layers of different widths
-        return cls(**networks, distillation=distillation, label_loss=LabelLoss.build(config, data)).to(device)
+        task = cls(networks["teacher"], networks["student"], distillation, label_loss=LabelLoss.build(config, data))
+        return task.to(device)
 
     def release(self) -> None:
         """Takes the hooks off the networks, to copy, export or pickle them; the next forward puts them on again."""

@@ -50,11 +50,11 @@ ALWAYS_INLINE bool any(vi mask) { return _mm256_movemask_ps((__m256)mask) != 0; 
 
 ALWAYS_INLINE vf even_lanes(vf a, vf b) { return SHUFFLE(a, b, 0, 2, 4, 6, 8, 10, 12, 14); }
 
-// 4x4 blocks inside the 128-bit lanes first, then the 128-bit lanes themselves.
+// 4x4 squares within 128 bits first, then the 128-bit parts themselves.
 ALWAYS_INLINE void transpose(vf v[kW]) {
   vf t[kW];
-  UNROLL_FOR (block, kW / 4) {
-    const int i = 4 * block;
+  UNROLL_FOR (square, kW / 4) {
+    const int i = 4 * square;
     const vf a = SHUFFLE(v[i], v[i + 1], 0, 8, 1, 9, 4, 12, 5, 13);
     const vf b = SHUFFLE(v[i], v[i + 1], 2, 10, 3, 11, 6, 14, 7, 15);
     const vf c = SHUFFLE(v[i + 2], v[i + 3], 0, 8, 1, 9, 4, 12, 5, 13);

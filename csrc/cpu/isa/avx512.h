@@ -57,11 +57,11 @@ ALWAYS_INLINE vf even_lanes(vf a, vf b) {
   return SHUFFLE(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
 }
 
-// 4x4 blocks inside the 128-bit lanes first, then the 128-bit lanes themselves.
+// 4x4 squares within 128 bits first, then the 128-bit parts themselves.
 ALWAYS_INLINE void transpose(vf v[kW]) {
   vf t[kW];
-  UNROLL_FOR (block, kW / 4) {
-    const int i = 4 * block;
+  UNROLL_FOR (square, kW / 4) {
+    const int i = 4 * square;
     const vf a = SHUFFLE(v[i], v[i + 1], 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29);
     const vf b = SHUFFLE(v[i], v[i + 1], 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31);
     const vf c = SHUFFLE(v[i + 2], v[i + 3], 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29);

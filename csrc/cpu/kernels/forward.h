@@ -1,25 +1,29 @@
 // Forward, float32 sums:   Y[n,co,p] = -sum_k |X[n,k,p] - W[co,k]|      k = (kh, kw, ci),  p = (oh, ow)
 //
-// Computed as  Y = 2*sum_k min(X, W) - (sum_k X + sum_k W):  two instructions a term (min, add) where the direct form
-// has three (sub, and, add).  The sums over X and W are one pass over the input and the weights.  Where the form
-// cancels (|sum X + sum W| or sum |W| > kCancellation * |Y|: large common offsets), overflows or meets an infinity or
-// NaN, the tile is computed again by the direct form and the lanes in question replaced.
+// Computed as  Y = 2*sum_k min(X, W) - (sum_k X + sum_k W):  two instructions per term (min, add) where the direct form
+// has three (sub, and, add).  The sums over X and W take one pass over the input and the weights.  Where this form
+// cancels (|sum X + sum W| or sum |W| > kCancellation * |Y|: large common offsets), overflows, or meets an infinity or
+// NaN, the tile is computed again by the direct form, which replaces the lanes in question.
 //
-//   x    one band of rows in scratch, [row][column][ci], zero padded; or the tensor itself (channels_last, no padding)
-//   w    packed panels [block of k][k][NV*kW lanes of co]
+//   x    the window of one band, copied to [image][row][column][ci] and zero padded; or the tensor itself (float32,
+//        channels_last, no padding)
+//   w    packed panels [term][NV*kW lanes of co]
 //   acc  one panel of the band's output, [pixel][NV*kW]
 //
-//   stage 0: pack a panel of w, or load part of a band that several tasks share
-//   stage 1: task = (band of output rows, group, part of the panels)
-//   panel -> block of k (its slab of weights stays in L1) -> tile of MR pixels:
+//   stage 0: task = pack one panel of w, or copy part of a window that several tasks share
+//   stage 1: task = (band of output pixels, group, part of the panels)
+//            panel -> slab of terms (its weights stay in L1) -> tile of MR pixels x NV vectors of filters:
 //
-//            lanes of co ->                 a tile holds MR x NV accumulators; each term is one broadcast of x,
-//   pixel 0  [ NV vectors ]                 NV loads of w shared by the MR pixels, MR*NV (min, add).
-//   ...      [ ...        ]                 32 registers: 6 x 4, 8 x 3, 12 x 2, 12 x 1;  16 registers: 6 x 2, 8 x 1.
-//   pixel MR [ NV vectors ]
+//              one term of w   [ vector 0 | ... | vector NV-1 ]    NV loads, shared by the MR pixels
+//                                lanes: filters co ->
+//   x[pixel 0]      broadcast  [ accumulators                ]    1 broadcast per pixel and term; with AVX-512 it is
+//   x[pixel 1]      broadcast  [                             ]    part of the min
+//   ...                        [                             ]    NV (min, add) per pixel and term
+//   x[pixel MR-1]   broadcast  [                             ]
 //
-// A band's last tile repeats its last pixel; lanes beyond C_out are zero weights and never stored.
-
+//   32 registers: MR x NV = 6 x 4, 8 x 3, 10 x 2, 10 x 1;  16 registers: 6 x 2, 8 x 1.
+//
+// Tails: a band's last tile repeats its last pixel; lanes beyond C_out have zero weights and are never stored.
 #pragma once
 #include "input.h"
 #include "pack.h"
@@ -31,7 +35,7 @@ namespace cpu {
 namespace {
 
 constexpr float kCancellation = 32.f;
-constexpr int64_t kForwardDepth = kRegisters == 32 ? 192 : 256;  // terms of a slab
+constexpr int64_t kForwardDepth = kRegisters == 32 ? 192 : 256;  // terms per slab
 
 constexpr int forward_rows(int nv) { return kRegisters == 32 ? (nv == 4 ? 6 : nv == 3 ? 8 : 10) : (nv == 2 ? 6 : 8); }
 constexpr int kForwardMostRows = 10;
@@ -63,10 +67,10 @@ struct ForwardShape {
   Conv2dProblem p;  // of the strided view when the kernel is 1x1
   int64_t C, M, K, taps;
   Input x;
-  Blocking blocking;
+  Bands bands;
   Panels panels;
-  int64_t rows, columns;  // of the window that a block reads
-  int64_t copy;           // floats of a block's copy of x
+  int64_t rows, columns;  // of the window that a band reads
+  int64_t copy;           // floats of a band's copy of x
   int64_t copy_tasks;     // per unit, when its tasks share a copy; 0: every task makes its own
   bool direct_out;        // y is written by the epilogue, not by way of acc
   struct Shared : Layout {
@@ -88,15 +92,15 @@ inline ForwardShape forward_shape(const Conv2dArgs& args) {
   const Operand x = dense_view(args.x, &p);
   f.C = p.C_in / p.groups, f.M = p.C_out / p.groups, f.taps = product(p.KH, p.KW), f.K = product(f.C, f.taps);
   f.x = make_input(args.type, x, p.H, p.W, f.C, reads_padding(p), 1);
-  f.blocking = make_blocking(p.N, p.OH, p.OW, product(p.stride_h, window_columns(p, p.OW), f.C), 32 * 1024, 192);
-  const int64_t units = product(f.blocking.count, p.groups);
+  f.bands = make_bands(p.N, p.OH, p.OW, product(p.stride_h, window_columns(p, p.OW), f.C), 32 * 1024, 192);
+  const int64_t units = product(f.bands.count, p.groups);
   f.panels = make_panels(f.M, kForwardPanel, units);
-  f.rows = window_rows(p, f.blocking.rows), f.columns = window_columns(p, f.blocking.columns);
-  f.copy = copy_floats(f.x, product(f.blocking.images, f.rows, f.columns));
+  f.rows = window_rows(p, f.bands.rows), f.columns = window_columns(p, f.bands.columns);
+  f.copy = copy_floats(f.x, product(f.bands.images, f.rows, f.columns));
   f.copy_tasks = f.panels.parts > 1 && !f.x.in_place ? ceil_div(f.C, kCopyChannels) : 0;
   f.direct_out = args.type == ElementType::kFloat32 && args.out.stride[1] == 1;
 
-  const int64_t lanes = product(p.groups, f.panels.vectors, kW), pixels = f.blocking.pixels() + kForwardMostRows;
+  const int64_t lanes = product(p.groups, f.panels.vectors, kW), pixels = f.bands.pixels() + kForwardMostRows;
   f.shared.add(&f.shared.w, product(lanes, f.K));
   f.shared.add(&f.shared.sum_w, lanes);
   f.shared.add(&f.shared.size_w, lanes);
@@ -133,7 +137,7 @@ inline void sum_channels(const float* x, int64_t pitch, int64_t channels, int64_
   }
 }
 
-// Lists the block's pixels (base of each window) and the sum of x over each window; returns how many.
+// Lists the band's pixels (base of each window) and the sum of x over each window; returns how many.
 inline int64_t list_pixels(const ForwardShape& f, const View<float>& x, const Region& window, const Region& b,
                            char* worker) {
   const Conv2dProblem& p = f.p;
@@ -164,14 +168,14 @@ inline int64_t list_pixels(const ForwardShape& f, const View<float>& x, const Re
   return count;
 }
 
-// Is y = 2*sum min - both finite, and not what a cancellation left?  A comparison with NaN is false.  Offsets of either
-// sign cancel within `both` already; not within sum |W|, nor within sum |X|, which is at most |y| + sum |W|.
+// Whether y = 2*sum min - both is finite and not the remainder of a cancellation.  A comparison with NaN is false.
+// Offsets of opposite sign cancel within `both`, but not within sum |W|; sum |X| is at most |y| + sum |W|.
 ALWAYS_INLINE vi trustworthy(vf both, vf size_w, vf y) {
   const vf most = kCancellation * absolute(y);
   return (absolute(both) <= most) & (size_w <= most) & (absolute(y) <= __FLT_MAX__);
 }
 
-// acc -> y, in place; true when a lane needs the direct form.
+// Epilogue of one pixel: acc -> y, in place; true when a lane needs the direct form.
 template <int NV>
 ALWAYS_INLINE bool finish_pixel(float* acc, float sum_x, const float* sum_w, const float* size_w, const float* bias) {
   vi doubtful{};
@@ -198,7 +202,7 @@ __attribute__((noinline)) void repair_tile(const float* const* x, const Segment*
   }
 }
 
-// One panel for all pixels of a block; `acc` keeps the sums between slabs.
+// One panel for all pixels of a band; `acc` keeps the sums between slabs.
 template <int NV>
 inline void forward_panel(const float* const* pixel, const float* sum_x, int64_t pixels, const Segment* segments,
                           int64_t count, const float* w, const float* sum_w, const float* size_w, const float* bias,
@@ -227,8 +231,8 @@ inline void forward_panel(const float* const* pixel, const float* sum_x, int64_t
 
 inline void forward_task(const Conv2dArgs& args, const ForwardShape& f, int64_t task, char* shared, char* worker) {
   const Conv2dProblem& p = f.p;
-  const PanelTask t = panel_task(f.blocking, p.groups, f.panels, task);
-  const Region &b = t.block, window = window_of(p, b);
+  const PanelTask t = panel_task(f.bands, p.groups, f.panels, task);
+  const Region &b = t.band, window = window_of(p, b);
   float* const copy = f.copy_tasks ? f.shared.x.in(shared) + t.unit * f.copy : f.worker.x.in(worker);
   if (!f.copy_tasks) copy_region(args.type, f.x, window, t.group * f.C, 0, f.C, copy);
   const View<float> x = view_of(f.x, window, t.group * f.C, copy);
@@ -282,15 +286,15 @@ inline void forward_prepare(const Conv2dArgs& args, const ForwardShape& f, int64
   if (task < panels)
     return dispatch(args.type, [&](auto zero) { forward_pack<decltype(zero)>(args, f, task, shared); });
   const int64_t unit = (task - panels) / f.copy_tasks, begin = (task - panels) % f.copy_tasks * kCopyChannels;
-  const Region window = window_of(f.p, block_at(f.blocking, unit / f.p.groups));
+  const Region window = window_of(f.p, band_at(f.bands, unit / f.p.groups));
   copy_region(args.type, f.x, window, unit % f.p.groups * f.C, begin, smaller(f.C, begin + kCopyChannels),
               f.shared.x.in(shared) + unit * f.copy);
 }
 
 inline Plan<Conv2dArgs> forward_plan(const Conv2dArgs& args) {
   const ForwardShape f = forward_shape(args);
-  if (windows_are_sparse(f.p, f.blocking, f.rows, f.columns)) return kDefinitionKernels.forward(args);
-  const int64_t units = product(f.p.groups, f.blocking.count);
+  if (windows_are_sparse(f.p, f.bands, f.rows, f.columns)) return kDefinitionKernels.forward(args);
+  const int64_t units = product(f.p.groups, f.bands.count);
   return make_plan<Conv2dArgs, ForwardShape, forward_prepare, forward_task>(
       f, sum(product(f.p.groups, f.panels.count), product(units, f.copy_tasks)), product(units, f.panels.parts));
 }

@@ -3,18 +3,26 @@
 // This is AdderNet's full-precision training gradient (arXiv 1912.13200, section 3.2), on purpose not the derivative,
 // which is sgn(X - W).  In the second form a term is one fused multiply-add.
 //
-//   x    one band of rows in scratch, [row][column][ci], zero padded; or the tensor itself
+//   x    the window of one band, copied to [image][row][column][ci] and zero padded; or the tensor itself
 //   dY   the band's outputs, [pixel][co], likewise
-//   g    partial sums [chunk][group][co][k in the order of x], every kernel row rounded up to whole vectors
+//   g    partial sums [split][group][co][k in the order of x], each segment rounded up to whole vectors
 //
-//   stage 0: task = (chunk of bands, group, part of the filters); one band after the other is added to the chunk's g.
-//            tile of MR filters x NV vectors of k, summed over the band's pixels: a pixel is NV loads of x,
-//            MR broadcasts of dY, MR*NV fma.   32 registers: 8 x 3;  16 registers: 4 x 2.
-//   stage 1: task = (group, filter): the chunks in order, the rank-one term, the order of the weights.
+//   stage 0: task = (split of the bands, group, part of the filters)
+//            band -> up to kOuterVectors vectors of k -> kOuterRows filters: the tile of outer_product.h, which sums
+//            over the band's pixels and is added to g
 //
-// The number of chunks depends on the problem alone, so the order of every sum does.  A result that is not finite is
-// computed again by definition.h: with infinities the two forms differ.
-
+//     dY [pixel][co]      x [pixel][window]              g [co][k]
+//     pixel 0  ..aaaa..   pixel 0  ..[bbb]....           filter  [ tile ][      ]   a: kOuterRows filters of dY
+//     pixel 1  ..aaaa..   pixel 1     ..[bbb]....        ...     [      ][      ]   b: the same k of every window
+//     ...                 ...                                      k ->
+//
+//   stage 1: task = one filter: adds up the splits in order, subtracts W * sum dY, puts k into the order of the weights
+//
+// Budget: per pixel of a tile NV loads of x, MR broadcasts of dY, MR*NV fma; with kPackFrom tiles of filters or more
+// the vectors of x are first copied together.
+// Tails: lanes beyond a segment and filters beyond C_out are summed and never stored.  The number of splits depends on
+// the problem alone, and so does the order of every sum.  A result that is not finite is computed again by the
+// definition: with infinities the two forms differ.
 #pragma once
 #include "../../definition/conv2d.h"
 #include "input.h"
@@ -33,14 +41,14 @@ struct GradWShape {
   Conv2dProblem p;  // of the strided view when the kernel is 1x1
   int64_t C, M, taps;
   Input x, grad_y;
-  Blocking blocking;
-  int64_t rows, columns;       // of the window that a block reads
-  int64_t segments;            // runs of taps that lie in one piece: kernel rows, or single taps
+  Bands bands;
+  int64_t rows, columns;       // of the window that a band reads
+  int64_t segments;            // contiguous runs of taps: kernel rows, or single taps
   int64_t padded_M, padded_K;  // filters in whole tiles, terms in whole vectors
-  int64_t partials, parts;     // parts: tasks per partial sum and group
+  int64_t splits, parts;       // parts: tasks per split and group
   struct Shared : Layout {
-    Part<float> g;       // [partial][group][padded_M][padded_K]
-    Part<float> sum_dy;  // [partial][group][padded_M]
+    Part<float> g;       // [split][group][padded_M][padded_K]
+    Part<float> sum_dy;  // [split][group][padded_M]
   } shared;
   struct Worker : Layout {
     Part<float> x, grad_y, row, panel;
@@ -57,22 +65,22 @@ inline GradWShape grad_w_shape(const Conv2dArgs& args) {
   f.x = make_input(args.type, x, p.H, p.W, f.C, reads_padding(p), kW);
   f.grad_y = make_input(args.type, args.grad_y, p.OH, p.OW, f.M, false, kOuterRows);
   const int64_t row = sum(product(p.stride_h, window_columns(p, p.OW), f.C), product(p.OW, f.M));
-  f.blocking = make_blocking(p.N, p.OH, p.OW, row, 64 * 1024, 256);
-  f.rows = window_rows(p, f.blocking.rows), f.columns = window_columns(p, f.blocking.columns);
+  f.bands = make_bands(p.N, p.OH, p.OW, row, 64 * 1024, 256);
+  f.rows = window_rows(p, f.bands.rows), f.columns = window_columns(p, f.bands.columns);
   // kernel rows whose taps touch are summed as one segment
   const bool joined = f.x.pitch == f.C && p.dilation_w == 1;
   f.segments = joined ? p.KH : f.taps;
   f.padded_M = round_up(f.M, kOuterRows);
   f.padded_K = product(f.segments, round_up(product(f.taps / f.segments, f.C), kW));
   const int64_t bytes = product(p.groups, f.padded_M, f.padded_K, 4);
-  f.partials = larger(1, smaller(smaller(kMostPartials, f.blocking.count), kPartialBytes / bytes));
-  f.parts = smaller(f.padded_M / kOuterRows, ceil_div(8, product(f.partials, p.groups)));
+  f.splits = larger(1, smaller(smaller(kMostSplits, f.bands.count), kPartialBytes / bytes));
+  f.parts = smaller(f.padded_M / kOuterRows, ceil_div(8, product(f.splits, p.groups)));
 
-  const int64_t filters = product(f.partials, p.groups, f.padded_M), pixels = f.blocking.pixels();
+  const int64_t filters = product(f.splits, p.groups, f.padded_M), pixels = f.bands.pixels();
   f.shared.add(&f.shared.g, product(filters, f.padded_K));
   f.shared.add(&f.shared.sum_dy, filters);
   // tiles read up to a vector past the last pixel of x and up to a tile past that of dY
-  f.worker.add(&f.worker.x, copy_floats(f.x, product(f.blocking.images, f.rows, f.columns)) + kOuterVectors * kW);
+  f.worker.add(&f.worker.x, copy_floats(f.x, product(f.bands.images, f.rows, f.columns)) + kOuterVectors * kW);
   f.worker.add(&f.worker.grad_y, copy_floats(f.grad_y, pixels) + kOuterRows);
   f.worker.add(&f.worker.row, larger(f.padded_K, product(f.C, f.taps)) + kW * kW);
   f.worker.add(&f.worker.panel, product(pixels, kOuterVectors * kW));
@@ -81,7 +89,7 @@ inline GradWShape grad_w_shape(const Conv2dArgs& args) {
   return f;
 }
 
-// Adds `run` pixels, whose dY follow each other, to filters [co0, co1) of g.
+// Adds `run` pixels, whose dY are evenly spaced, to filters [co0, co1) of g.
 inline void grad_w_run(const GradWShape& f, const View<float>& x, const float* const* pixel, const float* dy,
                        int64_t pitch, int64_t run, int64_t co0, int64_t co1, float* g, bool first, char* worker) {
   const Conv2dProblem& p = f.p;
@@ -111,24 +119,24 @@ inline void grad_w_run(const GradWShape& f, const View<float>& x, const float* c
   }
 }
 
-inline void grad_w_partial(const Conv2dArgs& args, const GradWShape& f, int64_t task, char* shared, char* worker) {
+inline void grad_w_split(const Conv2dArgs& args, const GradWShape& f, int64_t task, char* shared, char* worker) {
   const Conv2dProblem& p = f.p;
-  const int64_t part = task % f.parts, group = task / f.parts % p.groups, partial = task / f.parts / p.groups;
+  const int64_t part = task % f.parts, group = task / f.parts % p.groups, split = task / f.parts / p.groups;
   const int64_t tiles = f.padded_M / kOuterRows;
   const int64_t co0 = tiles * part / f.parts * kOuterRows, co1 = tiles * (part + 1) / f.parts * kOuterRows;
-  const int64_t filter = (partial * p.groups + group) * f.padded_M;
+  const int64_t filter = (split * p.groups + group) * f.padded_M;
   float* const g = f.shared.g.in(shared) + filter * f.padded_K;
   float* const sum_dy = f.shared.sum_dy.in(shared) + filter;
   const float** const pixel = f.worker.pixel.in(worker);
   zero(sum_dy + co0, co1 - co0);
-  const int64_t begin = partial_begin(f.blocking, f.partials, partial);
-  for (int64_t i = begin; i < partial_begin(f.blocking, f.partials, partial + 1); ++i) {
-    const Region b = block_at(f.blocking, i), window = window_of(p, b);
+  const int64_t begin = split_begin(f.bands, f.splits, split);
+  for (int64_t i = begin; i < split_begin(f.bands, f.splits, split + 1); ++i) {
+    const Region b = band_at(f.bands, i), window = window_of(p, b);
     copy_region(args.type, f.x, window, group * f.C, 0, f.C, f.worker.x.in(worker));
     copy_region(args.type, f.grad_y, b, group * f.M, 0, f.M, f.worker.grad_y.in(worker));
     const View<float> x = view_of(f.x, window, group * f.C, f.worker.x.in(worker));
     const View<float> dy = view_of(f.grad_y, b, group * f.M, f.worker.grad_y.in(worker));
-    // dY pixels must follow each other evenly: in place only whole images without gaps do, else row by row
+    // the tile needs evenly spaced dY: in place only whole images without gaps are, otherwise it goes row by row
     const bool even = dy.row == b.columns * dy.pixel && dy.image == b.rows * dy.row;
     const int64_t run = even ? b.pixels() : b.columns;
     int64_t pixels = 0;
@@ -143,7 +151,7 @@ inline void grad_w_partial(const Conv2dArgs& args, const GradWShape& f, int64_t 
   }
 }
 
-// row[term in the order of x] -> row in the order (ci, tap), through `out`
+// row[terms in the order of x] -> out[terms in the order (ci, tap)]
 inline void order_by_channel(const GradWShape& f, const float* row, float* out) {
   const int64_t taps_of = f.taps / f.segments, length = round_up(taps_of * f.C, kW);
   for (int64_t ci = 0; ci < f.C; ci += kW)
@@ -159,7 +167,7 @@ inline void order_by_channel(const GradWShape& f, const float* row, float* out) 
     }
 }
 
-// One filter: adds up the partial sums and finishes.
+// One filter: adds up its partial sums, then the epilogue.
 template <typename T>
 inline void grad_w_filter(const Conv2dArgs& args, const GradWShape& f, int64_t task, char* shared, char* worker) {
   const int64_t group = task / f.M, co = task % f.M;
@@ -169,7 +177,7 @@ inline void grad_w_filter(const Conv2dArgs& args, const GradWShape& f, int64_t t
   float* const row = f.shared.g.in(shared) + filter * f.padded_K;  // of the first partial sum, added up in place
   float* const ordered = f.taps > 1 ? f.worker.row.in(worker) : row;
   float sum_dy = all_sum_dy[filter];
-  for (int64_t i = 1; i < f.partials; ++i) {
+  for (int64_t i = 1; i < f.splits; ++i) {
     const float* more = all_g + (i * filters + filter) * f.padded_K;
     for (int64_t k = 0; k < f.padded_K; k += kW) store(row + k, load(row + k) + load(more + k));
     sum_dy += all_sum_dy[i * filters + filter];
@@ -215,9 +223,9 @@ inline void grad_w_reduce(const Conv2dArgs& args, const GradWShape& f, int64_t t
 
 inline Plan<Conv2dArgs> grad_w_plan(const Conv2dArgs& args) {
   const GradWShape f = grad_w_shape(args);
-  if (windows_are_sparse(f.p, f.blocking, f.rows, f.columns)) return kDefinitionKernels.grad_w(args);
-  return make_plan<Conv2dArgs, GradWShape, grad_w_partial, grad_w_reduce>(f, product(f.partials, f.p.groups, f.parts),
-                                                                          f.p.C_out);
+  if (windows_are_sparse(f.p, f.bands, f.rows, f.columns)) return kDefinitionKernels.grad_w(args);
+  return make_plan<Conv2dArgs, GradWShape, grad_w_split, grad_w_reduce>(f, product(f.splits, f.p.groups, f.parts),
+                                                                        f.p.C_out);
 }
 
 }  // namespace

@@ -1,24 +1,33 @@
 // Gradient of the input, float32 sums:   dX[n,ci,h,w] = sum over (kh,kw,co) of dY[n,co,oh,ow] * clamp(W - X, -1, 1)
 // with oh*stride_h = h + pad_top - kh*dilation_h and ow likewise.  This is AdderNet's training gradient (arXiv
-// 1912.13200, section 3.3), on purpose not the derivative, which is sgn(W - X).
+// 1912.13200, section 3.2), on purpose not the derivative, which is sgn(W - X).
 //
 // Gather form: every input pixel sums its own terms, so nothing is added atomically and the order is fixed.  Pixels
-// whose (h + pad_top, w + pad_left) have the same remainders by the strides form a phase; within a phase all pixels
-// use the same taps and step through dY by one.
+// whose (h + pad_top, w + pad_left) have the same remainders by the strides form a phase; all pixels of a phase use the
+// same taps and step through dY by one.
 //
-//   dY   the rows that the band's pixels reach, in scratch, zero where no output is; or the tensor itself
-//   x    one vector tile per pixel, constant over the sum: in registers (32) or folded from memory (16)
+//   dY   the outputs that a band's pixels reach, copied to [image][row][column][co], zero where no output is; or the
+//        tensor itself
+//   x    one vector tile per pixel, constant over the sum: in registers (32), or read from memory by the sub (16)
 //   w    packed panels [phase][tap][co][NV*kW lanes of ci]
 //   acc  one panel of one phase, [pixel][NV*kW]
 //
-//   stage 0: pack a panel of w, or load part of a band that several tasks share
-//   stage 1: task = (band of input rows, group, part of the panels);  panel -> phase -> block of terms -> tile of MR
-//   pixels x NV vectors of ci: a term is one broadcast of dY, NV loads of w, MR*NV (sub, clamp, fma).  32 registers: 6
-//   x 2, 10 x 1;  16: 4 x 2, 8 x 1.
+//   stage 0: task = pack one panel of w, or copy part of the dY that several tasks share
+//   stage 1: task = (band of input pixels, group, part of the panels)
+//            panel -> phase -> slab of terms -> tile of MR pixels x NV vectors of input channels:
 //
-// clamp_unit() turns a NaN into +-1.  A NaN of x is put back at the end (it makes NaN of every sum it is part of);
-// weights that are not all finite send the whole call through definition.h.
-
+//              one term of w   [ vector 0 | ... | vector NV-1 ]    NV loads, shared by the MR pixels
+//                                lanes: channels ci ->
+//   dY[pixel 0]     broadcast  [ accumulators        x held  ]    1 broadcast per pixel and term; with AVX-512 it is
+//   dY[pixel 1]     broadcast  [                             ]    part of the fma
+//   ...                        [                             ]    NV (sub, clamp, fma) per pixel and term; clamp is 1
+//   dY[pixel MR-1]  broadcast  [                             ]    instruction with AVX-512, 2 otherwise
+//
+//   32 registers: MR x NV = 6 x 2, 10 x 1;  16 registers: 4 x 2, 8 x 1.
+//
+// Tails: a phase's last tile repeats its last pixel; lanes beyond C_in have zero weights and are never stored.
+// clamp_unit() turns a NaN into +-1.  A NaN of x is put back at the end, since every sum with it is NaN; weights that
+// are not all finite send the whole group through the definition.
 #pragma once
 #include "../../definition/conv2d.h"
 #include "input.h"
@@ -52,8 +61,7 @@ __attribute__((noinline)) void grad_x_tile(const float* const* grad_y, const flo
       UNROLL_FOR (j, NV) b[j] = load(w + j * kW);
       UNROLL_FOR (i, MR) {
         UNROLL_FOR (j, NV) {
-          // every other subtraction goes through the multiplier: with the clamp on the adder, both are then equally
-          // busy
+          // every other subtraction uses the multiplier: with the clamp on the adder, both are then equally busy
           const vf d = (i + j) % 2 ? difference<true>(b[j], at[i][j]) : difference<false>(b[j], at[i][j]);
           c[i][j] = fused_of(a[i] + k, clamp_unit(d), c[i][j]);
         }
@@ -68,10 +76,10 @@ struct GradXShape {
   Conv2dProblem p;
   int64_t C, M, taps;
   Input grad_y, x;
-  Blocking blocking;
+  Bands bands;
   Panels panels;
-  int64_t reach_rows, reach_columns;  // of dY, that the pixels of a block reach at most
-  int64_t copy;                       // floats of a block's copy of dY
+  int64_t reach_rows, reach_columns;  // of dY, that the pixels of a band reach at most
+  int64_t copy;                       // floats of a band's copy of dY
   int64_t copy_tasks;                 // as in forward.h
   bool direct_out;                    // dX is written by the epilogue, not by way of `result`
   struct Shared : Layout {
@@ -83,7 +91,7 @@ struct GradXShape {
     Part<float> grad_y, x, acc, result;
     Part<const float*> grad_y_at, x_at;  // of each pixel of the phase
     Part<float*> target;                 // where its gradient goes
-    Part<int64_t> index;                 // of the pixel in the block
+    Part<int64_t> index;                 // of the pixel in the band
     Part<int64_t> tap, position;
     Part<Segment> segments;
   } worker;
@@ -101,23 +109,23 @@ inline GradXShape grad_x_shape(const Conv2dArgs& args) {
   f.grad_y = make_input(args.type, args.grad_y, p.OH, p.OW, f.M, padded, 1);
   f.x = make_input(args.type, args.x, p.H, p.W, f.C, false, kW);
   const int64_t row = sum(product(p.W, f.C), ceil_div(product(reach, f.M), p.stride_h));
-  f.blocking = make_blocking(p.N, p.H, p.W, row, 48 * 1024, 192);
-  const int64_t units = product(f.blocking.count, p.groups);
+  f.bands = make_bands(p.N, p.H, p.W, row, 48 * 1024, 192);
+  const int64_t units = product(f.bands.count, p.groups);
   f.panels = make_panels(f.C, kGradXPanel, units);
   f.copy_tasks = f.panels.parts > 1 && !f.grad_y.in_place ? ceil_div(f.M, kCopyChannels) : 0;
   // the copy of x holds whole vectors of the lanes of one task
   if (!f.x.in_place) f.x.pitch = copy_pitch(ceil_div(f.panels.count, f.panels.parts) * kGradXPanel * kW);
-  f.reach_rows = (f.blocking.rows - 1 + span_h) / p.stride_h + 2;
-  f.reach_columns = (f.blocking.columns - 1 + span_w) / p.stride_w + 2;
-  f.copy = copy_floats(f.grad_y, product(f.blocking.images, f.reach_rows, f.reach_columns));
+  f.reach_rows = (f.bands.rows - 1 + span_h) / p.stride_h + 2;
+  f.reach_columns = (f.bands.columns - 1 + span_w) / p.stride_w + 2;
+  f.copy = copy_floats(f.grad_y, product(f.bands.images, f.reach_rows, f.reach_columns));
   f.direct_out = args.type == ElementType::kFloat32 && args.out.stride[1] == 1;
 
-  const int64_t lanes = product(p.groups, f.panels.vectors, kW), pixels = f.blocking.pixels() + kGradXMostRows;
+  const int64_t lanes = product(p.groups, f.panels.vectors, kW), pixels = f.bands.pixels() + kGradXMostRows;
   f.shared.add(&f.shared.w, product(lanes, f.M, f.taps));
   f.shared.add(&f.shared.nonfinite, product(p.groups, f.panels.count));
   f.shared.add(&f.shared.grad_y, f.copy_tasks ? product(units, f.copy) : 0);
   f.worker.add(&f.worker.grad_y, f.copy_tasks ? 0 : f.copy);
-  f.worker.add(&f.worker.x, copy_floats(f.x, f.blocking.pixels()));
+  f.worker.add(&f.worker.x, copy_floats(f.x, f.bands.pixels()));
   f.worker.add(&f.worker.acc, product(pixels, kGradXPanel * kW));
   f.worker.add(&f.worker.result, f.direct_out ? 0 : product(pixels, kGradXPanel * kW) + kW);
   f.worker.add(&f.worker.grad_y_at, pixels);
@@ -178,7 +186,7 @@ inline void grad_x_pack(const Conv2dArgs& args, const GradXShape& f, int64_t tas
   f.shared.nonfinite.in(shared)[task] = any(bad);
 }
 
-// Does any output reach pixel (h, w)?
+// Whether any output reads pixel (h, w).
 inline bool reached(const Conv2dProblem& p, int64_t h, int64_t w) {
   for (int64_t kh = 0; kh < p.KH; ++kh)
     for (int64_t kw = 0; kw < p.KW; ++kw) {
@@ -190,7 +198,7 @@ inline bool reached(const Conv2dProblem& p, int64_t h, int64_t w) {
   return false;
 }
 
-// One panel for all pixels of one phase of a block; `w` begins with the phase's first term.
+// One panel for all pixels of one phase of a band; `w` begins with the phase's first term.
 template <int NV>
 inline void grad_x_panel(const GradXShape& f, const Region& b, const Segment* segments, int64_t count, int64_t pixels,
                          const float* w, int64_t lanes, char* worker) {
@@ -236,7 +244,7 @@ inline void grad_x_by_definition(const Conv2dArgs& args, const Region& b, int64_
                      static_cast<T*>(args.out.data) + n * stride[0] + ci * stride[1] + h * stride[2] + w * stride[3]);
 }
 
-// The outputs that a block's pixels reach, some of them outside the image.
+// The outputs that a band's pixels reach, some of them outside the image.
 inline Region outputs_of(const Conv2dProblem& p, const Region& b) {
   const int64_t oh0 = floor_div(b.h0 + p.pad_top - (p.KH - 1) * p.dilation_h, p.stride_h);
   const int64_t ow0 = floor_div(b.w0 + p.pad_left - (p.KW - 1) * p.dilation_w, p.stride_w);
@@ -248,18 +256,19 @@ inline Region outputs_of(const Conv2dProblem& p, const Region& b) {
 // The remainder of a / b, not negative.
 inline int64_t remainder(int64_t a, int64_t b) { return (a % b + b) % b; }
 
-// A phase of one block: its segments of dY, and its pixels.
+// A phase of one band: how many taps, segments of dY, and pixels.
 struct GradXPhase {
   int64_t taps, segments, pixels;
 };
-// `x` begins with the panel's first channel; so does `out`, which direct_out needs.  `pitch`: floats per pixel of result.
+// Prepares the tiles of one phase and panel.  `x`, and `out` if f.direct_out, begin with the panel's first channel;
+// otherwise the results go to `result`, `pitch` floats per pixel.
 inline GradXPhase grad_x_phase(const Conv2dArgs& args, const GradXShape& f, const Region& b, const Region& outputs,
                                int64_t rh, int64_t rw, const View<float>& grad_y, const View<float>& x, float* out,
                                int64_t pitch, char* worker) {
   const Conv2dProblem& p = f.p;
   int64_t* const tap = f.worker.tap.in(worker);
   const int64_t taps = phase_taps(p, rh, rw, tap);
-  // th, tw: how far back in dY a tap looks, from the pixel's quotient by the stride
+  // th, tw: how far back in dY a tap reads, counted from the pixel's quotient by the stride
   const int64_t th_most = taps ? (tap[0] / p.KW * p.dilation_h - rh) / p.stride_h : 0;
   const int64_t tw_most = taps ? (tap[0] % p.KW * p.dilation_w - rw) / p.stride_w : 0;
   for (int64_t i = 0; i < taps; ++i) {
@@ -299,8 +308,8 @@ inline GradXPhase grad_x_phase(const Conv2dArgs& args, const GradXShape& f, cons
 
 inline void grad_x_task(const Conv2dArgs& args, const GradXShape& f, int64_t task, char* shared, char* worker) {
   const Conv2dProblem& p = f.p;
-  const PanelTask t = panel_task(f.blocking, p.groups, f.panels, task);
-  const Region &b = t.block, outputs = outputs_of(p, b);
+  const PanelTask t = panel_task(f.bands, p.groups, f.panels, task);
+  const Region &b = t.band, outputs = outputs_of(p, b);
   const int64_t lane0 = panel_begin(f.panels, t.begin) * kW, c0 = t.group * f.C + lane0;
   const int64_t channels = smaller(f.C, panel_begin(f.panels, t.end) * kW) - lane0;
   for (int64_t i = 0; i < f.panels.count; ++i)
@@ -334,16 +343,16 @@ inline void grad_x_prepare(const Conv2dArgs& args, const GradXShape& f, int64_t 
   if (task < panels)
     return dispatch(args.type, [&](auto zero) { grad_x_pack<decltype(zero)>(args, f, task, shared, worker); });
   const int64_t unit = (task - panels) / f.copy_tasks, begin = (task - panels) % f.copy_tasks * kCopyChannels;
-  const Region outputs = outputs_of(f.p, block_at(f.blocking, unit / f.p.groups));
+  const Region outputs = outputs_of(f.p, band_at(f.bands, unit / f.p.groups));
   copy_region(args.type, f.grad_y, outputs, unit % f.p.groups * f.M, begin, smaller(f.M, begin + kCopyChannels),
               f.shared.grad_y.in(shared) + unit * f.copy);
 }
 
 inline Plan<Conv2dArgs> grad_x_plan(const Conv2dArgs& args) {
   const GradXShape f = grad_x_shape(args);
-  if (outputs_are_sparse(f.p, f.blocking, f.reach_rows, f.reach_columns, product(f.p.stride_h, f.p.stride_w)))
+  if (outputs_are_sparse(f.p, f.bands, f.reach_rows, f.reach_columns, product(f.p.stride_h, f.p.stride_w)))
     return kDefinitionKernels.grad_x(args);
-  const int64_t units = product(f.p.groups, f.blocking.count);
+  const int64_t units = product(f.p.groups, f.bands.count);
   return make_plan<Conv2dArgs, GradXShape, grad_x_prepare, grad_x_task>(
       f, sum(product(f.p.groups, f.panels.count), product(units, f.copy_tasks)), product(units, f.panels.parts));
 }

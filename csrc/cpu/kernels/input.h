@@ -1,5 +1,5 @@
 // An operand as the kernels read it: float32, the channels of a pixel contiguous.  Either the tensor itself, or a
-// padded copy of the region that a block reads.
+// padded copy of the region that a band reads.
 #pragma once
 #include "rows.h"
 

@@ -1,23 +1,27 @@
 // Int8 forward, exact int32 sums:   Y[n,co,p] = -sum_k |X[n,k,p] - W[co,k]|      k = (kh, kw, ci),  p = (oh, ow)
-// and what int8_args.h makes of them, on bytes.
+// followed by the epilogue of args/int8.h.
 //
 // x86-64 has one instruction for it: psadbw sums 8 |a - b| to every 64 bits, so a term costs 1/64 (AVX-512), 1/32
 // (AVX2) or 1/16 (SSE2) of it and as much of an addition; AArch64 takes three instructions for 16 terms.
 //
-//   x    one band of rows in scratch, [row][column][ci], padded; or the tensor itself where nothing is padded
-//   w    packed panels [run of terms][vector of kFilters filters][filter][kRun bytes]; whole runs first
+//   x    the window of one band, copied to [image][row][column][ci] and padded; or the tensor itself without padding
+//   w    packed panels [run of kRun terms][filter][kRun bytes]; whole runs first
 //
-//   stage 0: pack a panel of w, with its scale and offset
-//   stage 1: task = (band of output rows, group, part of the panels)
-//   panel -> tile of MR pixels, all K terms, finished in registers:
+//   stage 0: task = pack one panel of w, with its scale and offset
+//   stage 1: task = (band of output pixels, group, part of the panels)
+//            panel -> tile of MR pixels x NV vectors of kFilters filters, all K terms, then the epilogue in registers:
 //
-//            filters ->             each step broadcasts kRun bytes of a pixel, reads NV vectors of w that the MR
-//   pixel 0  [ NV vectors ]         pixels share, and does MR*NV (psadbw, paddd).
-//   pixel MR [ NV vectors ]         32 registers: 6 x 4, 11 x 2;  16 registers: 6 x 2.
+//              one run of w   [ vector 0 | ... | vector NV-1 ]    NV loads, shared by the MR pixels
+//                               filters, kRun bytes each ->
+//   x[pixel 0]     broadcast  [ accumulators                ]    1 broadcast of kRun bytes per pixel and run
+//   ...                       [                             ]    NV (psadbw, paddd) per pixel and run
+//   x[pixel MR-1]  broadcast  [                             ]
 //
-// Terms run over the bytes of a kernel row where they lie in one piece, else of a tap; the last run of each is filled
-// up with zeros on both sides.  A band's last tile repeats its last pixel.
-
+//   32 registers: MR x NV = 6 x 4, 11 x 2;  16 registers: 6 x 2.
+//
+// Tails: runs follow the bytes of a segment, a kernel row where it lies in one piece, else a tap; the last run of each
+// is filled up with zeros on both sides.  A band's last tile repeats its last pixel; lanes beyond C_out have zero
+// weights and are never stored.
 #pragma once
 #include "int8_epilogue.h"
 #include "int8_input.h"
@@ -33,14 +37,14 @@ constexpr int kInt8Panel = kRegisters == 32 ? 4 / kParts : 2 / kParts;  // vecto
 
 constexpr int int8_rows(int nv) { return kRegisters == 32 ? (nv == 4 ? 6 : nv == 3 ? 8 : 11) : 6; }
 
-// Bytes beyond `n` of a run become 0.
+// The first n bytes of a run; the others become 0.
 ALWAYS_INLINE void copy_run(const uint8_t* from, int64_t n, uint8_t* to) {
   __builtin_memset(to, 0, kRun);
   for (int64_t i = 0; i < n; ++i) to[i] = from[i];
 }
 
-// The runs of a filter: `whole` ones, and behind them `parts` that have `left` bytes of a segment's end; `offset` says
-// where each begins, in bytes from a pixel's window on.
+// The runs of a filter: `whole` ones, then `parts` that hold the last `left` bytes of a segment.  `offset`: where each
+// begins, in bytes from the start of a pixel's window.
 struct Int8Runs {
   const int64_t* offset;
   int64_t whole, parts, left;
@@ -78,10 +82,10 @@ struct Int8Shape {
   Conv2dProblem p;  // of the strided view when the kernel is 1x1
   int64_t C, M, taps;
   Int8Input x;
-  int64_t segments, length, runs;  // a filter: so many segments of so many bytes, and the runs of all of them
-  Blocking blocking;
+  int64_t segments, length, runs;  // of a filter: segments, bytes per segment, runs of all segments
+  Bands bands;
   Panels panels;
-  int64_t rows, columns;  // of the window that a block reads
+  int64_t rows, columns;  // of the window that a band reads
   struct Shared : Layout {
     Part<uint8_t> w;
     Part<float> scale, offset;
@@ -105,16 +109,16 @@ inline Int8Shape int8_shape(const Int8Args& args) {
   const bool joined = p.dilation_w == 1 && f.x.pitch == f.C;
   f.segments = joined ? p.KH : f.taps, f.length = f.taps / f.segments * f.C;
   f.runs = f.segments * ceil_div(f.length, kRun);
-  f.blocking = make_blocking(p.N, p.OH, p.OW, product(p.stride_h, window_columns(p, p.OW), f.C), kInt8Budget, 192);
-  f.panels = make_panels(f.M, kInt8Panel, product(f.blocking.count, p.groups));
-  f.rows = window_rows(p, f.blocking.rows), f.columns = window_columns(p, f.blocking.columns);
+  f.bands = make_bands(p.N, p.OH, p.OW, product(p.stride_h, window_columns(p, p.OW), f.C), kInt8Budget, 192);
+  f.panels = make_panels(f.M, kInt8Panel, product(f.bands.count, p.groups));
+  f.rows = window_rows(p, f.bands.rows), f.columns = window_columns(p, f.bands.columns);
 
   const int64_t lanes = product(p.groups, f.panels.vectors, kW);
   f.shared.add(&f.shared.w, product(lanes, f.runs, kRun));
   f.shared.add(&f.shared.scale, lanes);
   f.shared.add(&f.shared.offset, lanes);
-  f.worker.add(&f.worker.x, f.x.in_place ? 0 : product(f.blocking.images, f.rows, f.columns, f.x.pitch));
-  f.worker.add(&f.worker.pixel, f.blocking.pixels() + kInt8MostRows);
+  f.worker.add(&f.worker.x, f.x.in_place ? 0 : product(f.bands.images, f.rows, f.columns, f.x.pitch));
+  f.worker.add(&f.worker.pixel, f.bands.pixels() + kInt8MostRows);
   f.worker.add(&f.worker.offset, f.runs);
   return f;
 }
@@ -146,7 +150,7 @@ inline void int8_pack(const Int8Args& args, const Int8Shape& f, int64_t task, ch
   }
 }
 
-// One panel for all pixels of a block; `at`: where in y the first pixel's first filter is.
+// One panel for all pixels of a band; `at`: the element of y for the first filter of the first pixel.
 template <int NV>
 inline void int8_panel(const Int8Args& args, const uint8_t* const* pixel, int64_t pixels, const Int8Runs& runs,
                        const uint8_t* w, const float* scale, const float* offset, int64_t lanes, int64_t at) {
@@ -161,8 +165,8 @@ inline void int8_panel(const Int8Args& args, const uint8_t* const* pixel, int64_
 
 inline void int8_task(const Int8Args& args, const Int8Shape& f, int64_t task, char* shared, char* worker) {
   const Conv2dProblem& p = f.p;
-  const PanelTask t = panel_task(f.blocking, p.groups, f.panels, task);
-  const Region& b = t.block;
+  const PanelTask t = panel_task(f.bands, p.groups, f.panels, task);
+  const Region& b = t.band;
   const View<uint8_t> x = int8_view(args, f.x, window_of(p, b), t.group * f.C, f.C, f.worker.x.in(worker));
 
   const uint8_t** const pixel = f.worker.pixel.in(worker);
@@ -196,9 +200,9 @@ inline void int8_task(const Int8Args& args, const Int8Shape& f, int64_t task, ch
 
 inline Plan<Int8Args> int8_dense_plan(const Int8Args& args) {
   const Int8Shape f = int8_shape(args);
-  if (windows_are_sparse(f.p, f.blocking, f.rows, f.columns)) return kDefinitionKernels.int8(args);
+  if (windows_are_sparse(f.p, f.bands, f.rows, f.columns)) return kDefinitionKernels.int8(args);
   return make_plan<Int8Args, Int8Shape, int8_pack, int8_task>(f, product(f.p.groups, f.panels.count),
-                                                              product(f.p.groups, f.blocking.count, f.panels.parts));
+                                                              product(f.p.groups, f.bands.count, f.panels.parts));
 }
 
 }  // namespace

@@ -1,11 +1,20 @@
-// Int8 depthwise layers (C_in == groups; filter c*multiplier + j reads channel c alone): lanes are channels.
+// Int8 depthwise layers (C_in == groups; filter c*multiplier + j reads channel c alone).  Lanes are channels.
 //
-//   Y[n,co,p] = -sum_t |X[n,c,p+t] - W[co,t]|      t = (kh, kw)
+//   Y[n,co,p] = -sum_t |X[n,c,p+t] - W[co,t]|      t = (kh, kw);  then the epilogue of args/int8.h
 //
-//   stage 0: w as [j][t][channel]
-//   stage 1: task = band of output rows; x as in int8.h, channels rounded up to whole vectors
-// A term is a load of x, one of w, |a - b| on bytes and an addition to 16 bits; 257 terms fit there, and go to int32.
-
+//   x    the window of one band, [image][row][column][channel], channels rounded up to whole vectors; or the tensor
+//        itself
+//   w    [j][t][channel], likewise
+//
+//   stage 0: task = pack filter j of every channel
+//   stage 1: task = band of output pixels; pixel -> half a vector of channels -> filter j:
+//
+//     x[pixel + t]  [ kHalfLanes bytes         ]   lanes: channels ->
+//     w[j][t]       [ kHalfLanes bytes         ]
+//     accumulator   [ kHalfLanes 16-bit lanes  ]   widened to two vectors of 32 bits after at most kMostTerms16 terms
+//
+// Budget per term: 2 loads, |a - b| on bytes (max, min, sub), a conversion to 16 bits, an add.
+// Tails: lanes beyond C_in have zero weights and are never stored.
 #pragma once
 #include "../../definition/int8.h"
 #include "int8_epilogue.h"
@@ -27,8 +36,8 @@ struct Int8DepthwiseShape {
   Conv2dProblem p;
   int64_t multiplier, taps, channels;  // channels in whole vectors
   Int8Input x;
-  Blocking blocking;
-  int64_t rows, columns;  // of the window that a block reads
+  Bands bands;
+  int64_t rows, columns;  // of the window that a band reads
   struct Shared : Layout {
     Part<uint8_t> w;
   } shared;
@@ -48,11 +57,10 @@ inline Int8DepthwiseShape int8_depthwise_shape(const Int8Args& args) {
          p.W,
          f.channels,
          !reads_padding(p) && f.channels == p.C_in};
-  f.blocking =
-      make_blocking(p.N, p.OH, p.OW, product(p.stride_h, window_columns(p, p.OW), f.channels), kInt8Budget, 16);
-  f.rows = window_rows(p, f.blocking.rows), f.columns = window_columns(p, f.blocking.columns);
+  f.bands = make_bands(p.N, p.OH, p.OW, product(p.stride_h, window_columns(p, p.OW), f.channels), kInt8Budget, 16);
+  f.rows = window_rows(p, f.bands.rows), f.columns = window_columns(p, f.bands.columns);
   f.shared.add(&f.shared.w, product(f.multiplier, f.taps, f.channels));
-  f.worker.add(&f.worker.x, f.x.in_place ? 0 : product(f.blocking.images, f.rows, f.columns, f.channels));
+  f.worker.add(&f.worker.x, f.x.in_place ? 0 : product(f.bands.images, f.rows, f.columns, f.channels));
   f.worker.add(&f.worker.offset, f.taps);
   return f;
 }
@@ -86,7 +94,7 @@ inline void int8_depthwise_task(const Int8Args& args, const Int8DepthwiseShape& 
                                 char* worker) {
   const Conv2dProblem& p = f.p;
   const uint8_t* const packed = f.shared.w.in(shared);
-  const Region b = block_at(f.blocking, task);
+  const Region b = band_at(f.bands, task);
   const View<uint8_t> x = int8_view(args, f.x, window_of(p, b), 0, p.C_in, f.worker.x.in(worker));
   int64_t* const offset = f.worker.offset.in(worker);
   for (int64_t t = 0; t < f.taps; ++t) offset[t] = t / p.KW * p.dilation_h * x.row + t % p.KW * p.dilation_w * x.pixel;
@@ -115,9 +123,9 @@ inline void int8_depthwise_task(const Int8Args& args, const Int8DepthwiseShape& 
 
 inline Plan<Int8Args> int8_depthwise_plan(const Int8Args& args) {
   const Int8DepthwiseShape f = int8_depthwise_shape(args);
-  if (windows_are_sparse(f.p, f.blocking, f.rows, f.columns)) return kDefinitionKernels.int8(args);
+  if (windows_are_sparse(f.p, f.bands, f.rows, f.columns)) return kDefinitionKernels.int8(args);
   return make_plan<Int8Args, Int8DepthwiseShape, int8_depthwise_pack, int8_depthwise_task>(f, f.multiplier,
-                                                                                           f.blocking.count);
+                                                                                           f.bands.count);
 }
 
 }  // namespace

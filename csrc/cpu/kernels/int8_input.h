@@ -1,5 +1,5 @@
 // The input of the int8 kernels: uint8, channels last, in one piece.  Either the tensor itself, or a padded copy of the
-// region that a block reads.
+// region that a band reads.
 #pragma once
 #include "../../args/int8.h"
 #include "input.h"
@@ -8,7 +8,7 @@ namespace adderops {
 namespace cpu {
 namespace {
 
-constexpr int64_t kInt8Budget = 48 * 1024;  // bytes of input per block
+constexpr int64_t kInt8Budget = 48 * 1024;  // bytes of input per band
 
 struct Int8Input {
   View<uint8_t> tensor;  // from image 0 on

@@ -1,17 +1,28 @@
-// Moments of the kernels of two layers (moments_args.h), and the gradient of what depends on them, float32.
+// Moments of the features of two layers (args/moments.h), and the gradient of a loss that depends on them, float32.
 //
-//   panel   a band of pixels in scratch, [pixel][student's C, teacher's C, zeros up to whole vectors]: z, made in place
-//           of the outputs loaded there, so that the outputs are read once and z never leaves the cache
-//   second  partial sums [chunk][j][k], k up to whole vectors; only tiles on and below the diagonal
+//   panel   the pixels of a band, [pixel][student's C, teacher's C, zeros up to `pitch`]: loaded, then turned into z in
+//           place, so that the tensors are read once and z never leaves the cache
+//   second  partial sums [split][j][k], k up to whole vectors; only tiles on and below the diagonal
+//   mean    partial sums [split][j]
 //
-//   moments   stage 0: task = chunk of bands.  second += z z^T by the tile of grad_w.h: kGradWRows rows of j by
-//             kGradWVectors vectors of k, a pixel after the other.
-//             stage 1: one task: the chunks in order, divided by the number of pixels; the upper half from the lower.
-//   gradient  stage 0: the weights in rows of whole vectors.  stage 1: task = band, out by tiles of kGradRows pixels x
-//             kGradVectors vectors of channels, a loop over j: a load of the weights, broadcasts of z, an fma each.
+//   moments   stage 0: task = split of the bands; second += z^T z by the tile of outer_product.h
 //
-// How pixels are cut into bands and chunks depends on the problem alone, so the order of every sum does.
-
+//       panel [pixel][channel]            second [j][k]
+//       pixel 0  z z z z z z z z          j  [tile]
+//       pixel 1  z z z z z z z z          |  [tile][tile]            above the diagonal: mirrored in stage 1
+//       ...      a a     b b b            v  [tile][tile][tile]      a: kOuterRows channels j, b: vectors of k
+//                                          k ->
+//             stage 1: one task adds up the splits in order, divides by the number of pixels, mirrors the upper half
+//
+//   gradient  stage 0: one task packs the weights into rows of whole vectors, [j][c]
+//             stage 1: task = band; tile of kMomentsRows pixels x NV vectors of channels, summed over j:
+//
+//       weights[j]    [ vector 0 | vector 1 ]   NV loads, shared by the pixels
+//       z[pixel 0][j] [ accumulators        ]   1 broadcast and NV fma per pixel and j
+//       ...           [                     ]   32 registers: 12 x 2, 12 x 1;  16 registers: 6 x 2, 6 x 1.
+//
+// Tails: rows of the panel end with zeros; a band's last tile computes pixels that are never stored.  Bands and splits
+// depend on the problem alone, and so does the order of every sum.
 #pragma once
 #include "outer_product.h"
 #include "plan.h"
@@ -21,7 +32,7 @@ namespace adderops {
 namespace cpu {
 namespace {
 
-constexpr int64_t kMomentsFloats = 96 * 1024;  // of a panel
+constexpr int64_t kMomentsFloats = 96 * 1024;  // per panel
 constexpr int kMomentsRows = kRegisters == 32 ? 12 : 6;
 constexpr int kMomentsVectors = 2;
 constexpr float kMostExponent = 10.f;
@@ -30,7 +41,7 @@ constexpr float kMostExponent = 10.f;
 ALWAYS_INLINE vf exponential(vf x) {
   const vf low = splat(-87.f), high = splat(kMostExponent);
   x = -minimum(-minimum(x, high), -low);
-  const vf magic = splat(12582912.f);  // 1.5 * 2^23: adding it rounds to an integer, which stands in the low bits
+  const vf magic = splat(12582912.f);  // 1.5 * 2^23: adding it rounds to an integer, in the low bits of the result
   const vf shifted = fused(x, splat(1.44269504f), magic);
   const vf n = shifted - magic;
   vf r = fused(n, splat(-0.693359375f), x);
@@ -48,10 +59,10 @@ ALWAYS_INLINE vf exponential(vf x) {
 struct MomentsShape {
   int64_t C, D, pitch;  // channels of one network, of both, floats per pixel of the panel
   int64_t row;          // floats of a row of packed weights
-  Blocking blocking;
-  int64_t partials;
+  Bands bands;
+  int64_t splits;
   struct Shared : Layout {
-    Part<float> second, mean;  // [partial][pitch][pitch], [partial][pitch]
+    Part<float> second, mean;  // [split][pitch][pitch], [split][pitch]
     Part<float> weights;       // gradient: [D + 1][row]
   } shared;
   struct Worker : Layout {
@@ -65,24 +76,24 @@ inline MomentsShape moments_shape(const MomentsArgs& a, bool gradient) {
   f.C = a.C, f.D = product(2, a.C), f.row = round_up(f.C, kW);
   // rows of `second` are tiles of kOuterRows, its columns vectors
   f.pitch = round_up(round_up(f.D, kW), kOuterRows);
-  f.blocking = make_blocking(a.N, a.H, a.W, product(a.W, f.pitch), kMomentsFloats, 64);
-  f.partials = larger(1, smaller(kMostPartials, f.blocking.count));
+  f.bands = make_bands(a.N, a.H, a.W, product(a.W, f.pitch), kMomentsFloats, 64);
+  f.splits = larger(1, smaller(kMostSplits, f.bands.count));
   // loads of a pixel's last vector, and of a tile's missing pixels, run over the end
-  const int64_t pixels = f.blocking.pixels();
+  const int64_t pixels = f.bands.pixels();
   const int64_t floats = product(pixels + kMomentsRows, f.pitch) + kOuterVectors * kW;
   f.worker.add(&f.worker.panel, floats);
   if (gradient) {
     f.shared.add(&f.shared.weights, product(f.D + 1, f.row) + kMomentsVectors * kW);
     f.worker.add(&f.worker.out, floats);
   } else {
-    f.shared.add(&f.shared.second, product(f.partials, f.pitch, f.pitch));
-    f.shared.add(&f.shared.mean, product(f.partials, f.pitch));
+    f.shared.add(&f.shared.second, product(f.splits, f.pitch, f.pitch));
+    f.shared.add(&f.shared.mean, product(f.splits, f.pitch));
     f.worker.add(&f.worker.pixel, pixels);
   }
   return f;
 }
 
-// Loads a block and turns it into z in place; returns the number of its pixels.
+// Loads a band and turns it into z in place; returns the number of its pixels.
 inline int64_t moments_panel(const MomentsArgs& a, const MomentsShape& f, const Region& b, float* panel) {
   const int64_t pixels = b.pixels();
   for (int64_t i = 0; i < pixels; ++i)
@@ -103,15 +114,15 @@ inline int64_t moments_panel(const MomentsArgs& a, const MomentsShape& f, const 
   return pixels;
 }
 
-inline void moments_partial(const MomentsArgs& a, const MomentsShape& f, int64_t task, char* shared, char* worker) {
+inline void moments_split(const MomentsArgs& a, const MomentsShape& f, int64_t task, char* shared, char* worker) {
   float* const second = f.shared.second.in(shared) + task * f.pitch * f.pitch;
   float* const mean = f.shared.mean.in(shared) + task * f.pitch;
   float* const panel = f.worker.panel.in(worker);
   const float** const pixel = f.worker.pixel.in(worker);
   zero(mean, f.pitch);
-  const int64_t begin = partial_begin(f.blocking, f.partials, task);
-  for (int64_t i = begin; i < partial_begin(f.blocking, f.partials, task + 1); ++i) {
-    const int64_t pixels = moments_panel(a, f, block_at(f.blocking, i), panel);
+  const int64_t begin = split_begin(f.bands, f.splits, task);
+  for (int64_t i = begin; i < split_begin(f.bands, f.splits, task + 1); ++i) {
+    const int64_t pixels = moments_panel(a, f, band_at(f.bands, i), panel);
     for (int64_t q = 0; q < pixels; ++q) pixel[q] = panel + q * f.pitch;
     add_rows(panel, f.pitch, pixels, f.D, mean);
     for (int64_t j = 0; j < f.D; j += kOuterRows)
@@ -129,11 +140,11 @@ inline void moments_reduce(const MomentsArgs& a, const MomentsShape& f, int64_t,
   const float inverse = 1.f / (float)(a.N * a.H * a.W);
   for (int64_t j = 0; j < f.D; ++j) {
     float total = 0.f;
-    for (int64_t i = 0; i < f.partials; ++i) total += f.shared.mean.in(shared)[i * f.pitch + j];
+    for (int64_t i = 0; i < f.splits; ++i) total += f.shared.mean.in(shared)[i * f.pitch + j];
     a.mean[j] = total * inverse;
     for (int64_t k = 0; k <= j; ++k) {
       float sum = 0.f;
-      for (int64_t i = 0; i < f.partials; ++i) sum += f.shared.second.in(shared)[(i * f.pitch + j) * f.pitch + k];
+      for (int64_t i = 0; i < f.splits; ++i) sum += f.shared.second.in(shared)[(i * f.pitch + j) * f.pitch + k];
       a.second[j * f.D + k] = a.second[k * f.D + j] = sum * inverse;
     }
   }
@@ -141,7 +152,7 @@ inline void moments_reduce(const MomentsArgs& a, const MomentsShape& f, int64_t,
 
 inline Plan<MomentsArgs> moments_plan(const MomentsArgs& a) {
   const MomentsShape f = moments_shape(a, false);
-  return make_plan<MomentsArgs, MomentsShape, moments_partial, moments_reduce>(f, f.partials, 1);
+  return make_plan<MomentsArgs, MomentsShape, moments_split, moments_reduce>(f, f.splits, 1);
 }
 
 // out[q][c] = packed[D][c] + sum over j < D of z[q][j] * packed[j][c], for kMomentsRows pixels and NV vectors of c
@@ -175,7 +186,7 @@ inline void moments_gradient_task(const MomentsArgs& a, const MomentsShape& f, i
   const float* const packed = f.shared.weights.in(shared);
   float* const panel = f.worker.panel.in(worker);
   float* const out = f.worker.out.in(worker);
-  const Region b = block_at(f.blocking, task);
+  const Region b = band_at(f.bands, task);
   const int64_t pixels = moments_panel(a, f, b, panel);
   for (int64_t q = 0; q < pixels; q += kMomentsRows)
     for (int64_t c = 0; c < f.row; c += kMomentsVectors * kW) {
@@ -195,11 +206,11 @@ inline void moments_gradient_task(const MomentsArgs& a, const MomentsShape& f, i
 
 inline Plan<MomentsArgs> moments_gradient_plan(const MomentsArgs& a) {
   const MomentsShape f = moments_shape(a, true);
-  return make_plan<MomentsArgs, MomentsShape, moments_gradient_pack, moments_gradient_task>(f, 1, f.blocking.count);
+  return make_plan<MomentsArgs, MomentsShape, moments_gradient_pack, moments_gradient_task>(f, 1, f.bands.count);
 }
 
-// sum |x| of each image into mean[n], of images that are each one piece of memory.  A task is an image; sums of 64
-// numbers a lane, then of those: they round like sums of few.
+// mean[n] = sum |x| of image n, for images that are contiguous.  Task = one image.  Each lane sums at most 64 numbers,
+// then those sums are added: the error grows as in short sums.
 struct AbsSumShape {
   Layout shared, worker;  // none
 };

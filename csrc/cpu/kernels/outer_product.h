@@ -1,14 +1,14 @@
 // The tile that sums outer products over pixels:   G[i, k] (+)= sum_q a[q, i] * b[q, k]
 // grad_w.h uses it with a = dY, b = X; moments.h with a = b = Z.
 //
-//                 k: NV vectors ->          a pixel is NV loads of b, which the rows share, kOuterRows broadcasts
-//   row 0      [ accumulators ]             of a, and kOuterRows*NV fused multiply-adds.
-//   row 1      [ ...          ]             32 registers: 8 x 3;  16 registers: 4 x 2.
-//   kOuterRows [ ...          ]
-//
-//   a     kOuterRows contiguous floats per pixel, a_pitch floats per pixel
-//   b     b[q] + offset, NV vectors per pixel
+//   a     kOuterRows contiguous floats per pixel, pixels a_pitch floats apart
+//   b     NV vectors per pixel, at b[q] + offset
 //   g     row i at g + i * g_pitch
+//
+//           b[q]         [ vector 0 | ... | vector NV-1 ]    NV loads per pixel, shared by the rows
+//   a[q, 0]   broadcast  [ accumulators                 ]    1 broadcast and NV fma per pixel and row
+//   a[q, 1]   broadcast  [                              ]
+//   ...                  [                              ]    32 registers: 8 x 3;  16 registers: 4 x 2.
 #pragma once
 #include "vector.h"
 

@@ -12,8 +12,8 @@ struct LaneSums {
   ALWAYS_INLINE void add(vf w) { value += w, size += absolute(w); }
 };
 
-// dst[k * stride + lane] = w[lane][k] for `lanes` <= kW filters of `terms` contiguous weights each; lanes beyond are 0.
-// `place(k)` gives the term's position; adds to the sums of each lane.
+// dst[place(k) * dst_stride + lane] = w[lane][k] for `lanes` <= kW filters of `terms` contiguous weights each; the
+// other lanes become 0.  Adds the weights to the sums of their lanes.
 template <typename T, typename Place>
 inline void pack_filters(const T* w, int64_t filter_stride, int64_t lanes, int64_t terms, const Place& place,
                          float* dst, int64_t dst_stride, LaneSums* sums) {
@@ -30,13 +30,13 @@ inline void pack_filters(const T* w, int64_t filter_stride, int64_t lanes, int64
   }
 }
 
-// Are a filter's weights contiguous in the order (ci, kh, kw)?
+// Whether a filter's weights are contiguous in the order (ci, kh, kw).
 inline bool dense_filters(const Conv2dProblem& p, const int64_t* stride) {
   return (p.KW == 1 || stride[3] == 1) && (p.KH == 1 || stride[2] == p.KW) &&
          (p.C_in == p.groups || stride[1] == p.KH * p.KW);
 }
 
-// One vector of filters from co on, all terms (ci, kh, kw), to dst[(tap * channels + ci) * dst_stride]: tap after tap.
+// Packs one vector of filters, from co on: term (tap, ci) goes to dst[(tap * channels + ci) * dst_stride].
 template <typename T>
 inline LaneSums pack_vector(const Conv2dArgs& args, int64_t co, int64_t lanes, float* dst, int64_t dst_stride) {
   const Conv2dProblem& p = args.problem;

@@ -7,12 +7,12 @@ namespace adderops {
 namespace cpu {
 namespace {
 
-// The lanes of a group in vectors, the vectors in panels of at most `most`, and the panels in `parts` tasks per block;
+// The lanes of a group in vectors, the vectors in panels of at most `most`, and the panels in `parts` tasks per band;
 // all evenly sized.
 struct Panels {
   int64_t vectors, count, parts;
 };
-// `units`: blocks times groups.  A block is divided where there would be too few tasks for several threads.
+// `units`: bands times groups.  A unit is divided where there would be too few tasks for several threads.
 inline Panels make_panels(int64_t channels, int64_t most, int64_t units) {
   const int64_t vectors = ceil_div(channels, kW), count = ceil_div(vectors, most);
   return {vectors, count, larger(1, smaller(count, ceil_div(16, units)))};
@@ -21,17 +21,17 @@ inline Panels make_panels(int64_t channels, int64_t most, int64_t units) {
 inline int64_t panel_begin(const Panels& p, int64_t i) { return p.vectors * i / p.count; }
 inline int64_t part_begin(const Panels& p, int64_t i) { return p.count * i / p.parts; }
 
-// A task: a unit is a block of one group, and the task computes panels [begin, end) of it.
+// A task computes panels [begin, end) of one unit: of one band and one group.
 struct PanelTask {
   int64_t unit, group, begin, end;
-  Region block;
+  Region band;
 };
-inline PanelTask panel_task(const Blocking& b, int64_t groups, const Panels& p, int64_t task) {
+inline PanelTask panel_task(const Bands& b, int64_t groups, const Panels& p, int64_t task) {
   const int64_t unit = task / p.parts, part = task % p.parts;
-  return {unit, unit % groups, part_begin(p, part), part_begin(p, part + 1), block_at(b, unit / groups)};
+  return {unit, unit % groups, part_begin(p, part), part_begin(p, part + 1), band_at(b, unit / groups)};
 }
 
-// Tasks that divide a block share one copy of its input, made in the stage before, this many channels per task.
+// Tasks that divide a unit share one copy of its input, made in the stage before, this many channels per task.
 constexpr int64_t kCopyChannels = 64;
 
 // A run of terms whose inputs are contiguous, from `offset` floats behind a pixel's base on.  The packed weights hold

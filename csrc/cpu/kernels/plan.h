@@ -11,14 +11,14 @@ namespace adderops {
 namespace cpu {
 namespace {
 
-// An array in a block of workspace.
+// An array in the workspace: in the part that all tasks share, or in the worker's own.
 template <typename T>
 struct Part {
   int64_t offset;
-  T* in(char* block) const { return reinterpret_cast<T*>(block + offset); }
+  T* in(char* workspace) const { return reinterpret_cast<T*>(workspace + offset); }
 };
 
-// Lays out the arrays of a block, 64-byte aligned.
+// Lays out arrays one after the other, 64-byte aligned.
 struct Layout {
   int64_t bytes;
   template <typename T>
@@ -36,7 +36,7 @@ void run_task(const Plan<Args>& plan, const Args& args, int64_t task, char* shar
   task_of(args, *reinterpret_cast<const Shape*>(plan.shape), task, shared, worker);
 }
 
-// `first` and `second` are the tasks of the two stages.
+// `first` and `second`: what the two stages run for each of their tasks.
 template <typename Args, typename Shape, Task<Args, Shape> first>
 Plan<Args> make_plan(const Shape& shape, int64_t first_tasks) {
   static_assert(sizeof(Shape) <= sizeof(Plan<Args>::shape) && alignof(Shape) <= 8, "kShapeBytes is too small");

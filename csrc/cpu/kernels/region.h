@@ -1,4 +1,4 @@
-// How the passes cut pixels into blocks, and which pixels of the input a block reads.
+// How the passes cut pixels into bands, and which pixels of the input a band reads.
 #pragma once
 #include "../../args/conv2d.h"
 #include "../../sizes.h"
@@ -14,18 +14,18 @@ struct Region {
   int64_t pixels() const { return images * rows * columns; }
 };
 
-// Cache blocking: the pixels of N images of H x W, cut into blocks of whole images, of rows of one image, or of columns
-// of one row.  A block is one task's share.
-struct Blocking {
+// Cache blocking: the pixels of N images of H x W, cut into bands of whole images, of rows of one image, or of columns
+// of one row.  A band is the share of one task.
+struct Bands {
   int64_t N, H, W;
-  int64_t images, rows, columns;  // of a block; all rows when images > 1, all columns when rows > 1
+  int64_t images, rows, columns;  // of a band; all rows when images > 1, all columns when rows > 1
   int64_t count;
   int64_t pixels() const { return product(images, rows, columns); }
 };
 
-// Blocks that read about `budget` floats each, of at least `least` pixels where there are so many; evenly sized.
-inline Blocking make_blocking(int64_t N, int64_t H, int64_t W, int64_t floats_per_row, int64_t budget, int64_t least) {
-  Blocking b{N, H, W, 1, H, W, 0};
+// Bands that read about `budget` floats each, of at least `least` pixels where there are so many; evenly sized.
+inline Bands make_bands(int64_t N, int64_t H, int64_t W, int64_t floats_per_row, int64_t budget, int64_t least) {
+  Bands b{N, H, W, 1, H, W, 0};
   const int64_t image = product(H, floats_per_row);
   if (image <= budget || H * W <= least) {
     b.images = smaller(N, larger(budget / larger(image, 1), ceil_div(least, H * W)));
@@ -43,16 +43,16 @@ inline Blocking make_blocking(int64_t N, int64_t H, int64_t W, int64_t floats_pe
   return b;
 }
 
-inline Region block_at(const Blocking& b, int64_t i) {
+inline Region band_at(const Bands& b, int64_t i) {
   const int64_t across = ceil_div(b.W, b.columns), down = ceil_div(b.H, b.rows);
   const int64_t w0 = i % across * b.columns, h0 = i / across % down * b.rows, n0 = i / across / down * b.images;
   return {n0, smaller(b.images, b.N - n0), h0, smaller(b.rows, b.H - h0), w0, smaller(b.columns, b.W - w0)};
 }
 
-// A sum over all pixels is split into at most this many partial sums of consecutive blocks (split-K).  The number
-// depends on the arguments alone, so the order of every sum does.
-constexpr int64_t kMostPartials = 16;
-inline int64_t partial_begin(const Blocking& b, int64_t partials, int64_t i) { return b.count * i / partials; }
+// A sum over all pixels is split into at most this many partial sums, each over consecutive bands.  The number depends
+// on the arguments alone, and so does the order of every sum.
+constexpr int64_t kMostSplits = 16;
+inline int64_t split_begin(const Bands& b, int64_t splits, int64_t i) { return b.count * i / splits; }
 
 // A strided 1x1 kernel without padding is a dense one on a strided view: rewrites *p so, and returns the view of x.
 inline Operand dense_view(Operand x, Conv2dProblem* p) {
@@ -64,7 +64,7 @@ inline Operand dense_view(Operand x, Conv2dProblem* p) {
   return x;
 }
 
-// The part of x that a block of outputs reads.
+// The part of x that a band of outputs reads.
 inline int64_t window_rows(const Conv2dProblem& p, int64_t outputs) {
   return (outputs - 1) * p.stride_h + (p.KH - 1) * p.dilation_h + 1;
 }
@@ -99,14 +99,13 @@ inline bool is_sparse(const Conv2dProblem& p, int64_t copied, int64_t computed, 
   return copied > product(64, wanted) ||
          (!is_depthwise(p) && product(copied, channels + 32) > product(2, terms, channels, lanes));
 }
-// A block of outputs reads a window of `rows` x `columns`.
-inline bool windows_are_sparse(const Conv2dProblem& p, const Blocking& b, int64_t rows, int64_t columns) {
+// A band of outputs reads a window of `rows` x `columns`.
+inline bool windows_are_sparse(const Conv2dProblem& p, const Bands& b, int64_t rows, int64_t columns) {
   return is_sparse(p, product(b.count, b.images, rows, columns), product(p.N, p.OH, p.OW), product(p.N, p.H, p.W),
                    p.C_in / p.groups, p.C_out / p.groups);
 }
-// A block of inputs reaches `rows` x `columns` outputs, visited once per phase.
-inline bool outputs_are_sparse(const Conv2dProblem& p, const Blocking& b, int64_t rows, int64_t columns,
-                               int64_t phases) {
+// A band of inputs reaches `rows` x `columns` outputs, visited once per phase.
+inline bool outputs_are_sparse(const Conv2dProblem& p, const Bands& b, int64_t rows, int64_t columns, int64_t phases) {
   return is_sparse(p, product(b.count, sum(product(b.images, rows, columns), phases)), product(p.N, p.H, p.W),
                    product(p.N, p.OH, p.OW), p.C_out / p.groups, p.C_in / p.groups);
 }

@@ -15,10 +15,10 @@ inline void zero_pixels(float* p, int64_t pixels, int64_t channels, int64_t pitc
   for (int64_t i = 0; i < pixels; ++i) zero(p + i * pitch, channels);
 }
 
-// `rows` x `columns` pixels from src on; a row of dst is dst_row floats long.
+// `rows` x `columns` pixels from `src` on; rows of dst are dst_row floats apart.
 template <typename T>
-inline void load_block(const T* src, const int64_t* stride, int64_t channels, int64_t rows, int64_t columns, float* dst,
-                       int64_t pitch, int64_t dst_row) {
+inline void load_pixels(const T* src, const int64_t* stride, int64_t channels, int64_t rows, int64_t columns,
+                        float* dst, int64_t pitch, int64_t dst_row) {
   const int64_t sc = stride[1], sh = stride[2], sw = stride[3];
   if (sc == 1) {
     for (int64_t h = 0; h < rows; ++h)
@@ -73,7 +73,7 @@ inline void load_image(const Operand& x, int64_t H, int64_t W, const Region& r, 
   }
   const T* src = static_cast<const T*>(x.data) + n * x.stride[0] + c0 * x.stride[1] + (r.h0 + top) * x.stride[2] +
                  (r.w0 + left) * x.stride[3];
-  load_block(src, x.stride, channels, bottom - top, right - left, dst + top * dst_row + left * pitch, pitch, dst_row);
+  load_pixels(src, x.stride, channels, bottom - top, right - left, dst + top * dst_row + left * pitch, pitch, dst_row);
 }
 
 // The region of x, of images of H x W, as float32; zeros outside the image.

@@ -1,49 +1,47 @@
-"""From a run folder to a network of bytes by one command, and fine-tuning at few bits by the trainer."""
+"""`quantize`: from a run folder to an int8 network in one command, and fine-tuning at few bits by the trainer."""
 
+import re
 from pathlib import Path
 
 import pytest
 import torch
 
-from adderops.distill import Options, load_data, train
-from adderops.distill.__main__ import main
+from adderops.distill import Options, load_data, main, train
 from adderops.distill.data import calibration_batches
 from adderops.distill.loop import Loop
-from adderops.distill.run_folder import RunFolder
+from adderops.distill.runs.folder import RunFolder
 from adderops.quant import load
 from adderops.quant.calibration import quantized_layers
 from distill.runs import assert_same_state, rows_of
 
-
-@pytest.fixture(autouse=True)
-def _one_thread(set_threads):
-    set_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
 def trained(folder_of_bars, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "pkkd"
-    config = Options(data=str(folder_of_bars), method="pkkd", epochs=4, batch_size=16, lr=0.05, threads=1)
-    train(config, load_data(config.data), folder)
+    options = Options(data=str(folder_of_bars), method="pkkd", epochs=4, batch_size=16, lr=0.05, threads=1)
+    train(options, load_data(options.data), folder)
     return folder
 
 
 @pytest.fixture(scope="module")
 def tuned(trained, folder_of_bars) -> Path:
-    """Two epochs more at 4 bits."""
-    options = dict(method="plain", bits=4, initial=str(trained / "student.pt"))
-    config = Options(data=str(folder_of_bars), epochs=2, batch_size=16, lr=0.01, threads=1, **options)
-    train(config, load_data(config.data), trained.parent / "tuned")
+    """Two more epochs at 4 bits."""
+    given = dict(method="plain", bits=4, initial=str(trained / "student.pt"))
+    options = Options(data=str(folder_of_bars), epochs=2, batch_size=16, lr=0.01, threads=1, **given)
+    train(options, load_data(options.data), trained.parent / "tuned")
     return trained.parent / "tuned"
 
 
 def table(capsys) -> dict[str, tuple[float, float]]:
     """network -> accuracy in %, images/s"""
     rows = {}
-    for line in capsys.readouterr().out.splitlines():
-        if line.endswith("images/s"):
-            name, rest = line[:16].strip(), line[16:].split()
-            rows[name] = float(rest[0]), float(rest[2])
+    lines = capsys.readouterr().out.splitlines()
+    header = next(i for i, line in enumerate(lines) if line.split() == ["network", "accuracy,", "%", "images/s"])
+    for line in lines[header + 1 : -1]:  # the last one is the file
+        name, accuracy, speed = re.split("  +", line)
+        rows[name] = float(accuracy), float(speed)
     return rows
 
 
@@ -94,7 +92,7 @@ def test_the_file_lies_in_the_run_by_default(trained, capsys):
     ],
 )
 def test_wrong_options(trained, options, message, capsys):
-    assert main(["quantize", str(trained), *options.split()]) == 1
+    assert main(["quantize", str(trained), *options.split()]) == 2
     assert message in capsys.readouterr().err
 
 
@@ -104,6 +102,15 @@ def test_calibration_images_are_the_same_at_every_call(folder_of_bars):
     assert [len(batch) for batch in first] == [55, 55]  # BatchNorm could not use a batch of one
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
     assert sum(map(len, calibration_batches(train_set))) == 128
+
+
+def test_the_int8_file_carries_names(tmp_path):
+    options = "--data digits --method plain --epochs 4 --train-images 400 --threads 1 --lr 0.05".split()
+    assert main([*options, "--output", str(tmp_path / "run")]) == 0
+    assert main(["quantize", str(tmp_path / "run"), "--batch-size", "4", "--images", "100"]) == 0
+    [file] = (tmp_path / "run" / "export").iterdir()
+    facts = load(file)[1]["facts"]
+    assert facts["classes"] == list("0123456789") and (facts["channels"], facts["side"]) == (1, 32)
 
 
 # --- fine-tuning ---
@@ -130,7 +137,7 @@ def test_a_tuned_run_is_converted_as_it_was_trained(tuned, capsys):
     assert rows["adder, 4 bits"][0] == pytest.approx(
         100 * RunFolder.load(tuned).rows[-1]["student_test_accuracy"], abs=100 * 2 / 40
     )
-    assert main(["quantize", str(tuned), "--bits", "8"]) == 1
+    assert main(["quantize", str(tuned), "--bits", "8"]) == 2
     assert "--bits: expected 4, which the run was trained with, got 8" in capsys.readouterr().err
 
 

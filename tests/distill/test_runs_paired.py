@@ -3,7 +3,7 @@
 import pytest
 from scipy.stats import ttest_rel
 
-from adderops.distill.paired import compare_groups, group_rows, mean_and_deviation, paired_difference
+from adderops.distill.runs.paired import compare_groups, group_rows, mean_and_deviation, paired_difference
 
 
 def rows(accuracies: dict[int, float], **columns) -> list[dict]:

@@ -1,4 +1,4 @@
-"""Figures of runs: curves, the match of layers, the distribution of weights."""
+"""Figures of runs: curves, the match of layers, distributions of weights, accuracy over energy."""
 
 import io
 import math
@@ -6,12 +6,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from adderops import AdderConv2d
-from adderops.distill.paired import group_rows
-from adderops.distill.run_folder import RunFolder, first_convolution
+from adderops.distill.checkpoint import LOG_COLUMNS
+from adderops.distill.runs.folder import LAYER_COLUMNS, RunFolder
+from adderops.distill.runs.paired import group_rows
 from adderops.models import classifier, matched_layers
 
 try:
@@ -20,10 +22,16 @@ try:
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import ListedColormap, Normalize
     from matplotlib.figure import Figure  # pyplot would look for a window system
+    from matplotlib.ticker import AutoLocator
 except ModuleNotFoundError as missing:
     raise ModuleNotFoundError("figures need matplotlib: install the extra `adderops[distill]`") from missing
 
 COLORS = {"student": "#1f77b4", "student_ema": "#17becf", "teacher": "#d95f02", "teacher_ema": "#e6ab02"}
+LAYER_TITLES = {
+    "l_mid": "L_mid",
+    "gradient_ratio": "gradient of L_mid / of the other losses",
+    "var_yc": "variance of y_c",
+}
 LEGEND_LINES = 10  # more lines than these get a colour bar
 BINS = 80  # of the histograms, from -4 to 4 standard deviations
 
@@ -43,49 +51,49 @@ def draw_accuracy(run: RunFolder) -> Figure:
         for part, style in (("test", "-"), ("train", ":")):
             column = f"{name}_{part}_accuracy"
             if column in run.rows[0]:
-                values = [100 * value for value in run.curve(column)]
-                _line(axes, run.curve("epoch"), values, style, color=COLORS.get(name), label=f"{name}, {part}")
+                values, color = [100 * value for value in run.curve(column)], _color(name, run.networks)
+                _line(axes, run.curve("epoch"), values, style, color=color, label=f"{name}, {part}")
     _finish(axes, "accuracy (%)")
     return figure
 
 
 def draw_losses(run: RunFolder) -> Figure:
-    """Cross entropy of the run's networks over the epochs and, where there is distillation, the student's losses."""
-    distilled = "student_loss" in run.rows[0]
-    figure = Figure(figsize=(11 if distilled else 8, 4), layout="constrained")
-    axes = figure.subplots(1, 1 + distilled, squeeze=False)[0]
+    """Cross entropy of the run's networks over the epochs and, if there are several, the terms of the loss."""
+    terms = _loss_terms(run)
+    figure = Figure(figsize=(11 if len(terms) > 1 else 8, 4), layout="constrained")
+    panels = figure.subplots(1, 2 if len(terms) > 1 else 1, squeeze=False)[0]
     for name in run.networks:
         for column, part, style in ((f"{name}_test_loss", "test", "-"), (f"{name}_ce", "train", ":")):
             if column in run.rows[0]:
-                label = f"{name}, {part}"
-                _line(axes[0], run.curve("epoch"), run.curve(column), style, color=COLORS.get(name), label=label)
-    _finish(axes[0], "cross entropy with the labels", log=True)
-    if distilled:
-        terms = {
-            "student_loss": "sum as weighted",
-            "student_ce": "labels",
-            "imitation": "imitation (KL)",
-            "l_mid": "L_mid",
-        }
+                color = _color(name, run.networks)
+                _line(panels[0], run.curve("epoch"), run.curve(column), style, color=color, label=f"{name}, {part}")
+    _finish(panels[0], "cross entropy with the labels", log=True)
+    if len(terms) > 1:
         for column, label in terms.items():
-            if column in run.rows[0]:
-                _line(axes[1], run.curve("epoch"), run.curve(column), "-", label=label)
-        _finish(axes[1], "terms of the student's loss", log=True)
+            _line(panels[1], run.curve("epoch"), run.curve(column), "-", label=label)
+        _finish(panels[1], f"terms of the {run.task.main}'s loss", log=True)
     return figure
 
 
+def _loss_terms(run: RunFolder) -> dict[str, str]:
+    """Returns the columns of the log that are terms of the main network's loss, with what a legend calls them."""
+    main = run.task.main
+    labels = {f"{main}_loss": "weighted sum", f"{main}_ce": "labels", "imitation": "imitation (KL)"}
+    labels["l_mid"] = "L_mid"
+    others = {"lr", *LOG_COLUMNS, *(f"{role}_ce" for role in run.task.roles if role != main)}
+    others |= {column for column in run.rows[0] if column.endswith(("_accuracy", "_test_loss", "_max", "_min"))}
+    return {column: labels.get(column, column) for column in run.rows[0] if column not in others}
+
+
 def draw_layers(run: RunFolder) -> Figure:
-    """L_mid, ratio of gradients and variance of y_c of each matched layer over the epochs."""
-    titles = {
-        "l_mid": "L_mid",
-        "gradient_ratio": "gradient of L_mid / of the other losses",
-        "var_yc": "variance of y_c",
-    }
+    """What was logged of each matched layer over the epochs; for PKKD L_mid, ratio of gradients and variance of y_c."""
+    titles = {name: title for name, title in LAYER_TITLES.items() if name in run.layers[0]}
+    titles = titles or {name: name for name in run.layers[0] if name not in LAYER_COLUMNS}
     of_layer = group_rows(run.layers, ["layer"])
     last = len(of_layer) - 1
     colors = [colormaps["viridis"](0.9 * i / max(last, 1)) for i in range(len(of_layer))]
     figure = Figure(figsize=(13, 4), layout="constrained")
-    panels = figure.subplots(1, len(titles))
+    panels = figure.subplots(1, len(titles), squeeze=False)[0]
     for axes, (column, title) in zip(panels, titles.items(), strict=True):
         for color, ((layer,), rows) in zip(colors, of_layer.items(), strict=True):
             _line(axes, [row["epoch"] for row in rows], [row[column] for row in rows], "-", color=color, label=layer)
@@ -98,7 +106,7 @@ def draw_layers(run: RunFolder) -> Figure:
 
 
 def draw_comparison(runs: Sequence[RunFolder], by: Sequence[str]) -> Figure:
-    """Test accuracy of the networks of several runs over the epochs; runs alike in the columns `by` share a colour."""
+    """Test accuracy of the networks of several runs over the epochs; runs with equal columns `by` share a colour."""
     figure = Figure(figsize=(9, 5), layout="constrained")
     axes = figure.subplots()
     run_at = {str(run.path): run for run in runs}
@@ -106,7 +114,7 @@ def draw_comparison(runs: Sequence[RunFolder], by: Sequence[str]) -> Figure:
     for i, (key, rows) in enumerate(groups.items()):
         named = zip(by, key, strict=True)
         words = [v if name in ("method", "network") else f"{name} {v}" for name, v in named if v is not None]
-        style = ":" if rows[0]["network"].startswith("teacher") else "-"
+        style = ":" if run_at[rows[0]["run"]].kind(rows[0]["network"]) == "cnn" else "-"
         for j, row in enumerate(rows):
             run, label = run_at[row["run"]], None if j else ", ".join(words)
             values = [100 * value for value in run.curve(f"{row['network']}_test_accuracy")]
@@ -125,7 +133,7 @@ class Fit:
     Attributes:
         center: mean of the Gaussian, median of the Laplace density.
         scale: standard deviation of the Gaussian, mean distance from the median of the Laplace density.
-        log_likelihood: of the weights under the fit, in nats a weight.
+        log_likelihood: of the weights under the fit, in nats per weight.
     """
 
     center: float
@@ -134,7 +142,7 @@ class Fit:
 
 
 def fit_gaussian(weights: Tensor) -> Fit:
-    r"""Returns the Gaussian fit: :math:`-\log(\sigma \sqrt{2\pi e})` nats a weight.
+    r"""Returns the Gaussian fit: :math:`-\log(\sigma \sqrt{2\pi e})` nats per weight.
 
     >>> fit_gaussian(torch.tensor([-1.0, 1.0]))
     Fit(center=0.0, scale=1.0, log_likelihood=-1.4189385332046727)
@@ -144,7 +152,7 @@ def fit_gaussian(weights: Tensor) -> Fit:
 
 
 def fit_laplace(weights: Tensor) -> Fit:
-    r"""Returns the Laplace fit: :math:`-\log(2 e b)` nats a weight.
+    r"""Returns the Laplace fit: :math:`-\log(2 e b)` nats per weight.
 
     >>> fit_laplace(torch.tensor([-1.0, 0.0, 1.0]))
     Fit(center=0.0, scale=0.6666666666666666, log_likelihood=-1.2876820724517808)
@@ -155,29 +163,30 @@ def fit_laplace(weights: Tensor) -> Fit:
 
 
 def layer_weights(network: nn.Module) -> dict[str, dict[str, Tensor]]:
-    """Returns the weights of the layers by kind and name; layers of equal weights, which no density fits, are left out.
+    """Returns the weights of the layers by kind and name, without layers whose weights are all equal: no density fits.
 
-    The kinds are 'first convolution', 'convolutions' and 'adder layers' behind it, and 'classifier'.
+    The kinds are 'first convolution', 'convolutions' and 'adder layers' after it, and 'classifier'.
     """
     inner = matched_layers(network).items()
+    first = next((name, layer) for name, layer in network.named_modules() if isinstance(layer, nn.Conv2d))
     kinds = [
-        ("first convolution", *first_convolution(network)),
+        ("first convolution", *first),
         *(("adder layers" if isinstance(layer, AdderConv2d) else "convolutions", name, layer) for name, layer in inner),
         ("classifier", *classifier(network)),
     ]
     found: dict[str, dict[str, Tensor]] = {}
     for kind, name, layer in kinds:
-        weights = layer.weight.detach().flatten()
+        weights = layer.get_parameter("weight").detach().flatten()
         if weights.min() < weights.max():
             found.setdefault(kind, {})[name] = weights
     return found
 
 
 def draw_weights(networks: Mapping[str, nn.Module]) -> Figure:
-    """Histograms of the weights of each kind of layer, with the Gaussian and the Laplace density that fit them.
+    """Histograms of the weights by kind of layer, with the Gaussian and the Laplace density that fit them.
 
-    Weights are in units of their layer's standard deviation: layers of different scale, put together as they are,
-    would look like a Laplace density though each be Gaussian.
+    Weights are in units of their layer's standard deviation: pooled without that, layers of different scale would look
+    like a Laplace density even if each were Gaussian.
     """
     of_network = {name: layer_weights(network) for name, network in networks.items()}
     columns = max(map(len, of_network.values()))
@@ -185,12 +194,13 @@ def draw_weights(networks: Mapping[str, nn.Module]) -> Figure:
     panels = figure.subplots(len(networks), columns, squeeze=False)
     x = torch.linspace(-4, 4, 161)
     for row, (name, kinds) in zip(panels, of_network.items(), strict=True):
+        color = _color(name, list(networks))
         for axes in row[len(kinds) :]:
             axes.set_axis_off()
         for axes, (kind, layers) in zip(row, kinds.items(), strict=False):
             weights = torch.cat([(w - w.mean()) / w.std(correction=0) for w in layers.values()])
             density = torch.histc(weights, BINS, -4, 4) * BINS / (8 * len(weights))
-            axes.stairs(density, torch.linspace(-4, 4, BINS + 1), fill=True, color=COLORS.get(name), alpha=0.4)
+            axes.stairs(density, torch.linspace(-4, 4, BINS + 1), fill=True, color=color, alpha=0.4)
             gaussian, laplace = fit_gaussian(weights), fit_laplace(weights)
             z, scale = (x - gaussian.center) / gaussian.scale, gaussian.scale * math.sqrt(2 * math.pi)
             label = f"Gaussian: {gaussian.log_likelihood:.3f} nats"
@@ -205,7 +215,7 @@ def draw_weights(networks: Mapping[str, nn.Module]) -> Figure:
 
 
 def draw_trade_off(rows: Sequence[Mapping[str, Any]]) -> Figure:
-    """Accuracy over the energy of an image's arithmetic, a point for each row of a comparison, with its uncertainty."""
+    """Accuracy over the energy of the arithmetic per image: one point per row of a comparison, with its uncertainty."""
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
     for i, row in enumerate(row for row in rows if "picojoules" in row):
@@ -215,7 +225,7 @@ def draw_trade_off(rows: Sequence[Mapping[str, Any]]) -> Figure:
         )
     axes.set_xscale("log")
     axes.margins(x=0.15, y=0.15)
-    axes.set(xlabel="energy of an image's arithmetic, uJ (45 nm circuits, without memory)", ylabel="accuracy, %")
+    axes.set(xlabel="energy of the arithmetic per image, uJ (45 nm circuits, without memory)", ylabel="accuracy, %")
     axes.grid(alpha=0.3, which="both")
     axes.legend(fontsize="small")
     return figure
@@ -224,20 +234,26 @@ def draw_trade_off(rows: Sequence[Mapping[str, Any]]) -> Figure:
 # --- axes ---
 
 
-def _line(axes: Axes, epochs: Sequence[float], values: Sequence[float], style: str, **options) -> None:
+def _color(network: str, networks: Sequence[str]) -> str:
+    return COLORS.get(network) or f"C{networks.index(network)}"
+
+
+def _line(axes: Axes, epochs: Sequence[float], values: Sequence[float], style: str, **options: Any) -> None:
     points = [(epoch, value) for epoch, value in zip(epochs, values, strict=True) if not math.isnan(value)]
     if not points:  # a curve without a number
         return
-    # points, as long as they can be told apart: of a run's first epoch there is no line
+    # markers as long as they can be told apart: one epoch makes no line
     axes.plot(*zip(*points, strict=True), style, marker="." if len(points) <= 20 else None, **options)
 
 
 def _finish(axes: Axes, title: str, log: bool = False, legend: bool = True) -> None:
     axes.set(title=title, xlabel="epoch")
     axes.set_xlim(left=0)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    locator = AutoLocator()
+    locator.set_params(integer=True)
+    axes.xaxis.set_major_locator(locator)
     axes.grid(alpha=0.3)
-    values = [value for line in axes.lines for value in line.get_ydata()]
+    values = [value for line in axes.lines for value in np.asarray(line.get_ydata(), float)]
     if log and values and 0 < 10 * min(values) < max(values):
         axes.set_yscale("log")
     if legend:
