@@ -1,6 +1,6 @@
 """Signals at any moment of any command: no traceback, no lost work, no folder that is stuck.
 
-ADDEROPS_KILLS=30 makes the series so long.  Every command is a process group of its own, and the signal goes to all of
+`ADDEROPS_KILLS=30 pytest -m slow tests/distill/test_kills.py` makes the series so long.  Every command is a process group of its own, and the signal goes to all of
 it or to the main process alone.
 """
 
@@ -22,6 +22,7 @@ from PIL import Image
 from adderops.distill import load_data
 from distill.runs import assert_same_state, write_bars
 
+pytestmark = pytest.mark.slow
 COUNT = int(os.environ.get("ADDEROPS_KILLS", "3"))
 COMMAND = [sys.executable, "-W", "ignore", "-m", "adderops.distill"]
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)

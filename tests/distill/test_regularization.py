@@ -45,11 +45,16 @@ def interrupted(config, data, folder, after: int) -> None:
     "options",
     [
         {"label_smoothing": 0.1, "class_weights": "balanced"},
-        {"mixup": 0.4, "cutmix": 1.0, "accumulate": 2, "ema": 0.9},
-        {"warmup_epochs": 1, "test_every": 2, "rifle": 2},
-        {"amp": "float16", "clip": 1.0},
-        {"validation": 16, "patience": 5},
-        {"reestimate_batchnorm": 40, "method": "plain"},
+        *(
+            pytest.param(options, marks=pytest.mark.slow)
+            for options in (
+                {"mixup": 0.4, "cutmix": 1.0, "accumulate": 2, "ema": 0.9},
+                {"warmup_epochs": 1, "test_every": 2, "rifle": 2},
+                {"amp": "float16", "clip": 1.0},
+                {"validation": 16, "patience": 5},
+                {"reestimate_batchnorm": 40, "method": "plain"},
+            )
+        ),
     ],
     ids=lambda options: "-".join(options),
 )
@@ -284,6 +289,7 @@ def _record(dtypes: set, output: torch.Tensor) -> torch.Tensor:
 # --- teachers of other architectures ---
 
 
+@pytest.mark.slow
 def test_a_teacher_of_another_architecture_and_its_pretrained_file(tmp_path, set_threads, capsys):
     timm = pytest.importorskip("timm")
     safetensors = pytest.importorskip("safetensors.torch")

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from slow import slow_except
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from adderops.atomic import write_atomically
@@ -32,6 +33,7 @@ def assert_same_run(ours, theirs) -> None:
         assert without_timing(rows_of(ours / name)) == without_timing(rows_of(theirs / name))
 
 
+@pytest.mark.slow
 def test_resume_after_kill_9_ends_with_the_same_bits(options, tmp_path):
     epochs = 6
     options = [*options, "--method", "pkkd", "--epochs", str(epochs)]
@@ -73,8 +75,8 @@ def test_a_signal_saves_a_checkpoint_within_the_epoch_and_leaves(options, tmp_pa
     assert state["epoch"] >= 1 and not (run / "summary.json").exists()
 
 
-@pytest.mark.parametrize("method", ["pkkd", "plain", "cnn"])
-@pytest.mark.parametrize("after", [3, 8, 11])
+@pytest.mark.parametrize("method", slow_except(["pkkd"], ["pkkd", "plain", "cnn"]))
+@pytest.mark.parametrize("after", slow_except([3], [3, 8, 11]))
 def test_stopped_within_an_epoch_and_continued_is_as_uninterrupted(config, data, tmp_path, method, after):
     """Eight steps an epoch: within the first, at its end, within the second."""
     config = replace(config, method=method)

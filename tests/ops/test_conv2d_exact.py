@@ -48,9 +48,10 @@ def test_every_geometry_in_both_formats(case, name, backend):
                 assert_same(compute(name, case, arranged), want, f"{name} of {case!r}, strides of {formats}")
 
 
+@pytest.mark.parametrize("seeds", (range(50), pytest.param(range(50, 200), marks=pytest.mark.slow)), ids=str)
 @pytest.mark.parametrize("name", PASSES)
-def test_random_geometries(name, backend, set_threads):
-    for seed in range(200):
+def test_random_geometries(name, seeds, backend, set_threads):
+    for seed in seeds:
         set_threads(1 + seed % 3)
         c = random_case(seed)
         pick = list(FORMATS.values())
