@@ -1,7 +1,7 @@
 """Signals at any moment of any command: no traceback, no lost work, no folder that is stuck.
 
-`ADDEROPS_KILLS=30 pytest -m slow tests/distill/test_kills.py` makes the series so long.  Every command is a process group of its own, and the signal goes to all of
-it or to the main process alone.
+`ADDEROPS_KILLS=30 pytest -m slow tests/distill/test_kills.py` sends 30 signals.  Every command has its own process
+group, and the signal goes to the whole group or to the main process alone.
 """
 
 import multiprocessing
