@@ -147,6 +147,7 @@ def test_warm_up_rises_to_the_learning_rate_and_the_cosine_follows(config, data,
     assert rates == pytest.approx([0.1 / 3, 0.2 / 3, 0.1, 0.05 * (1 + 0.5**0.5), 0.05, 0.05 * (1 - 0.5**0.5)], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_tests_are_as_seldom_as_asked(options, tmp_path, capsys):
     """The epochs between have empty cells; compare, report and eval take the run."""
     run = tmp_path / "run"
@@ -239,6 +240,7 @@ def test_a_frozen_teacher_keeps_its_statistics(config, data, tmp_path):
     assert_same_state(dict(load(tmp_path / "pkkd" / "teacher.pt")), dict(load(given)))
 
 
+@pytest.mark.slow
 def test_test_accuracy_follows_the_training_accuracy_from_the_start(tmp_path, set_threads):
     """Digits after two epochs: 16 % by running averages, 95 % by 512 images; the training images are at 91 %."""
     set_threads(1)
@@ -254,6 +256,7 @@ def test_test_accuracy_follows_the_training_accuracy_from_the_start(tmp_path, se
 # --- float16 ---
 
 
+@pytest.mark.slow
 def test_float16_scales_the_loss_and_adder_layers_keep_their_rate(config, data, tmp_path, monkeypatch):
     tasks, rms = keep_tasks(monkeypatch), []
     dtypes = set()

@@ -56,7 +56,7 @@ def test_resume_after_kill_9_ends_with_the_same_bits(options, tmp_path):
     assert rows_of(killed / "log.csv")[: len(at_kill)] == at_kill
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("signum", slow_except([signal.SIGTERM], [signal.SIGTERM, signal.SIGINT]))
 def test_a_signal_saves_a_checkpoint_within_the_epoch_and_leaves(options, tmp_path, signum):
     """A real process; the signal comes somewhere behind the first of 40 epochs of 8 steps."""
     options = [*options, "--method", "pkkd", "--epochs", "40"]
@@ -119,7 +119,9 @@ def test_a_checkpoint_is_saved_within_an_epoch_when_it_is_time(config, data, tmp
 
 
 @pytest.mark.parametrize("writer", ["save_checkpoint", "write_csv"])
-@pytest.mark.parametrize("method, epoch", [("pkkd", 1), ("pkkd", 2), ("plain", 2), ("cnn", 2)])
+@pytest.mark.parametrize(
+    "method, epoch", [("pkkd", 1), *(pytest.param(m, 2, marks=pytest.mark.slow) for m in ("pkkd", "plain", "cnn"))]
+)
 def test_interrupted_before_either_file_of_an_epoch(config, data, tmp_path, monkeypatch, writer, method, epoch):
     """Before the checkpoint, or between it and the log: the continued run has each row once, and the same bits."""
     config = replace(config, method=method, epochs=3)
@@ -171,6 +173,7 @@ def test_a_full_disk_is_said_and_the_last_checkpoint_is_intact(options, tmp_path
     assert_same_run(run, tmp_path / "sound")
 
 
+@pytest.mark.slow
 def test_a_write_killed_at_any_moment_leaves_the_old_file_or_the_new(tmp_path):
     size = 20_000_000
     program = f"""
@@ -243,7 +246,7 @@ def test_damaged_checkpoint(options, tmp_path, capsys, damage):
     assert message.startswith("adderops.distill: error: ") and str(checkpoint) in message and expected in message
 
 
-@pytest.mark.parametrize("where", ["step", "last step"])
+@pytest.mark.parametrize("where", slow_except(["last step"], ["step", "last step"]))
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(options, tmp_path, capsys, where):
     """Weights become infinite in epoch 3: in its first step, or in its last, behind which only they can tell."""
     options = [*options, "--method", "pkkd", "--epochs", "4"]
