@@ -12,7 +12,7 @@ from harness.peers import eager_step
 from harness.timing import Contestant, take_turns
 
 
-def test_end_to_end(tiny, tmp_path, capsys):
+def test_end_to_end(limits, tiny, tmp_path, capsys):
     pytest.importorskip("matplotlib", reason="--plot needs matplotlib")
     file, plot = tmp_path / "r.csv", tmp_path / "r.png"
     command = ["--threads", "1", "--full", "--seconds", "0.1", "--csv", str(file), "--plot", str(plot)]
@@ -21,7 +21,9 @@ def test_end_to_end(tiny, tmp_path, capsys):
     about, rows = report.read_csv(file)
     assert rows == result["rows"]
     assert set(about) >= {"cpu", "threads", "instruction_set", "torch", "date"} and about["dtype"] == "float32"
-    assert [name for name in about if name.startswith("limit, Gterm/s: ")] or not result["limits"]
+    measured = {name.removeprefix("limit, Gterm/s: "): rate for name, rate in about.items() if "Gterm/s" in name}
+    assert measured == {name: str(rate) for name, rate in result["limits"].items()}
+    assert limits or not measured
     assert plot.read_bytes().startswith(b"\x89PNG")
 
     timed = [row for row in rows if row["pass"] != "memory"]
@@ -51,6 +53,9 @@ def test_end_to_end(tiny, tmp_path, capsys):
         ratios = [rates[n, name, "adder", "contiguous"] / rates[n, name, other, "contiguous"] for n in names]
         assert math.isclose(result["geomean"][mean], math.prod(ratios) ** (1 / len(names)))
 
+    shares = [row["share_of_limit"] for row in timed if "share_of_limit" in row]
+    assert len(shares) == (24 if measured else 0) and all(share > 0 for share in shares)
+
     printed = capsys.readouterr().out
     assert all(layer in printed for layer in names) and about["cpu"] in printed
     if sys.platform == "linux":
@@ -64,7 +69,8 @@ def test_end_to_end(tiny, tmp_path, capsys):
     assert again.read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_wrong_result_is_never_timed(tiny, monkeypatch):
+def test_a_wrong_result_is_never_timed(tiny, without_limits, monkeypatch):
+    monkeypatch.setattr(bench_adder, "extra_memory", lambda *_: "not of interest here")
     real = bench_adder.adder_conv2d
     monkeypatch.setattr(bench_adder, "adder_conv2d", lambda *args, **kwargs: real(*args, **kwargs) * 1.001)
     with pytest.raises(SystemExit, match="adder contiguous forward: wrong result"):

@@ -91,6 +91,7 @@ def test_int8_is_the_distilled_student_with_all_layers_in_8_bits(compared, data,
     assert summary["seed"] == 1 and summary["int8_test_accuracy"] == pytest.approx(tested, abs=1 / len(data.test))
 
 
+@pytest.mark.slow
 def test_interrupted_and_continued_it_ends_with_the_same_bits(compared, arguments, tmp_path, capsys, monkeypatch):
     run = tmp_path / "run"
 

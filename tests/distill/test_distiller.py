@@ -7,6 +7,7 @@ from functools import partial
 
 import pytest
 import torch
+from slow import slow_except
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.data import DataLoader, Dataset, TensorDataset
@@ -279,8 +280,8 @@ def test_test_every_and_patience():
 # --- nothing is lost ---
 
 
-@pytest.mark.parametrize("after", [2, 3, 4])
-@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("after", slow_except([3], [2, 3, 4]))
+@pytest.mark.parametrize("workers", slow_except([0], [0, 1]))
 def test_interrupted_and_continued_is_as_uninterrupted(tmp_path, after, workers):
     """Random data, random order, dropout, mixup, a moving average: within an epoch and between two."""
     if workers and after != 4:

@@ -53,6 +53,7 @@ def errors(ours, theirs) -> list[float]:
     return [max(abs(float(a[name]) / float(b[name]) - 1) for name in LOSSES) for a, b in rows]
 
 
+@pytest.mark.slow
 def test_two_processes_are_one_with_the_same_batch(one_batch, tmp_path):
     assert main([*one_batch, "--output", str(tmp_path / "one")]) == 0
     process = torchrun(*one_batch, "--sync-batchnorm", "--output", str(tmp_path / "two"))
@@ -67,6 +68,7 @@ def test_two_processes_are_one_with_the_same_batch(one_batch, tmp_path):
             assert (ours[key] - value).float().norm() <= 1e-4 * value.float().norm(), (name, key)
 
 
+@pytest.mark.slow
 def test_without_a_common_batchnorm_they_are_not(one_batch, tmp_path):
     """The bounds above can tell; and parts of a batch give the same losses for any number of processes."""
     assert main([*one_batch, "--output", str(tmp_path / "one")]) == 0
@@ -76,6 +78,7 @@ def test_without_a_common_batchnorm_they_are_not(one_batch, tmp_path):
     assert min(errors(tmp_path / "two", tmp_path / "one")) > 1e-3
 
 
+@pytest.mark.slow
 def test_a_signal_stops_both_and_one_continues(one_batch, tmp_path):
     """SIGTERM to torchrun, as a cluster sends it; the run resumes with one process, to the same end."""
     one_batch[one_batch.index("--epochs") + 1] = "40"

@@ -1,7 +1,7 @@
 """Signals at any moment of any command: no traceback, no lost work, no folder that is stuck.
 
-ADDEROPS_KILLS=30 sends that many.  Every command is a process group of its own; the signal goes to the whole group or
-to the main process alone.
+`ADDEROPS_KILLS=30 pytest -m slow tests/distill/test_kills.py` sends 30 signals.  Every command has its own process
+group, and the signal goes to the whole group or to the main process alone.
 """
 
 import multiprocessing
@@ -22,6 +22,7 @@ from PIL import Image
 from adderops.distill import load_data
 from distill.runs import assert_same_state, write_bars
 
+pytestmark = pytest.mark.slow
 COUNT = int(os.environ.get("ADDEROPS_KILLS", "3"))
 COMMAND = [sys.executable, "-W", "ignore", "-m", "adderops.distill"]
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)

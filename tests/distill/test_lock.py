@@ -167,6 +167,7 @@ def test_a_run_that_fails_after_a_checkpoint_keeps_its_folder(config, data, tmp_
     assert (tmp_path / "run" / "checkpoint.pt").is_file()
 
 
+@pytest.mark.slow
 def test_the_exit_status_of_the_process(tmp_path):
     command = [sys.executable, "-W", "ignore", "-m", "adderops.distill"]
     missing, range, abbreviated = ["eval", tmp_path / "none"], ["--lr", "-1"], ["--batch", "3"]

@@ -6,7 +6,7 @@ from torch import nn
 
 from adderops import AdderConv2d
 from adderops.distill import main
-from adderops.distill.build import load_weights
+from adderops.distill.networks import load_weights
 from adderops.distill.runs.folder import RunFolder
 from adderops.models import lenet5, load_reference_checkpoint, mark_adder_weights, unwrap_state_dict
 

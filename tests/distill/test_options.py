@@ -162,6 +162,7 @@ def test_rifle_redraws_the_classifier_after_every_period_but_the_last(config, da
     assert torch.equal(heads[0], initial.fc.weight), "re-drawn at the start: fine-tuning would lose its classifier"
 
 
+@pytest.mark.slow
 def test_rifle_continues_as_uninterrupted(config, data, tmp_path):
     config = replace(config, epochs=4, rifle=2, ema=0.9)
     train(config, data, tmp_path / "whole")
@@ -219,6 +220,7 @@ def _record(dtypes: set, output: torch.Tensor) -> torch.Tensor:
     return output
 
 
+@pytest.mark.slow
 def test_compile_compiles_both_networks(config, data, tmp_path, monkeypatch):
     """With a backend that counts graphs; other tests compile adder layers with inductor."""
     graphs = []

@@ -45,11 +45,16 @@ def interrupted(config, data, folder, after: int) -> None:
     "options",
     [
         {"label_smoothing": 0.1, "class_weights": "balanced"},
-        {"mixup": 0.4, "cutmix": 1.0, "accumulate": 2, "ema": 0.9},
-        {"warmup_epochs": 1, "test_every": 2, "rifle": 2},
-        {"amp": "float16", "clip": 1.0},
-        {"validation": 16, "patience": 5},
-        {"reestimate_batchnorm": 40, "method": "plain"},
+        *(
+            pytest.param(options, marks=pytest.mark.slow)
+            for options in (
+                {"mixup": 0.4, "cutmix": 1.0, "accumulate": 2, "ema": 0.9},
+                {"warmup_epochs": 1, "test_every": 2, "rifle": 2},
+                {"amp": "float16", "clip": 1.0},
+                {"validation": 16, "patience": 5},
+                {"reestimate_batchnorm": 40, "method": "plain"},
+            )
+        ),
     ],
     ids=lambda options: "-".join(options),
 )
@@ -142,6 +147,7 @@ def test_warm_up_rises_to_the_learning_rate_and_the_cosine_follows(config, data,
     assert rates == pytest.approx([0.1 / 3, 0.2 / 3, 0.1, 0.05 * (1 + 0.5**0.5), 0.05, 0.05 * (1 - 0.5**0.5)], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_tests_are_as_seldom_as_asked(options, tmp_path, capsys):
     """The epochs between have empty cells; compare, report and eval take the run."""
     run = tmp_path / "run"
@@ -234,6 +240,7 @@ def test_a_frozen_teacher_keeps_its_statistics(config, data, tmp_path):
     assert_same_state(dict(load(tmp_path / "pkkd" / "teacher.pt")), dict(load(given)))
 
 
+@pytest.mark.slow
 def test_test_accuracy_follows_the_training_accuracy_from_the_start(tmp_path, set_threads):
     """Digits after two epochs: 16 % with running averages, 95 % with 512 images; training accuracy 91 %."""
     set_threads(1)
@@ -249,6 +256,7 @@ def test_test_accuracy_follows_the_training_accuracy_from_the_start(tmp_path, se
 # --- float16 ---
 
 
+@pytest.mark.slow
 def test_float16_scales_the_loss_and_adder_layers_keep_their_rate(config, data, tmp_path, monkeypatch):
     tasks, rms = keep_tasks(monkeypatch), []
     dtypes = set()
@@ -284,6 +292,7 @@ def _record(dtypes: set, output: torch.Tensor) -> torch.Tensor:
 # --- teachers of other architectures ---
 
 
+@pytest.mark.slow
 def test_a_teacher_of_another_architecture_and_its_pretrained_file(tmp_path, set_threads, capsys):
     timm = pytest.importorskip("timm")
     safetensors = pytest.importorskip("safetensors.torch")

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from slow import slow_except
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from adderops.atomic import write_atomically
@@ -32,6 +33,7 @@ def assert_same_run(ours, theirs) -> None:
         assert without_timing(rows_of(ours / name)) == without_timing(rows_of(theirs / name))
 
 
+@pytest.mark.slow
 def test_resume_after_kill_9_ends_with_the_same_bits(options, tmp_path):
     epochs = 6
     options = [*options, "--method", "pkkd", "--epochs", str(epochs)]
@@ -54,7 +56,7 @@ def test_resume_after_kill_9_ends_with_the_same_bits(options, tmp_path):
     assert rows_of(killed / "log.csv")[: len(at_kill)] == at_kill
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("signum", slow_except([signal.SIGTERM], [signal.SIGTERM, signal.SIGINT]))
 def test_a_signal_saves_a_checkpoint_within_the_epoch_and_leaves(options, tmp_path, signum):
     """A real process; the signal comes at some time after the first of 40 epochs of 8 steps."""
     options = [*options, "--method", "pkkd", "--epochs", "40"]
@@ -73,8 +75,8 @@ def test_a_signal_saves_a_checkpoint_within_the_epoch_and_leaves(options, tmp_pa
     assert state["epoch"] >= 1 and not (run / "summary.json").exists()
 
 
-@pytest.mark.parametrize("method", ["pkkd", "plain", "cnn"])
-@pytest.mark.parametrize("after", [3, 8, 11])
+@pytest.mark.parametrize("method", slow_except(["pkkd"], ["pkkd", "plain", "cnn"]))
+@pytest.mark.parametrize("after", slow_except([3], [3, 8, 11]))
 def test_stopped_within_an_epoch_and_continued_is_as_uninterrupted(config, data, tmp_path, method, after):
     """Eight steps per epoch: within the first, at its end, within the second."""
     config = replace(config, method=method)
@@ -117,7 +119,9 @@ def test_a_checkpoint_is_saved_within_an_epoch_when_it_is_time(config, data, tmp
 
 
 @pytest.mark.parametrize("writer", ["save_checkpoint", "write_csv"])
-@pytest.mark.parametrize("method, epoch", [("pkkd", 1), ("pkkd", 2), ("plain", 2), ("cnn", 2)])
+@pytest.mark.parametrize(
+    "method, epoch", [("pkkd", 1), *(pytest.param(m, 2, marks=pytest.mark.slow) for m in ("pkkd", "plain", "cnn"))]
+)
 def test_interrupted_before_either_file_of_an_epoch(config, data, tmp_path, monkeypatch, writer, method, epoch):
     """Before the checkpoint, or between it and the log: the resumed run has each row once, and the same bits."""
     config = replace(config, method=method, epochs=3)
@@ -169,6 +173,7 @@ def test_a_full_disk_is_said_and_the_last_checkpoint_is_intact(options, tmp_path
     assert_same_run(run, tmp_path / "sound")
 
 
+@pytest.mark.slow
 def test_a_write_killed_at_any_moment_leaves_the_old_file_or_the_new(tmp_path):
     size = 20_000_000
     program = f"""
@@ -241,7 +246,7 @@ def test_damaged_checkpoint(options, tmp_path, capsys, damage):
     assert message.startswith("adderops.distill: error: ") and str(checkpoint) in message and expected in message
 
 
-@pytest.mark.parametrize("where", ["step", "last step"])
+@pytest.mark.parametrize("where", slow_except(["last step"], ["step", "last step"]))
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(options, tmp_path, capsys, where):
     """Weights become infinite in epoch 3: in its first step, or in its last, after which only the weights show it."""
     options = [*options, "--method", "pkkd", "--epochs", "4"]

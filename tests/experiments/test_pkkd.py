@@ -43,6 +43,7 @@ def rows_in(folder: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+@pytest.mark.slow
 def test_runs_rows_tables(pkkd, small, capsys):
     command = ["run", "small", "--runs", str(small / "runs"), "--results", str(small / "results")]
     pkkd.main([*command, "--only", "plain", "two words"])
@@ -69,6 +70,7 @@ def test_runs_rows_tables(pkkd, small, capsys):
     assert (small / "results" / "pkkd.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on_and_a_finished_one_gets_its_row(pkkd, small, monkeypatch):
     command = ["run", "small", "--runs", str(small / "runs"), "--results", str(small / "results"), "--only", "plain"]
     pkkd.main(command)

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import assert_same, quarters
+from slow import slow_except
 from tolerances import gamma
 from torch import nn
 
@@ -80,7 +81,7 @@ class Geometries(nn.Module):
         return [*outputs, self.linear(x[:, :3, 4])]
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", slow_except(("onnx",), FORMS))
 def test_every_geometry(form, tmp_path):
     """Exact for any order of the sums, and for other batch sizes than the example's."""
     torch.manual_seed(0)
@@ -223,6 +224,7 @@ torch.save(y, "decomposed.pt")
 """
 
 
+@pytest.mark.slow
 def test_saved_programs(tmp_path):
     """The decomposed program runs with torch alone, in a process that never imports adderops; the other one here."""
     want = network("lenet5")

@@ -12,7 +12,6 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from slow import slow_except
 from torch import nn
 
 from adderops import AdderConv2d, AdderLinear
@@ -534,9 +533,8 @@ def _shard(rank, x, state):
     return layer.weight.full_tensor().detach()
 
 
-@pytest.mark.parametrize(
-    "work", slow_except([_shard], [_replica, _shard]), ids=["DistributedDataParallel", "fully_shard"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("work", [_replica, _shard], ids=["DistributedDataParallel", "fully_shard"])
 def test_processes_step_as_the_whole_batch(work, tmp_path):
     torch.manual_seed(0)
     layer = AdderConv2d(3, 5, 3, eta=0.3, dtype=torch.float64)
@@ -551,7 +549,9 @@ def test_processes_step_as_the_whole_batch(work, tmp_path):
 # --- torch.compile ---
 
 
-@pytest.mark.parametrize("dynamic, backend", [(False, "inductor"), (True, "aot_eager")])
+@pytest.mark.parametrize(
+    "dynamic, backend", [pytest.param(False, "inductor", marks=pytest.mark.slow), (True, "aot_eager")]
+)
 def test_compiled_model_trains_the_same(dynamic, backend):
     torch.manual_seed(0)
     torch.compiler.reset()

@@ -18,6 +18,7 @@ from cases import (
     define,
     random_inputs,
 )
+from slow import slow_except
 from tolerances import CANCELLATION, assert_within, gamma, tolerance
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -44,7 +45,7 @@ def test_every_geometry(c, name, backend):
     check(name, c, backend, torch.float32)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", slow_except(DTYPES[:3], DTYPES), ids=str)
 @pytest.mark.parametrize("name", PASSES)
 def test_every_dtype(name, dtype, backend):
     for c in [*SELECTED, *LAYER_CASES]:

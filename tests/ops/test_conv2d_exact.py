@@ -23,8 +23,10 @@ from cases import (
     opposite_offsets,
     random_case,
 )
+from slow import slow_except
 
 HALVES = (torch.bfloat16, torch.float16)
+QUICK = {*CASES[::3], *SELECTED}
 
 
 def operands(name: str, inputs: Inputs) -> list[str]:
@@ -37,7 +39,7 @@ def rearranged(inputs: Inputs, **how) -> Inputs:
 
 
 @pytest.mark.parametrize("name", PASSES)
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", slow_except(QUICK, CASES), ids=str)
 def test_every_geometry_in_both_formats(case, name, backend):
     inputs, want = exact_inputs(case).to(torch.float32, backend.device), exact_result(name, case).float()
     for x in FORMATS.values():
@@ -48,9 +50,10 @@ def test_every_geometry_in_both_formats(case, name, backend):
                 assert_same(compute(name, case, arranged), want, f"{name} of {case!r}, strides of {formats}")
 
 
+@pytest.mark.parametrize("seeds", (range(50), pytest.param(range(50, 200), marks=pytest.mark.slow)), ids=str)
 @pytest.mark.parametrize("name", PASSES)
-def test_random_geometries(name, backend, set_threads):
-    for seed in range(200):
+def test_random_geometries(name, seeds, backend, set_threads):
+    for seed in seeds:
         set_threads(1 + seed % 3)
         c = random_case(seed)
         pick = list(FORMATS.values())

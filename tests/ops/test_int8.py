@@ -6,6 +6,7 @@ from functools import cache
 import pytest
 import torch
 from cases import CASES, FORMATS, SELECTED, VIEWS, Case, assert_same, case, generator, one_thread, random_case
+from slow import slow_except
 
 from adderops import reference
 from adderops.functional import adder_conv2d_int8, quantize
@@ -84,7 +85,7 @@ BYTE_CASES = [
 ]
 
 
-@pytest.mark.parametrize("case", [*CASES, *BYTE_CASES], ids=str)
+@pytest.mark.parametrize("case", slow_except({*CASES[::3], *SELECTED, *BYTE_CASES}, [*CASES, *BYTE_CASES]), ids=str)
 def test_every_geometry(case, backend):
     for form in FORMATS:
         for output in OUTPUTS:
@@ -175,7 +176,7 @@ def quantized(c: Case, dtype: torch.dtype) -> tuple[torch.Tensor, dict[tuple, to
         return x, {grid: reference.quantize(x, *grid) for grid in grids}
 
 
-@pytest.mark.parametrize("form", [*FORMATS, *VIEWS])
+@pytest.mark.parametrize("form", slow_except((*FORMATS, "sliced"), [*FORMATS, *VIEWS]))
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16), ids=str)
 def test_quantize(dtype, form, backend, set_threads):
     """Images of many sizes, in every layout."""

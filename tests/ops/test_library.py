@@ -174,16 +174,19 @@ def test_autocast_computes_in_float32(dtype):
 
 
 EMPTY = """
+import os
 import torch
 from cases import PASSES, Inputs, assert_same, case, compute, define
 
 no_rows, no_columns = case("rows", (2, 3, 0, 5), 4, 2, padding=(1, 0)), case("columns", (2, 3, 5, 0), 4, 2, padding=2)
-for c in ({case}, no_rows, no_columns):
+shapes = [(isa, c) for isa in torch.ops.adderops._cpu_isas() for c in ({case}, no_rows, no_columns)]
+for isa, c in shapes:
+    os.environ["ADDEROPS_CPU_ISA"] = isa
     for n in {{0, c.N}}:
         for dtype in (torch.float32, torch.float64, torch.bfloat16):
             data = [torch.ones(s).to(dtype) for s in ((n, *c.x_shape[1:]), c.w_shape, (n, *c.y_shape[1:]), (c.C_out,))]
             for name in PASSES:
-                print(name, c, n, dtype, flush=True)
+                print(isa, name, c, n, dtype, flush=True)
                 shape = {{"forward": data[2], "grad_x": data[0], "grad_w": data[1]}}[name].shape
                 got = compute(name, c, Inputs(*data))
                 assert got.shape == shape and got.dtype == dtype, got.shape
@@ -194,7 +197,7 @@ for c in ({case}, no_rows, no_columns):
 """
 
 
-def test_empty_batch_and_empty_images(backend):
+def test_empty_batch_and_empty_images():
     """In a child process, which an integer division by zero would kill."""
     code = EMPTY.format(case=f"case('batch', {SHAPE.x_shape}, 9, 3, 2, 1, 1, 3)")
     done = run_python("-c", code)

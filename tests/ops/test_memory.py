@@ -53,7 +53,9 @@ print(resident("VmHWM") - before, 4 * (x.numel() + w.numel() + y.numel()))
 @pytest.mark.skipif(
     not os.access("/proc/self/clear_refs", os.W_OK), reason="no /proc/self/clear_refs to reset the peak with"
 )
-@pytest.mark.parametrize("channels_last", (False, True), ids=("contiguous", "channels_last"))
+@pytest.mark.parametrize(
+    "channels_last", (False, pytest.param(True, marks=pytest.mark.slow)), ids=("contiguous", "channels_last")
+)
 @pytest.mark.parametrize(
     "name, x, filters, stride, padding",
     [pytest.param(*layer, id=layer[0], marks=() if layer[0] in QUICK else pytest.mark.slow) for layer in LAYERS],

@@ -194,7 +194,9 @@ class Tied(nn.Module):
 
 
 @pytest.mark.parametrize("kind", ("one norm", "two norms", "weight"))
-@pytest.mark.parametrize("scheme", (Scheme(), Scheme(bits=5, filter_groups=2, rank=1.0)), ids=str)
+@pytest.mark.parametrize(
+    "scheme", (Scheme(), pytest.param(Scheme(bits=5, filter_groups=2, rank=1.0), marks=pytest.mark.slow)), ids=str
+)
 def test_layers_that_run_twice_and_shared_weights(batches, kind, scheme):
     torch.manual_seed(0)
     model = calibrate(reestimate_batchnorm(Tied(kind), batches).eval(), batches, scheme)

@@ -302,6 +302,7 @@ print(library.c.trial_run(int(sys.argv[2]), 3, *map(ctypes.c_void_p, inside)))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("bug", "report"),
     (

@@ -142,6 +142,7 @@ def test_mutants():
             host.mutant([("definition/conv2d.h", old, "")], kernels=KERNELS)
 
 
+@pytest.mark.slow
 def test_sanitized_runs():
     """The first call is correct, the second ends the process with the sanitizer's report."""
     of = tensors()

@@ -6,6 +6,7 @@ import pytest
 import torch
 from cases import CASES, FORMATS, SELECTED, VIEWS, Case, assert_same, case, generator, random_case
 from ops.test_int8 import BYTE_CASES, OUTPUTS, Bytes, arranged, expected, inputs
+from slow import slow_except
 
 from adderops import reference
 from simt import builder, host
@@ -28,7 +29,7 @@ def check(kernels: host.Kernels, c: Case, output: str, options: int = 0, b: Byte
     assert_same(got, expected(c, output, options), f"{output} of {c!r}, options {options}, {how}")
 
 
-@pytest.mark.parametrize("c", [*CASES, *BYTE_CASES], ids=str)
+@pytest.mark.parametrize("c", slow_except([*SELECTED, *BYTE_CASES], [*CASES, *BYTE_CASES]), ids=str)
 def test_every_geometry(c):
     """Output, options, tile, order and layout vary from case to case."""
     index = [*CASES, *BYTE_CASES].index(c)
@@ -119,6 +120,7 @@ def test_operands_anywhere_in_memory(variant):
         assert_same(got, expected(c, "bytes", 3), f"{x}, {w}, {residual}")
 
 
+@pytest.mark.slow
 def test_long_sums():
     """Beyond 2^24, where floats are no longer integers; 255 everywhere."""
     k = 70000
@@ -174,6 +176,7 @@ def test_quantize_has_no_race(form):
             assert_same(got, reference.quantize(x, 0.37, 100), f"{c!r}, {form}")
 
 
+@pytest.mark.slow
 def test_sanitized():
     """AddressSanitizer and UBSan over every kernel once, in a process of their own."""
     calls, wanted = [], []

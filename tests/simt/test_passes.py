@@ -29,6 +29,7 @@ from cases import (
     random_inputs,
     sliced,
 )
+from slow import slow_except
 from tolerances import assert_within, tolerance
 
 from simt import builder, host
@@ -98,7 +99,7 @@ SHAPES = list(dict.fromkeys([*SELECTED, *PEER_CASES, *GEOMETRY_CASES, *LARGER]))
 
 
 @pytest.mark.parametrize("name", PASSES)
-@pytest.mark.parametrize("c", SHAPES, ids=str)
+@pytest.mark.parametrize("c", slow_except(SELECTED, SHAPES), ids=str)
 def test_exact(c, name):
     """Every geometry, with the automatic choice of kernel; type, layout, device and order vary from case to case."""
     passes, index = host.build(), CASES.index(c)
@@ -145,6 +146,7 @@ def test_same_bits_in_every_order(kernel, layout):
     assert all(torch.equal(first, other) for other in others)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ("contiguous", "channels_last"))
 @pytest.mark.parametrize("kernel", KERNELS, ids=str)
 def test_no_race_and_nothing_out_of_bounds(kernel, layout):
@@ -157,6 +159,7 @@ def test_no_race_and_nothing_out_of_bounds(kernel, layout):
     assert_same(got, exact_result(name, c).float().to(dtype), f"{kernel}, {layout}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float64, *HALVES), ids=str)
 @pytest.mark.parametrize("name", PASSES)
 def test_no_race_in_the_direct_kernels(name, dtype):
@@ -166,6 +169,7 @@ def test_no_race_in_the_direct_kernels(name, dtype):
             assert_same(got, exact_result(name, c).to(dtype), f"{name} of {c!r}, {dtype}, {layout}")
 
 
+@pytest.mark.slow
 def test_sanitized():
     """AddressSanitizer and UBSan over every kernel once, in a process of their own."""
     c = case("sanitized", (1, 19, 5, 4), 21, (2, 3), stride=(2, 1), padding=(1, 0))
