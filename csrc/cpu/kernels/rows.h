@@ -17,8 +17,8 @@ inline void zero_pixels(float* p, int64_t pixels, int64_t channels, int64_t pitc
 
 // `rows` x `columns` pixels from `src` on; rows of dst are dst_row floats apart.
 template <typename T>
-inline void load_pixels(const T* src, const int64_t* stride, int64_t channels, int64_t rows, int64_t columns,
-                        float* dst, int64_t pitch, int64_t dst_row) {
+__attribute__((noinline)) void load_pixels(const T* src, const int64_t* stride, int64_t channels, int64_t rows,
+                                           int64_t columns, float* dst, int64_t pitch, int64_t dst_row) {
   const int64_t sc = stride[1], sh = stride[2], sw = stride[3];
   if (sc == 1) {
     for (int64_t h = 0; h < rows; ++h)
@@ -86,8 +86,8 @@ inline void load_rows(ElementType type, const Operand& x, int64_t H, int64_t W, 
 }
 
 template <typename T>
-inline void store_image(const float* src, int64_t pitch, const Operand& y, const Region& r, int64_t n, int64_t c0,
-                        int64_t channels) {
+__attribute__((noinline)) void store_image(const float* src, int64_t pitch, const Operand& y, const Region& r,
+                                           int64_t n, int64_t c0, int64_t channels) {
   const int64_t sc = y.stride[1], sh = y.stride[2], sw = y.stride[3];
   T* base = static_cast<T*>(y.data) + n * y.stride[0] + c0 * sc + r.h0 * sh + r.w0 * sw;
   const bool one_run = sh == r.columns * sw;  // a plane without gaps is one long row
