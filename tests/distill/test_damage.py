@@ -279,7 +279,7 @@ def test_a_checkpoint_of_another_form(trained, tmp_path, capsys, change: Callabl
     "content, expected",
     [
         ("[" * 100_000, "maximum recursion depth"),
-        ("[]", "got list in place of names and values"),
+        ("[]", "got list instead of names and values"),
         ("{}", "data: expected a value, got none"),
         ({"arch": None}, "arch: expected a value, got none"),
         ({"threads": None}, "threads: expected a value, got none"),

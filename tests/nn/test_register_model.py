@@ -18,6 +18,7 @@ from adderops.models import (
     register_model,
 )
 from adderops.quant import calibrate, convert
+from distill.runs import write_bars
 
 
 class Toy(nn.Module):
@@ -82,9 +83,11 @@ def test_converted_and_quantized(images):
     assert torch.allclose(integer(images), calibrated(images), atol=1e-3)
 
 
-def test_trained_and_tested_by_the_command_line(folder_of_bars, tmp_path, capsys):
-    folder = tmp_path / "run"
-    options = ["--data", str(folder_of_bars), "--method", "pkkd", "--epochs", "2", "--batch-size", "16"]
+def test_trained_and_tested_by_the_command_line(tmp_path, capsys):
+    folder, images = tmp_path / "run", tmp_path / "bars"
+    images.mkdir()
+    write_bars(images)
+    options = ["--data", str(images), "--method", "pkkd", "--epochs", "2", "--batch-size", "16"]
     assert main(["--arch", "toy", *options, "--threads", "1", "--output", str(folder)]) == 0
     assert Config.load(folder / "config.json").arch == "toy"
     capsys.readouterr()

@@ -225,6 +225,7 @@ def test_unbatched_and_named_padding():
 def test_compile(dynamic, form):
     """One graph, forward and backward, with the results of eager mode; dynamic shapes compile once."""
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
 
     def step(x, w, b):
         return adder_conv2d(x.relu(), w, b, stride=2, padding=1).tanh() * 2

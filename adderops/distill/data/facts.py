@@ -46,7 +46,7 @@ def read_facts(path: Path) -> dict[str, Any]:
     try:
         facts = json.loads(path.read_text())
         if not isinstance(facts, dict):
-            raise ValueError(f"got {type(facts).__name__} in place of names and values")
+            raise ValueError(f"got {type(facts).__name__} instead of names and values")
         check_facts(facts)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: expected a data set as this program writes it ({error})") from error
