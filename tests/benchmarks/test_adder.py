@@ -12,6 +12,7 @@ from harness.peers import eager_step
 from harness.timing import Contestant, take_turns
 
 
+@pytest.mark.slow
 def test_end_to_end(limits, tiny, tmp_path, capsys):
     pytest.importorskip("matplotlib", reason="--plot needs matplotlib")
     file, plot = tmp_path / "r.csv", tmp_path / "r.png"

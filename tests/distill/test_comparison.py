@@ -41,6 +41,7 @@ def csv_of(folder) -> dict[str, dict[str, str]]:
         return {row["network"]: row for row in csv.DictReader(file)}
 
 
+@pytest.mark.slow
 def test_files_of_a_comparison(compared):
     summaries = json.loads((compared / "summary.json").read_text())
     assert [(s["seed"], s["method"]) for s in summaries] == [(0, "pkkd"), (0, "plain"), (1, "pkkd"), (1, "plain")]
@@ -60,6 +61,7 @@ def test_files_of_a_comparison(compared):
     assert (compared / "comparison.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
 
 
+@pytest.mark.slow
 def test_costs_are_those_of_the_networks(compared):
     """LeNet-5-BN with four classes: 416,016 multiply-accumulates, of which 298,080 in adder layers."""
     rows = csv_of(compared)
@@ -81,6 +83,7 @@ def test_costs_are_those_of_the_networks(compared):
     assert weights < int(rows["adder, PKKD, int8"]["bytes"]) < 1.1 * weights
 
 
+@pytest.mark.slow
 def test_int8_is_the_distilled_student_with_all_layers_in_8_bits(compared, data, monkeypatch):
     converted = []
     monkeypatch.setattr(comparison, "convert", lambda network, example: converted.append(network) or network)
@@ -114,6 +117,7 @@ def test_interrupted_and_continued_it_ends_with_the_same_bits(compared, argument
     assert [row["accuracy"] for row in csv_of(run).values()] == [row["accuracy"] for row in csv_of(compared).values()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["eval", "report", "export --format state_dict", "quantize"])
 def test_commands_take_the_first_run_by_pkkd(compared, command, capsys):
     name, *options = command.split()
@@ -123,6 +127,7 @@ def test_commands_take_the_first_run_by_pkkd(compared, command, capsys):
     assert expected in printed
 
 
+@pytest.mark.slow
 def test_compare_lists_all_runs(compared, capsys):
     assert main(["compare", str(compared)]) == 0
     printed = capsys.readouterr().out
@@ -131,12 +136,14 @@ def test_compare_lists_all_runs(compared, capsys):
     assert "mean" in printed.splitlines()[-4]
 
 
+@pytest.mark.slow
 def test_one_seed_has_no_folders_of_seeds(arguments, tmp_path, capsys):
     assert main([*arguments, "--epochs", "1", "--seeds", "1", "--output", str(tmp_path / "run")]) == 0
     assert {p.name for p in (tmp_path / "run").iterdir() if p.is_dir()} == {"pkkd", "plain"}
     assert "seed 0" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_what_cannot_be_made_int8_loses_no_table(arguments, tmp_path, capsys, monkeypatch):
     def refuse(*_):
         raise ValueError("no such layer")

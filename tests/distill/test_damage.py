@@ -233,6 +233,7 @@ def test_files_that_promise_more_than_they_hold(trained, tmp_path, capsys):
     assert not (tmp_path / "o").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("declared", [2**31, 3])
 def test_a_gzip_file_is_read_as_far_as_its_header_goes(tmp_path, declared):
     packer = zlib.compressobj(9, zlib.DEFLATED, 31)

@@ -96,6 +96,7 @@ def move_images(folder: Path) -> str:
     return "other training labels; other training file names"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", [rename, add_class, remove_image, move_images])
 def test_a_changed_folder_is_not_resumed(trained, tmp_path, capsys, change):
     folder = Path(shutil.copytree(trained.parent / "set", tmp_path / "set"))

@@ -79,6 +79,7 @@ def _one_thread(set_threads):
 # --- networks of other architectures ---
 
 
+@pytest.mark.slow
 def test_own_data_and_networks_are_learned():
     distiller, history = fitted(epochs=8, loader=bars(96), fit={"test": bars(32)})
     assert [row["epoch"] for row in history] == list(range(1, 9))
@@ -87,6 +88,7 @@ def test_own_data_and_networks_are_learned():
     assert not distiller.task.networks["student"].training
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("teacher", ["torchvision/resnet18", "timm/mobilenetv3_small_050"])
 def test_foreign_teachers_of_another_architecture(teacher):
     pytest.importorskip(teacher.partition("/")[0])
@@ -222,6 +224,7 @@ def test_an_optimizer_of_other_parameters_is_refused():
         Distiller(small_teacher(), student, optimizer=optimizer, schedule=schedule, frozen=True)
 
 
+@pytest.mark.slow
 def test_adder_weights_take_steps_of_their_own_size_under_float16_clipping_and_accumulation():
     """A step of plain SGD with lr 1 changes the weights by a root mean square of eta, or the scaler skips it."""
     student = small_student()
@@ -376,6 +379,7 @@ def test_arguments_outside_their_range(options, message):
         Distiller(small_teacher(), small_student(), **options)
 
 
+@pytest.mark.slow
 def test_class_weights_and_their_number():
     with pytest.raises(ValueError, match="class_weights: expected one for each of 4 classes, got 3"):
         fitted(class_weights=torch.ones(3))

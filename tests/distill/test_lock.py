@@ -51,6 +51,7 @@ def test_a_folder_in_use_is_refused_with_its_owner_and_free_once_that_is_dead(op
         os.killpg(holder.pid, 9)
 
 
+@pytest.mark.slow
 def test_output_to_an_owned_folder_is_refused(options, tmp_path, capsys):
     """The owner has not written anything yet."""
     holder = hold(tmp_path / "run")

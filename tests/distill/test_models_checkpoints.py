@@ -36,6 +36,7 @@ def test_checkpoints_of_trainers_load(prefix, holder, tmp_path):
     assert same(of_run, saved)
 
 
+@pytest.mark.slow
 def test_names_within_the_model_are_compiled_or_its_own():
     inner = nn.Sequential(AdderConv2d(3, 4, 3), nn.BatchNorm2d(4))
     own = nn.ModuleDict({"module": inner, "model": nn.Linear(2, 2)})

@@ -76,6 +76,7 @@ def test_clipping_leaves_the_adder_layers_alone(config, data, tmp_path, steps):
 # --- the moving average ---
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method, role", [("pkkd", "student"), ("cnn", "teacher")])
 def test_ema_is_the_moving_average_of_the_weights(config, data, tmp_path, monkeypatch, method, role):
     """Written out: a' = decay a + (1 - decay) w after each step, from the initial weights; BatchNorm's too."""
@@ -133,6 +134,7 @@ def test_a_classifier_of_other_classes_keeps_its_initial_weights(config, tmp_pat
             assert torch.equal(value, state[name]), name
 
 
+@pytest.mark.slow
 def test_rifle_redraws_the_classifier_after_every_period_but_the_last(config, data, tmp_path, monkeypatch):
     """Six epochs in periods of two: new weights before epochs 3 and 5, its learning rate 1, .5, 1, .5, 1, .5 of lr."""
     tasks, rates, heads, momentum = keep_tasks(monkeypatch), [], [], []
@@ -241,6 +243,7 @@ def test_compile_compiles_both_networks(config, data, tmp_path, monkeypatch):
     assert_same_state(dict(load(tmp_path / "compiled" / "student.pt")), dict(load(tmp_path / "eager" / "student.pt")))
 
 
+@pytest.mark.slow
 def test_workers_change_nothing(config, data, tmp_path):
     for workers in (0, 1):
         train(replace(config, epochs=1, workers=workers), data, tmp_path / str(workers))
@@ -248,6 +251,7 @@ def test_workers_change_nothing(config, data, tmp_path):
     assert_same_state(dict(ours), dict(theirs))
 
 
+@pytest.mark.slow
 def test_tensorboard_gets_every_row_once(config, data, tmp_path, monkeypatch):
     """Also after a run died between TensorBoard's row of an epoch and the checkpoint."""
     event_accumulator = pytest.importorskip(

@@ -60,6 +60,7 @@ def toy(tmp_path):
     return run
 
 
+@pytest.mark.slow
 def test_a_method_from_outside_goes_through_the_command_line(toy, tmp_path, options):
     """train, --resume, eval, compare, export, quantize, report."""
     train = [*options, "--method", "twins", "--seed", "3", "--output"]

@@ -41,6 +41,7 @@ def interrupted(config, data, folder, after: int) -> None:
         hook.remove()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [
@@ -121,6 +122,7 @@ def _statistics(data):
     return data.train.mean, data.train.std
 
 
+@pytest.mark.slow
 def test_mixed_labels_in_loss_and_accuracy(config, data, tmp_path):
     torch.manual_seed(0)
     images, labels = torch.rand(16, 1, 32, 32), torch.arange(16) % 4
@@ -215,6 +217,7 @@ def test_best_network_is_that_of_its_best_epoch(config, data, tmp_path, capsys):
 # --- BatchNorm ---
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["pkkd", "cnn"])
 def test_reestimated_statistics_are_those_of_the_images_and_change_no_weight(config, data, tmp_path, method):
     from adderops import reestimate_batchnorm
@@ -320,6 +323,7 @@ def test_a_teacher_of_another_architecture_and_its_pretrained_file(tmp_path, set
 # --- older runs ---
 
 
+@pytest.mark.slow
 def test_a_run_of_an_older_version_is_continued(config, data, tmp_path):
     """Its configuration and its checkpoint have other entries, and `amp` is true or false."""
     config = replace(config, amp="bfloat16", reestimate_batchnorm=512, epochs=3)

@@ -118,6 +118,7 @@ def test_a_checkpoint_is_saved_within_an_epoch_when_it_is_time(config, data, tmp
     assert saved == [(1, 0), (2, 0)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("writer", ["save_checkpoint", "write_csv"])
 @pytest.mark.parametrize(
     "method, epoch", [("pkkd", 1), *(pytest.param(m, 2, marks=pytest.mark.slow) for m in ("pkkd", "plain", "cnn"))]

@@ -73,6 +73,7 @@ def test_export_refuses_what_is_not_there(run, capsys):
     assert not (run / "export").exists()
 
 
+@pytest.mark.slow
 def test_exports_carry_names_and_normalization_without_the_images(trained_on_pictures, tmp_path):
     moved = Path(shutil.copytree(trained_on_pictures, tmp_path / "run"))
     config = json.loads((moved / "config.json").read_text())

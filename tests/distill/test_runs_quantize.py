@@ -64,6 +64,7 @@ def test_one_command_from_run_to_bytes(trained, folder_of_bars, tmp_path, capsys
     assert facts["scheme"]["bits"] == 8 and facts["facts"]["side"] == images.shape[-1]
 
 
+@pytest.mark.slow
 def test_options_reach_the_scheme(trained, tmp_path, capsys):
     file = tmp_path / "int5.safetensors"
     options = "--bits 5 --method shared --ends int8 --images 40 --no-reestimate --weights student".split()
@@ -73,6 +74,7 @@ def test_options_reach_the_scheme(trained, tmp_path, capsys):
     assert scheme == {"bits": 5, "method": "shared", "rank": 0.9997, "filter_groups": 1, "ends": "int8"}
 
 
+@pytest.mark.slow
 def test_the_file_lies_in_the_run_by_default(trained, capsys):
     assert main(["quantize", str(trained), "--batch-size", "4"]) == 0
     assert (trained / "export" / "int8.safetensors").is_file()
@@ -104,6 +106,7 @@ def test_calibration_images_are_the_same_at_every_call(folder_of_bars):
     assert sum(map(len, calibration_batches(train_set))) == 128
 
 
+@pytest.mark.slow
 def test_the_int8_file_carries_names(tmp_path):
     options = "--data digits --method plain --epochs 4 --train-images 400 --threads 1 --lr 0.05".split()
     assert main([*options, "--output", str(tmp_path / "run")]) == 0

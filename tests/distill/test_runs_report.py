@@ -50,6 +50,7 @@ def test_the_report_holds_every_figure_and_number(runs, tmp_path, capsys):
     assert not re.search(r'(src|href)="(?!data:)', page) and "http" not in page
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method, network", [("plain", "student"), ("cnn", "teacher")])
 def test_without_distillation_its_parts_are_left_out(runs, tmp_path, method, network):
     page = write_report(runs[method], tmp_path).read_text()
@@ -58,6 +59,7 @@ def test_without_distillation_its_parts_are_left_out(runs, tmp_path, method, net
     assert [axes.get_title() for axes in draw_losses(runs[method]).axes] == ["cross entropy with the labels"]
 
 
+@pytest.mark.slow
 def test_the_report_is_a_function_of_the_run(runs, tmp_path):
     run = runs["plain"]
     assert main(["report", str(run.path)]) == 0

@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 TESTS = Path(__file__).resolve().parents[1]
 PRETEND = """
 import sys, pytest, torch
@@ -15,6 +17,7 @@ sys.exit(pytest.main(["--collect-only", "-q", *sys.argv[1:]]))
 """
 
 
+@pytest.mark.slow
 def test_every_gpu_test_is_collected():
     """Fails where a test module that they import, or a name in it, has moved."""
     files = [str(path) for path in (TESTS / "gpu").glob("test_*.py") if path != Path(__file__).resolve()]

@@ -68,6 +68,7 @@ def compiled(arch, source, options=()):
     return kernel
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("arch", "scope"), SCOPES)
 def test_budgets(has_nvdisasm, arch, scope):
     try:

@@ -111,6 +111,7 @@ class Dtypes(nn.Module):
         return [layer(x.to(layer.weight.dtype)) for layer in self.layers]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "form, dtypes",
     [
@@ -184,6 +185,7 @@ def logits_and_bound(model: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, f
     return logits, bound
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "arch, form, options",
     [

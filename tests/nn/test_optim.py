@@ -549,6 +549,7 @@ def test_processes_step_as_the_whole_batch(work, tmp_path):
 # --- torch.compile ---
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "dynamic, backend", [pytest.param(False, "inductor", marks=pytest.mark.slow), (True, "aot_eager")]
 )

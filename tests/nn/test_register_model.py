@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from distill.runs import write_bars
 from torch import nn
 
 from adderops import AdderConv2d, reestimate_batchnorm
@@ -18,7 +19,6 @@ from adderops.models import (
     register_model,
 )
 from adderops.quant import calibrate, convert
-from distill.runs import write_bars
 
 
 class Toy(nn.Module):

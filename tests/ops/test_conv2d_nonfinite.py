@@ -94,6 +94,7 @@ def test_one_poisoned_element(c, name, field, backend):
             check(name, c, torch.float32, backend, (field, at, value))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", (torch.float64, torch.bfloat16, torch.float16), ids=str)
 @pytest.mark.parametrize("name, field", OPERANDS)
 def test_one_poisoned_element_of_other_dtypes(name, field, dtype, backend):
@@ -113,6 +114,7 @@ def test_pairs_that_meet(c, name, pair, backend):
         check(name, c, torch.float32, backend, *zip(fields, middles, pair, strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PASSES)
 def test_infinity_times_zero(name, backend):
     """Infinite grad_y times a clamp or difference of 0 is NaN, and so is zero grad_y times an infinite difference."""
@@ -126,6 +128,7 @@ def test_infinity_times_zero(name, backend):
                 check(name, c, torch.float32, backend, ("grad_y", None, 0.0), (field, middle[field], value))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("value", (NAN, INF, -INF), ids=str)
 @pytest.mark.parametrize("name, field", OPERANDS)
 def test_everything_poisoned(name, field, value, backend):

@@ -58,6 +58,7 @@ print(resident() - before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="no /proc/self/status to read the peak from")
 def test_time_and_memory_follow_the_taps():
     """Copies of these windows would take hundreds of MiB or more than any machine has."""

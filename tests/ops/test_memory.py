@@ -50,6 +50,7 @@ print(resident("VmHWM") - before, 4 * (x.numel() + w.numel() + y.numel()))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     not os.access("/proc/self/clear_refs", os.W_OK), reason="no /proc/self/clear_refs to reset the peak with"
 )
@@ -129,6 +130,7 @@ def test_no_read_outside_the_operands(cases, backend):
     assert done.returncode == 0 and last == "done", f"exit {done.returncode} after {last}\n{done.stderr[-2000:]}"
 
 
+@pytest.mark.slow
 def test_the_guard_pages_guard():
     """The test above can fail: reading one byte behind a guarded tensor does kill the process."""
     touch = "x = guarded(torch.ones(1, 1, 3, 5), True); ctypes.string_at(x.data_ptr() + 60, 1)"
@@ -163,6 +165,7 @@ done.wait()
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="no /proc/self/status to read the memory from")
 def test_calling_threads_keep_no_memory_each():
     """The process, not each calling thread, keeps memory for later calls: at most 32 MiB per torch thread."""

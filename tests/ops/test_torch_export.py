@@ -67,6 +67,7 @@ def test_dynamic_batch_height_and_width(name, strict):
         assert_same(run(x).detach(), model(x).detach(), f"{size}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", slow_except(("stride", "groups"), GEOMETRIES))
 def test_plain_onnx_export_with_dynamic_sizes(name, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
@@ -144,6 +145,7 @@ CHANGED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", slow_except(("parametrized", "AveragedModel"), CHANGED))
 def test_changed_and_wrapped_models(name, tmp_path):
     model, example, x = CHANGED[name](), quarters(1, 6, 16, 16), quarters(3, 6, 16, 16)

@@ -131,6 +131,7 @@ torch.jit.trace(AdderLinear(3, 4).eval(), torch.randn(2, 3))
 """
 
 
+@pytest.mark.slow
 def test_jit_trace_is_silent():
     """The argument rules do not warn of "a tensor as a Python boolean"; in a process without pytest's own filters."""
     done = subprocess.run([sys.executable, "-c", TRACE], capture_output=True, text=True, timeout=120)

@@ -186,6 +186,7 @@ def setup_decides(**environ: str) -> list[str]:
     return done.stdout.splitlines()[-2:]
 
 
+@pytest.mark.slow
 def test_setup_follows_the_decision(tmp_path):
     home = toolkit(tmp_path, f"{torch.version.cuda or '13.0'}")
     assert setup_decides(ADDEROPS_CUDA="1", CUDA_HOME=str(home)) == [
@@ -336,6 +337,7 @@ def test_other_devices_are_named():
         adder_conv2d(x, w)
 
 
+@pytest.mark.slow
 def test_a_package_without_the_library(tmp_path):
     """In a copy of the package, in its own process, the CPU kernels work and there are no CUDA kernels."""
     if not torch.backends.cuda.is_built():
@@ -356,6 +358,7 @@ def test_a_package_without_the_library(tmp_path):
 # --- the benchmark ---
 
 
+@pytest.mark.slow
 def test_the_benchmark_says_what_is_missing():
     if torch.cuda.is_available() and not _ops.CUDA_KERNELS_MISSING:
         pytest.skip("nothing is missing here")

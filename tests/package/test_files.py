@@ -21,6 +21,7 @@ for i in range(150):
 """
 
 
+@pytest.mark.slow
 def test_two_writers_of_one_path(tmp_path):
     path = tmp_path / "file"
     writers = [subprocess.Popen([sys.executable, "-c", WRITER, str(path), letter]) for letter in "ab"]
@@ -33,6 +34,7 @@ def test_two_writers_of_one_path(tmp_path):
     assert os.listdir(tmp_path) == ["file"]
 
 
+@pytest.mark.slow
 def test_the_next_write_removes_the_remains_of_a_killed_writer(tmp_path):
     path, program = tmp_path / "file", WRITER.replace("150", "10**9").replace("200_000", "20_000_000")
     writer = subprocess.Popen([sys.executable, "-c", program, str(path), "a"])

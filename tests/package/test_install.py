@@ -39,6 +39,7 @@ def test_one_binary_for_every_python_and_torch():
         assert Path(library.__file__).name.endswith((".abi3.so", ".pyd"))
 
 
+@pytest.mark.slow
 def test_sources_without_the_library_say_what_to_do(tmp_path):
     shutil.copytree(INSTALLED, tmp_path / "adderops", ignore=shutil.ignore_patterns("_C*", "_cuda*", "__pycache__"))
     run = subprocess.run([sys.executable, "-c", "import adderops"], cwd=tmp_path, capture_output=True, text=True)
@@ -46,6 +47,7 @@ def test_sources_without_the_library_say_what_to_do(tmp_path):
     assert "build it with `pip install .` in the checkout" in run.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "value, message",
     [
@@ -109,6 +111,7 @@ def copied_sources(folder: Path) -> Path:
     return Path(shutil.copytree(CHECKOUT, folder / "tree", ignore=ignored))
 
 
+@pytest.mark.slow
 def test_no_compiler_is_one_line(tmp_path):
     run = subprocess.run(
         [sys.executable, "setup.py", "build_ext", "--inplace"],

@@ -64,6 +64,7 @@ def entries(tmp_path_factory) -> set[str]:
     return {name for role in inventory if role.startswith("py:") for name in inventory[role]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("module", sorted(MODULES))
 def test_every_public_name_has_an_entry(module, entries):
     names = public_names(module)

@@ -20,6 +20,7 @@ assert module is sys.modules["adderops.{name}"] and module.__doc__
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["distill", "export", "info", "models", "operations", "quant"])
 def test_submodule_of_the_package(name):
     code = CODE.replace("{name} in", f"{name!r} in").replace("{name}", name)

@@ -40,6 +40,7 @@ def relative(got, want):
 # --- batches of every kind ---
 
 
+@pytest.mark.slow
 def test_batches_as_loaders_give_them(network, batches, logits):
     pairs = torch.utils.data.TensorDataset(torch.cat(batches), torch.zeros(16))
     for form in (
@@ -109,6 +110,7 @@ def test_infinity_that_arises_inside_names_layer_and_batch(network, batches):
 # --- models of every kind ---
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16, torch.float64), ids=str)
 def test_models_of_other_dtypes(network, batches, dtype):
     model = calibrate(network.to(dtype), [batch.to(dtype) for batch in batches])
@@ -116,6 +118,7 @@ def test_models_of_other_dtypes(network, batches, dtype):
     assert relative(convert(model, x)(x), model(x)) < (0.05 if dtype == torch.bfloat16 else 0.01)
 
 
+@pytest.mark.slow
 def test_under_autocast(network, batches, logits):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         integer = convert(calibrate(network, batches), batches[0])
@@ -123,6 +126,7 @@ def test_under_autocast(network, batches, logits):
     assert relative(integer(batches[0]), logits) < 0.05
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wrap", (torch.compile, nn.DataParallel, lambda m: nn.DataParallel(torch.compile(m))))
 def test_wrapped_models(network, batches, logits, wrap):
     wrapped = wrap(network)
@@ -130,6 +134,7 @@ def test_wrapped_models(network, batches, logits, wrap):
     assert torch.equal(convert(wrapped, batches[0])(batches[0]), logits)
 
 
+@pytest.mark.slow
 def test_compiled_parts(network, batches, logits):
     network.conv3 = torch.compile(network.conv3, backend="eager")
     network.compile(backend="eager")
@@ -193,6 +198,7 @@ class Tied(nn.Module):
         return self.head(self.bn2(self.again(x)).relu().mean((2, 3)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ("one norm", "two norms", "weight"))
 @pytest.mark.parametrize(
     "scheme", (Scheme(), pytest.param(Scheme(bits=5, filter_groups=2, rank=1.0), marks=pytest.mark.slow)), ids=str
@@ -220,6 +226,7 @@ def small_weights(batches):
     return reestimate_batchnorm(model, batches).eval()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("groups", (2, 4))
 def test_filter_groups_lose_nothing_of_inputs_beyond_their_grids(batches, groups):
     model = small_weights(batches)
@@ -265,6 +272,7 @@ def test_without_batchnorm_behind_six_bits_do(batches):
     assert torch.corrcoef(torch.stack((got.flatten(), want.flatten())))[0, 1] > 0.95
 
 
+@pytest.mark.slow
 def test_hooks_that_watch_see_numbers(network, batches, logits):
     seen = []
     network.conv2.register_forward_hook(lambda layer, x, y: seen.append(y.mean().item()))

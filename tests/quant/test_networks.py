@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from slow import slow_except
 from torch import nn
 
 from adderops import AdderConv2d, reference
@@ -181,6 +182,7 @@ def test_gradients_go_straight_through(images):
     assert x.grad[outside].abs().max() == 0
 
 
+@pytest.mark.slow
 def test_fine_tuning_takes_back_what_few_bits_cost(images):
     labels = torch.arange(len(images)) % 4  # which quarter is bright
     images = 0.3 * images
@@ -213,7 +215,7 @@ def assert_close(integer, model, images):
     assert difference < 0.03
 
 
-@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+@pytest.mark.parametrize("scheme", slow_except(SCHEMES[:1], SCHEMES), ids=str)
 def test_the_integer_network_equals_the_fake_quantized_one(network, images, scheme, backend):
     model = calibrate(copy.deepcopy(network), [images], scheme)
     integer = convert(model, images)
@@ -238,6 +240,7 @@ def test_lenet(images):
     assert_close(convert(model, grey), model, grey)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", ("vgg_small", "mobilenet", "torchvision/resnet18"))
 def test_other_networks(images, arch):
     model = calibrate(trained(create_model(arch, "adder", 3, 10), images), [images])
@@ -248,6 +251,7 @@ def test_other_networks(images, arch):
     assert torch.corrcoef(torch.stack((got.flatten(), want.flatten())))[0, 1] > 0.8
 
 
+@pytest.mark.slow
 def test_activations_stay_uint8_from_layer_to_layer(network, images):
     """Of ResNet-20's 20 adder layers two are shortcuts and one is the last: only these output floats."""
     integer = convert(calibrate(copy.deepcopy(network), [images]), images)
@@ -258,6 +262,7 @@ def test_activations_stay_uint8_from_layer_to_layer(network, images):
     assert not any(op.startswith(("aten.relu", "aten.add", "aten.max_pool")) for op in operators(integer))
 
 
+@pytest.mark.slow
 def test_bits_are_the_grid(network, images):
     integer = convert(calibrate(copy.deepcopy(network), [images], Scheme(bits=4)), images)
     weights = {name: w for name, w in integer.state_dict().items() if w.dtype == torch.uint8}
@@ -269,6 +274,7 @@ def test_the_model_itself_may_be_a_layer(images):
     assert torch.allclose(convert(layer, images)(images), layer(images), atol=1e-3)
 
 
+@pytest.mark.slow
 def test_converting_leaves_the_model_as_it_is(network, images):
     model = calibrate(copy.deepcopy(network), [images])
     before = {name: value.clone() for name, value in model.state_dict().items()}

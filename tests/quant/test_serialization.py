@@ -82,6 +82,7 @@ def test_every_network_of_ours_is_the_same_from_its_file(arch, scheme, tmp_path)
     assert known["input"]["shape"] == [-1, channels, side, side] and known["scheme"]["bits"] == scheme.bits
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "arch",
     slow_except(("shufflenet_v2_x0_5",), ("densenet121", "mobilenet_v3_small", "shufflenet_v2_x0_5", "googlenet")),
@@ -125,6 +126,7 @@ def test_outputs_names_and_operations_of_every_form(tmp_path):
     assert [tuple(t.shape) for t in leaves(integer(images[:2]))] == [(2, 5), (2, 8, 4), (2, 8, 24, 24)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16, torch.float64), ids=str)
 def test_inputs_of_other_dtypes(images, dtype, tmp_path):
     integer = integer_of(lenet5().to(dtype), images.to(dtype))
@@ -160,6 +162,7 @@ def test_the_network_is_an_object_like_others(integer, images, path):
     assert torch.equal(program(images[:3]), loaded(images[:3]))
 
 
+@pytest.mark.slow
 def test_autocast_leaves_bytes_alone(images):
     torch.manual_seed(0)
     coloured = torch.randn(4, 3, 32, 32)

@@ -186,7 +186,7 @@ def test_sanitized():
         assert_same(got, want, f"{operands[0]}, {how}")
 
 
-@pytest.mark.parametrize("capability", (75, 80, 90))
+@pytest.mark.parametrize("capability", slow_except((80,), (75, 80, 90)))
 @pytest.mark.parametrize("dtype", (torch.float32, *HALVES), ids=str)
 @pytest.mark.parametrize("name", PASSES)
 def test_nan_and_infinity(name, dtype, capability):
@@ -229,6 +229,7 @@ OPPOSITE = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype, offset, c", OPPOSITE, ids=str)
 def test_minimum_form_where_offsets_cancel_within_its_sums(dtype, offset, c):
     """sum X + sum W is small, and wrong: sum |W| reveals it."""
@@ -255,6 +256,7 @@ def test_far_windows(far, close, name):
         assert_same(got, exact_result(name, close).float().to(dtype), f"{name} of {far!r}, {dtype}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PASSES)
 @pytest.mark.parametrize("scales", [(1.0, 1.0, 0.0), (100.0, 0.01, 0.0), (0.01, 0.01, 0.0), (1.0, 1.0, 10.0)], ids=str)
 def test_accuracy(name, scales):
