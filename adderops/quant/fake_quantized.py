@@ -1,6 +1,7 @@
 """Fake-quantized layers, for calibration, testing and fine-tuning: they round inputs and weights in floating point."""
 
 import copy
+from abc import abstractmethod
 from functools import partial
 from typing import Any
 
@@ -68,13 +69,13 @@ class Quantized(nn.Module):
             layer.set_eta(None)
         return layer.eval()
 
+    @abstractmethod
     def grids(self) -> list[tuple[Tensor, Grid]]:
         """Returns (indices of the filters, grid) per group of filters."""
-        raise NotImplementedError
 
+    @abstractmethod
     def input_grid(self) -> Grid:
         """Returns the grid of the stored input."""
-        raise NotImplementedError
 
     @property
     def calibrated(self) -> bool:
