@@ -1,7 +1,8 @@
 """Calibration: makes the layers of a trained network fake-quantized, on grids that fit their inputs."""
 
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -140,11 +141,57 @@ def calibrate(model: nn.Module, batches: _Batches, scheme: Scheme | None = None)
         raise
 
 
+def calibrate_ends(model: nn.Module, batches: _Batches) -> nn.Module:
+    """Makes the ends of a calibrated model fake-quantized as well, as `Scheme(ends='int8')` does, in place.
+
+    For a model that was fine-tuned with its ends in floating point; its adder layers stay as they are.
+
+    Args:
+        model: what `calibrate` returned, or a fine-tuned one.
+        batches: as in `calibrate`.
+
+    Returns:
+        The model, without the wrappers of torch.compile and DataParallel.
+
+    Raises:
+        ValueError: the model is not calibrated, or its ends are fake-quantized already; and as `calibrate`.
+
+    >>> from adderops.models import lenet5
+    >>> from adderops.quant import calibrate, reestimate_batchnorm
+    >>> images = torch.randn(8, 1, 32, 32)
+    >>> model = calibrate(reestimate_batchnorm(lenet5(), [images]), [images])
+    >>> list(quantized_layers(calibrate_ends(model, [images])))
+    ['conv1', 'conv2', 'conv3', 'conv4', 'fc']
+    """
+    model = unwrapped(model)
+    adders = quantized_layers(model).values()
+    schemes = [layer.scheme for layer in adders]
+    if not schemes or schemes[0].ends != "float":
+        got = "none of its layers" if not schemes else "one with its ends"
+        raise ValueError(f"model: expected a calibrated one with its ends in floating point, got {got}")
+    scheme = replace(schemes[0], ends="int8")
+    kinds: dict[type[nn.Module], type[Quantized]] = {kind.plain_kind: kind for kind in (QuantConv2d, QuantLinear)}
+    ends = {name: module for name, module in model.named_modules() if type(module) in kinds}
+    for module in ends.values():
+        kinds[type(module)].take_over(module, scheme)
+    try:
+        observe(model, batches, ends)
+    except BaseException:
+        for module in ends.values():
+            assert isinstance(module, Quantized)
+            module.give_back()
+        raise
+    for layer in adders:
+        layer.scheme = scheme
+    return model
+
+
 @torch.no_grad()
-def observe(model: nn.Module, batches: _Batches) -> nn.Module:
+def observe(model: nn.Module, batches: _Batches, names: Container[str] | None = None) -> nn.Module:
     """Calibrates the layers of `insert`: observes their inputs, which determine the grids.
 
-    Arguments, result, errors and warnings as `calibrate`, which is `insert` and `observe`.
+    Arguments, result, errors and warnings as `calibrate`, which is `insert` and `observe`. With `names`, only these
+    layers; the others compute on their grids.
 
     >>> from adderops.models import lenet5
     >>> from adderops.quant import reestimate_batchnorm
@@ -156,7 +203,7 @@ def observe(model: nn.Module, batches: _Batches) -> nn.Module:
     if isinstance(batches, Tensor):
         raise TypeError("batches: expected an iterable of batches, got one tensor")
     model = unwrapped(model)
-    layers = quantized_layers(model)
+    layers = {name: layer for name, layer in quantized_layers(model).items() if names is None or name in names}
     ranges: dict[str, tuple[Tensor, Tensor]] = {}
     count = 0
 

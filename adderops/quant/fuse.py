@@ -6,6 +6,8 @@ epilogue. If all adder layers that read the result have the same grid, the epilo
     conv -> bn -> relu ->            adder -> bn -> (+ residual) -> relu ->            pool -> classifier
     F.conv2d (bn in its weights)     adder_conv2d_int8 (one call)                      floats
              -> quantize ->
+
+With `ends='int8'`, convolution, pool and classifier are sums of integers as well (`_end`, and `pools.py`).
 """
 
 import operator
@@ -13,6 +15,7 @@ from dataclasses import asdict
 
 import torch
 from torch import Tensor, nn
+from torch._ops import OpOverload
 from torch.fx import GraphModule, Node
 from torch.fx.node import Argument
 from torch.nn.utils.fusion import fuse_conv_bn_weights
@@ -22,6 +25,7 @@ from adderops.quant.calibration import quantized_layers, unwrapped
 from adderops.quant.fake_quantized import QuantAdderConv2d, Quantized, QuantizedEnd
 from adderops.quant.grid import Grid, excess
 from adderops.quant.network import IntegerNetwork, assemble, in_memory_format, tensor_name
+from adderops.quant.pools import EXACT, average_pools, sum_integers
 from adderops.quant.tracing import node_argument, trace
 
 aten = torch.ops.aten
@@ -37,8 +41,9 @@ def convert(model: nn.Module, example: Tensor) -> IntegerNetwork:
 
     The sums are exact integers. Scale, BatchNorm, residual sum, ReLU and rounding to the next layer's grid form the
     epilogue of the same call, so activations stay uint8 from adder layer to adder layer. Everything else computes in
-    float32: the first convolution and the classifier (on their 8-bit grids with `ends='int8'`), pooling, and any other
-    layer.
+    float32: the first convolution and the classifier, pooling, and any other layer. With `ends='int8'` the former two
+    and the average pools sum integers too, so the result does not depend on the order of any additions
+    (docs/int8.md).
 
     Args:
         model: what `calibrate` returned, possibly fine-tuned; of any floating dtype, and possibly wrapped by
@@ -90,6 +95,7 @@ class _Fusion:
         constants: the tensors of the new network by name.
         converted: the layers that the network computes in integers, by the names of their tensors.
         made: the nodes that read `constants`.
+        readers: the nodes that divide by the step of an 8-bit grid, for the layers that multiply, with that step.
     """
 
     def __init__(self, traced: GraphModule, layers: dict[str, Quantized]) -> None:
@@ -100,9 +106,12 @@ class _Fusion:
         self.constants: dict[str, Tensor] = {}
         self.converted: dict[str, Quantized] = {}
         self.made: set[Node] = set()
+        self.readers: dict[Node, float] = {}
 
     def run(self, shape: tuple[int, ...], dtype: torch.dtype) -> IntegerNetwork:
         """Converts the graph for inputs (N, *shape) of a dtype."""
+        scheme = next(iter(self.layers.values())).scheme
+        pools = average_pools(self.graph) if scheme.ends == "int8" else {}
         for node in list(self.graph.nodes):
             layer = self._layer(node)
             if node.target == _ADDER and isinstance(layer, QuantAdderConv2d):
@@ -114,6 +123,7 @@ class _Fusion:
             if node.users:
                 self._floats_for(node, grid)
         self.graph.eliminate_dead_code()
+        sum_integers(self.graph, pools, self.readers)
         if dtype != torch.float32:
             self._cast_input()
         for node in list(self.graph.nodes):
@@ -126,7 +136,7 @@ class _Fusion:
             node.meta = {"layer": node.meta.get("layer")}
         read = {str(node.target) for node in self.graph.nodes if node.op == "get_attr"}
         knowledge = {
-            "scheme": asdict(next(iter(self.layers.values())).scheme),
+            "scheme": asdict(scheme),
             "layers": {name: [asdict(grid) for _, grid in layer.grids()] for name, layer in self.converted.items()},
             "shape": shape,
             "dtype": dtype,
@@ -203,6 +213,7 @@ class _Fusion:
             if len(outputs) > 1:
                 order = torch.cat([filters for filters, _ in grids]).argsort()
                 result = self._channels(result, _join(name, "order"), order)
+        result.meta["val"] = last.meta["val"]
         if wanted is None:
             last.replace_all_uses_with(result)
         else:
@@ -235,45 +246,65 @@ class _Fusion:
         return self.graph.call_function(aten.mul.Tensor, (distances, factors))
 
     def _multiplying(self, node: Node) -> None:
-        """Converts a convolution or linear layer: a BatchNorm after it is folded into its weights, still of 8 bits."""
+        """Converts a convolution or linear layer: a BatchNorm after it is folded into its weights or its scales."""
         layer, name = self._layer(node), self._name(node)
-        convolution = node.target in _CONVOLUTIONS
-        norm = self._norm_after(node) if convolution else None
-        if norm is None and not isinstance(layer, QuantizedEnd):
-            return
-        weight = self._required(node, 1)
-        bias = self._optional(node, 2)
-        factor = weight.new_ones(len(weight))
-        if norm is not None:
-            fused, shift = fuse_conv_bn_weights(factor[:, None, None, None], bias, *self._batch_norm(norm))
-            factor, bias = fused.detach().flatten(), shift.detach()
-        filters = (-1, *(1,) * (weight.dim() - 1))
-        source = node_argument(node, 0)
-        with self.graph.inserting_before(node):
-            if isinstance(layer, QuantizedEnd):
-                self.converted[tensor_name(name)] = layer
-                scales, grid = layer.weight_scales(), layer.input_grid()
-                stored = (weight / scales.view(filters)).round().to(torch.int8)
-                integers = self._constant(_join(name, "weight"), stored)
-                floats = self.graph.call_function(aten.to.dtype, (integers, torch.float32))
-                steps = self._constant(_join(name, "scale"), (scales * factor).view(filters))
-                new_weight = self.graph.call_function(aten.mul.Tensor, (floats, steps))
-                bounds = (-grid.zero_point, grid.quant_max - grid.zero_point)
-                for target, *arguments in (
-                    (aten.mul.Tensor, 1 / grid.scale),
-                    (aten.round.default,),
-                    (aten.clamp.default, *bounds),
-                    (aten.mul.Tensor, grid.scale),
-                ):
-                    source = self.graph.call_function(target, (source, *arguments))
-            else:
-                new_weight = self._constant(_join(name, "weight"), weight * factor.view(filters))
-            new_bias = None if bias is None else self._constant(_join(name, "bias"), bias)
-            if convolution:  # uint8 activations are channels_last
-                source = self.graph.call_function(aten.contiguous.default, (source,), {"memory_format": _LAST})
-        node.args = (source, new_weight, new_bias, *node.args[3:])
-        if norm is not None:
+        norm = self._norm_after(node) if node.target in _CONVOLUTIONS else None
+        if isinstance(layer, QuantizedEnd):
+            self._end(node, layer, norm)
+        elif norm is not None:
+            weight, bias = self._required(node, 1), self._optional(node, 2)
+            weight, shift = fuse_conv_bn_weights(weight, bias, *self._batch_norm(norm))
+            with self.graph.inserting_before(node):
+                source = self._channels_last(node_argument(node, 0))
+                node.args = (
+                    source,
+                    self._constant(_join(name, "weight"), weight),
+                    self._constant(_join(name, "bias"), shift),
+                    *node.args[3:],
+                )
             norm.replace_all_uses_with(node)
+
+    def _end(self, node: Node, layer: QuantizedEnd, norm: Node | None) -> None:
+        """Converts a layer that multiplies integers: y = scale[co] * sum (X - Z) W, then plus bias[co], in float32.
+
+        The sum is one of integer-valued floats, so it is the same in every order, if the floats can hold it: float32
+        below 2^24, float64 otherwise.
+        """
+        name, grid, target = self._name(node), layer.input_grid(), node.target
+        assert isinstance(target, OpOverload)
+        convolution = target in _CONVOLUTIONS
+        weight, bias = self._required(node, 1), self._optional(node, 2)
+        a, b = self._affine(norm, len(weight), bias)  # y = a * (the layer without its bias) + b
+        steps = layer.weight_scales()
+        stored = (weight / steps.view(-1, *(1,) * (weight.dim() - 1))).round().to(torch.int8)
+        least, most = -grid.zero_point, grid.quant_max - grid.zero_point
+        largest_sum = int(stored.int().abs().flatten(1).sum(1).max()) * max(-least, most)
+        dtype = torch.float32 if largest_sum < EXACT else torch.float64
+        channels = (-1, 1, 1) if convolution else (-1,)
+        call = self.graph.call_function
+        self.converted[tensor_name(name)] = layer
+        with self.graph.inserting_before(node):
+            to_grid = call(aten.mul.Tensor, (node_argument(node, 0), 1 / grid.scale))
+            self.readers[to_grid] = grid.scale
+            integers = call(aten.clamp.default, (call(aten.round.default, (to_grid,)), least, most))
+            source = self._channels_last(integers) if convolution else integers
+            if dtype != torch.float32:
+                source = call(aten.to.dtype, (source, dtype))
+            factors = call(aten.to.dtype, (self._constant(_join(name, "weight"), stored), dtype))
+            y = call(target, (source, factors, None, *node.args[3:]))
+            y.meta["layer"] = name
+            if dtype != torch.float32:
+                y = call(aten.to.dtype, (y, torch.float32))
+            scale = (a * steps.double() * grid.scale).float().view(channels)
+            y = call(aten.mul.Tensor, (y, self._constant(_join(name, "scale"), scale)))
+            if norm is not None or bias is not None:
+                y = call(aten.add.Tensor, (y, self._constant(_join(name, "bias"), b.float().view(channels))))
+        y.meta["val"] = (norm or node).meta["val"]  # a later sum compares shapes
+        (norm or node).replace_all_uses_with(y)
+
+    def _channels_last(self, source: Node) -> Node:
+        """Returns the value in the memory format of uint8 activations."""
+        return self.graph.call_function(aten.contiguous.default, (source,), {"memory_format": _LAST})
 
     # --- the operations after a layer ---
 
@@ -284,12 +315,23 @@ class _Fusion:
         user = _only_user(last)
         if user is not None and user.target == aten.add.Tensor and not user.kwargs:
             [other] = [arg for arg in user.args if arg is not last] or [None]
-            if isinstance(other, Node) and _shape(other) == _shape(user):
+            if isinstance(other, Node) and _shape(other) == _shape(user) and not self._takes_sum(other, node):
                 residual, last = other, user
                 user = _only_user(last)
         if user is not None and user.target == aten.relu.default:
             relu, last = True, user
         return norm, residual, relu, last
+
+    def _takes_sum(self, value: Node, node: Node) -> bool:
+        """Returns whether a value comes from an adder layer whose epilogue takes the sum, instead of that of `node`.
+
+        That is the layer with more terms: the other is then the smaller part of one call, where both run in one.
+        """
+        layer = node_argument(value, 0) if value.target == _NORM else value
+        if layer.target != _ADDER or not isinstance(self._layer(layer), QuantAdderConv2d) or _only_user(value) is None:
+            return False
+        terms, others = (self._required(adder, 1)[0].numel() for adder in (node, layer))
+        return others > terms
 
     def _norm_after(self, node: Node) -> Node | None:
         """Returns the BatchNorm that is the only reader of a node."""

@@ -23,7 +23,7 @@ class Scheme:
             wider than its weights. Every group beyond the first needs its own copy of the input, and, if inputs
             exceed its grid, a convolution with one filter for what they lose.
         ends: the first convolution and the classifier, which multiply: 'float', or 'int8' with 8-bit inputs and 8-bit
-            weights, one weight grid per filter.
+            weights, one weight grid per filter; `convert` then makes all sums of the network exact.
 
     Raises:
         ValueError: a value of another type, or out of range.

@@ -12,7 +12,7 @@ from torch.nn.utils import prune
 from adderops import AdderConv2d
 from adderops.models import lenet5
 from adderops.quant import Scheme, calibrate, convert, insert, reestimate_batchnorm
-from adderops.quant.calibration import quantized_layers
+from adderops.quant.calibration import calibrate_ends, quantized_layers
 
 
 @pytest.fixture(scope="module")
@@ -359,3 +359,37 @@ def test_the_plain_way_warns_of_nothing(network, batches):
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         calibrate(network, batches)
+
+
+# --- ends of a fine-tuned model ---
+
+
+def test_ends_can_follow_later(network, batches):
+    """The adder layers keep their grids; the ends get those of their inputs behind the rounded layers."""
+    both = calibrate(copy.deepcopy(network), batches, Scheme(bits=5, ends="int8"))
+    model = calibrate(network, batches, Scheme(bits=5))
+    before = {name: layer.grids() for name, layer in quantized_layers(model).items()}
+    logits = model(batches[0])
+    assert calibrate_ends(model, batches) is model
+    layers = quantized_layers(model)
+    assert list(layers) == ["conv1", "conv2", "conv3", "conv4", "fc"]
+    assert all(layer.scheme == Scheme(bits=5, ends="int8") for layer in layers.values())
+    assert all(str(layers[name].grids()) == str(grids) for name, grids in before.items())
+    assert layers["conv1"].input_grid() == both.conv1.input_grid()
+    assert layers["fc"].input_grid().scale == pytest.approx(both.fc.input_grid().scale, rel=0.2)
+    assert 0 < relative(model(batches[0]), logits) < 0.2
+    assert convert(model, batches[0]).conv1.weight.dtype == torch.int8
+
+
+def test_ends_of_a_wrong_model(network, batches):
+    with pytest.raises(ValueError, match="model: expected a calibrated one with its ends in floating point, got none"):
+        calibrate_ends(network, batches)
+    model = calibrate(copy.deepcopy(network), batches)
+    before = copy.deepcopy(model)
+    with pytest.raises(ValueError, match="batches: expected at least one, got none"):
+        calibrate_ends(model, [])
+    assert list(quantized_layers(model)) == list(quantized_layers(before)) and type(model.conv1) is nn.Conv2d
+    assert model.conv2.scheme == Scheme() and list(model.state_dict()) == list(before.state_dict())
+    calibrate_ends(model, batches)
+    with pytest.raises(ValueError, match="with its ends in floating point, got one with its ends"):
+        calibrate_ends(model, batches)

@@ -241,7 +241,7 @@ def test_lenet(images):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arch", ("vgg_small", "mobilenet", "torchvision/resnet18"))
+@pytest.mark.parametrize("arch", ("vgg_small", "mobilenet", "resnet8", "ds_cnn", "torchvision/resnet18"))
 def test_other_networks(images, arch):
     model = calibrate(trained(create_model(arch, "adder", 3, 10), images), [images])
     got, want = (
