@@ -1,7 +1,7 @@
 """Builds the extensions `adderops._C` and, with a CUDA toolkit, `adderops._cuda`; pyproject.toml has the rest.
 
 ADDEROPS_CUDA = auto (default) | 0 | 1 selects whether to build the CUDA kernels, TORCH_CUDA_ARCH_LIST for which
-architectures; MAX_JOBS limits the number of compiler processes.
+architectures (all: every one, whatever GPU is here); MAX_JOBS limits the number of compiler processes.
 """
 
 import os
@@ -16,7 +16,7 @@ from setuptools import Extension, setup
 from torch.utils import cpp_extension
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "_build"))
-from cuda_toolkit import Toolkit, Unavailable, arch_list, choose_toolkit
+from cuda_toolkit import Toolkit, Unavailable, arch_list, choose_toolkit, visible_gpus
 
 # The oldest torch in which the binaries must load: 2.11.  LibTorch's stable ABI makes one build serve every later one.
 TORCH_TARGET_VERSION = "0x020b000000000000"
@@ -72,13 +72,15 @@ def extensions() -> tuple[list[Extension], str]:
         toolkit, reason = choose_toolkit(os.environ, torch.version.cuda)
         if not toolkit:
             return [cpu_extension()], f"CPU kernels only ({reason})"
-        archs = arch_list(os.environ, toolkit.architectures())
+        archs = arch_list(os.environ, toolkit.architectures(), visible_gpus())
     except (Unavailable, ValueError) as error:
         sys.exit(str(error))
     # torch would guess both: the toolkit from the nvcc on the PATH, the architectures from the visible GPUs
     cpp_extension.CUDA_HOME = str(toolkit.home)
     os.environ["TORCH_CUDA_ARCH_LIST"] = archs
-    return [cpu_extension(), cuda_extension(toolkit, archs)], f"CPU kernels and CUDA kernels for {archs} ({reason})"
+    gpus = ", ".join(sorted(visible_gpus(), key=float)) or "none"
+    decision = f"CPU kernels and CUDA kernels for {archs} ({reason}; visible GPUs: {gpus})"
+    return [cpu_extension(), cuda_extension(toolkit, archs)], decision
 
 
 class BuildExtension(cpp_extension.BuildExtension):

@@ -1,15 +1,18 @@
-"""PEP 517 backend: setuptools, plus the torch to compile against.
+"""PEP 517 backend: setuptools, plus the torch to compile against, plus nvcc where it is wanted and not here.
 
 `pip install .` builds in an isolated environment that hides an installed torch.  If the interpreter has a torch that is
 new enough, the build uses it, without another download of gigabytes.  Otherwise torch becomes a build requirement;
 LibTorch's stable ABI lets the result run with any torch from 2.11 on, so the two versions may differ.
 """
 
+import os
 import re
 import site
 import sys
 from pathlib import Path
 
+from cuda_toolkit import OLDEST_ON_PYPI, missing_packages
+from setuptools import build_meta
 from setuptools.build_meta import *  # noqa: F403  (the hooks that need no change)
 
 OLDEST_TORCH = (2, 11)
@@ -35,13 +38,33 @@ def torch_requirement() -> list[str]:
     return [] if TORCH_FOLDER else ["torch>={}.{}".format(*OLDEST_TORCH), "numpy"]
 
 
+def torch_cuda() -> str | None:
+    """Returns the CUDA version of the torch to compile against, None if it has none."""
+    if not TORCH_FOLDER:
+        return OLDEST_ON_PYPI  # pip chooses the torch; since 2.11 PyPI's has CUDA 13
+    version = re.search(r"^cuda\b.*= '([\d.]+)'", Path(TORCH_FOLDER, "torch", "version.py").read_text(), re.M)
+    return version and version[1]
+
+
+def build_requirements() -> list[str]:
+    try:
+        return torch_requirement() + missing_packages(os.environ, torch_cuda())
+    except ValueError as error:
+        sys.exit(str(error))
+
+
 def get_requires_for_build_wheel(config_settings=None) -> list[str]:
-    return torch_requirement()
+    return build_requirements()
 
 
 def get_requires_for_build_editable(config_settings=None) -> list[str]:
-    return torch_requirement()
+    return build_requirements()
 
 
 def get_requires_for_build_sdist(config_settings=None) -> list[str]:
     return torch_requirement()
+
+
+def build_sdist(sdist_directory, config_settings=None) -> str:
+    os.environ["ADDEROPS_CUDA"] = "0"  # nothing is compiled: ADDEROPS_CUDA=1 must not ask for a toolkit here
+    return build_meta.build_sdist(sdist_directory, config_settings)

@@ -12,15 +12,17 @@ Results are first checked against float64 (harness/verify.py).  Peers that need 
 images; terms per second are compared.
 
 On a GPU, times are device times between events around a call, and the L2 cache is flushed before each call.  F.conv2d
-is cuDNN's with its algorithm search on, in float32 without TF32.  The limit is a model (harness/cuda_device.py).
+is cuDNN's with its algorithm search on, in float32 without TF32, and the contestant "conv2d_tf32" with it.  The limit
+is a model (harness/cuda_device.py).
 
 The CSV file starts with the machine and its limits as comments: Gterm/s of the loops of register_limits.cpp on one
-thread, or of the model.  A timed row has layer, pass, contestant, memory_format, batch, terms, seconds, spread, samples
-and gterm_per_s; share_of_limit if the contestant is "adder".  A row of the pass "memory" has extra_bytes and
-allowed_bytes.  The geometric means over the layers are named by what is divided by what:
+thread, or of the model; and the means.  A timed row has layer, pass, contestant, memory_format, batch, terms, seconds,
+spread, samples and gterm_per_s; share_of_limit if the contestant is "adder".  A row of the pass "memory" has
+extra_bytes and allowed_bytes.  The geometric means over the layers are named by what is divided by what:
 
     <pass>_over_conv2d                  both contiguous; with _channels_last: both channels_last
     <pass>_over_conv2d_best_format      each in its faster memory format, layer by layer
+    <pass>_over_conv2d_tf32             likewise, and with _best_format
     forward_over_cdist, step_over_eager, forward_over_eager, step_over_cdist       contiguous
     <pass>_share_of_limit               terms per second over those of the register-only loop, or of the model
 """
@@ -29,13 +31,12 @@ import argparse
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from fnmatch import fnmatch
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from harness import cuda_device, peers, register_limits, report, verify
-from harness.layers import DEFAULT_LAYERS, LAYERS, Layer
+from harness.layers import DEFAULT_LAYERS, LAYERS, Layer, named
 from harness.memory import extra_memory
 from harness.register_limits import Together
 from harness.timing import Contestant, take_turns, wall_clock
@@ -61,6 +62,28 @@ class Setting:
 
     def clock(self, call: Callable[[], object]) -> Callable[[int], float]:
         return cuda_device.device_clock(call) if self.device == "cuda" else wall_clock(call)
+
+    @property
+    def sampling(self) -> dict[str, float]:
+        """What `take_turns` shall know."""
+        return {"sample": cuda_device.SAMPLE} if self.device == "cuda" else {}
+
+    @property
+    def has_tf32(self) -> bool:
+        return self.device == "cuda" and self.dtype == torch.float32
+
+
+def _with_tf32(call: Callable[[], object]) -> Callable[[], object]:
+    """The same call on the tensor cores, which `main` keeps from float32."""
+
+    def run():
+        torch.backends.cudnn.allow_tf32 = True
+        try:
+            return call()
+        finally:
+            torch.backends.cudnn.allow_tf32 = False
+
+    return run
 
 
 def _passes(convolution: Callable, layer: Layer, tensors: Sequence[torch.Tensor]) -> dict[str, Callable]:
@@ -107,6 +130,8 @@ def _contestants(
         for name in passes:
             calls[name]["adder", format_name, layer.batch] = adder[name]
             calls[name]["conv2d", format_name, layer.batch] = conv2d[name]
+            if setting.has_tf32:
+                calls[name]["conv2d_tf32", format_name, layer.batch] = _with_tf32(conv2d[name])
 
     if peers.has_cdist(setting.dtype):
         small = layer.batch_within(CDIST_TERMS)
@@ -150,7 +175,7 @@ def _time_row(
     }
     if isinstance(limit, Together):
         players["limit", "registers", 0] = Contestant("limit registers", limit.terms, limit.seconds)
-    timings = take_turns(list(players.values()), budget)
+    timings = take_turns(list(players.values()), budget, **setting.sampling)
     rows = []
     for (what, form, batch), player in players.items():
         timing = timings[player.name]
@@ -212,6 +237,8 @@ class Results:
             named[f"{name}_over_conv2d"] = (name, "conv2d", "contiguous")
             named[f"{name}_over_conv2d_channels_last"] = (name, "conv2d", "channels_last")
             named[f"{name}_over_conv2d_best_format"] = (name, "conv2d", "best")
+            named[f"{name}_over_conv2d_tf32"] = (name, "conv2d_tf32", "contiguous")
+            named[f"{name}_over_conv2d_tf32_best_format"] = (name, "conv2d_tf32", "best")
             named[f"{name}_over_cdist"] = (name, "cdist", "contiguous")
             named[f"{name}_over_eager"] = (name, "eager", "contiguous")
         means = {}
@@ -315,12 +342,7 @@ def main(argv: Sequence[str] | None = None, layers: Sequence[Layer] | None = Non
     if args.plot:
         report.require_matplotlib()
     if layers is None:
-        layers = LAYERS if args.full or args.layers else DEFAULT_LAYERS
-    if args.layers:
-        layers = [layer for layer in layers if any(fnmatch(layer.name, p) for p in args.layers.split(","))]
-        if not layers:
-            known = ", ".join(layer.name for layer in LAYERS)
-            raise SystemExit(f"--layers: no layer matches {args.layers}; there are {known}")
+        layers = named(args.layers) if args.layers else LAYERS if args.full else DEFAULT_LAYERS
     if args.batch:
         layers = [replace(layer, batch=args.batch) for layer in layers]
     setting = Setting(args.device, getattr(torch, args.dtype))
@@ -352,13 +374,19 @@ def main(argv: Sequence[str] | None = None, layers: Sequence[Layer] | None = Non
             result["rows"] += rows
             rows_left -= 1
             print(_line(Results(rows), layer.name, name), flush=True)
+        _write(args.csv, result)  # layer by layer: a run that is ended early has them
 
     _summarize(result, args.plot)
     _print_memory(memory, result)
-    if args.csv:
-        limits = {f"limit, Gterm/s: {name}": rate for name, rate in result["limits"].items()}
-        report.write_csv(args.csv, result["machine"] | limits, result["rows"])
+    _write(args.csv, result)
     return result
+
+
+def _write(file: Path | None, result: dict) -> None:
+    if file:
+        comments = {f"limit, Gterm/s: {name}": rate for name, rate in result["limits"].items()}
+        comments |= {f"mean: {name}": mean for name, mean in Results(result["rows"]).geomean().items()}
+        report.write_csv(file, result["machine"] | comments, result["rows"])
 
 
 def _read(args: argparse.Namespace) -> dict:

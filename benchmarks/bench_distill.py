@@ -2,7 +2,7 @@
 
     python benchmarks/bench_distill.py                       LeNet-5-BN and ResNet-20, a minute or two on two cores
     python benchmarks/bench_distill.py --csv r.csv
-    python benchmarks/bench_distill.py --device cuda
+    python benchmarks/bench_distill.py --device cuda [--cuda-graph]
 
 A step is forward, losses, backward and optimizer, without reading images.  The contestants of a network take turns and
 are compared by their medians (harness/timing.py).  The eager step is the same computation as it is usually written:
@@ -31,7 +31,9 @@ from torch import Tensor, nn
 import adderops.info
 from adderops import AdderConv2d
 from adderops.distill import Distillation, FeatureMatch, PKKDTask, SingleTask
+from adderops.distill.graph import WARM_UP, StepGraph
 from adderops.distill.methods.matching import STUDENT_FACTOR, TEACHER_FACTOR
+from adderops.distill.sums import Sums
 from adderops.models import create_model, matched_layers
 
 # network: batch size of all contestants, and of the eager one (keeps its temporaries below 1 GiB)
@@ -124,21 +126,25 @@ def task_of(arch: str, contestant: str, memory_format: torch.memory_format) -> n
 
 
 def step_of(
-    arch: str, contestant: str, memory_format: torch.memory_format, batch: int, device: str
-) -> Callable[[], None]:
-    """Returns a function that runs one training step on images in memory."""
+    arch: str, contestant: str, memory_format: torch.memory_format, batch: int, device: str, cuda_graph: bool = False
+) -> Callable[[], object]:
+    """Returns a function that runs one training step on images in memory, on request as one CUDA graph."""
     torch.manual_seed(0)
     task = task_of(arch, contestant, memory_format).to(device)
     images = torch.randn(batch, 1, 32, 32).to(device, memory_format=memory_format)
     labels = torch.randint(0, 10, (batch,)).to(device)
-    optimizer = torch.optim.SGD([p for p in task.parameters() if p.requires_grad], 0.01, momentum=0.9)
+    parameters = [p for p in task.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(parameters, 0.01, momentum=0.9, fused=device == "cuda")
 
-    def step() -> None:
+    def step(images: Tensor, labels: Tensor) -> Sums:
         optimizer.zero_grad()
-        task(images, labels).total.backward()
+        loss = task(images, labels).total
+        loss.backward()
         optimizer.step()
+        return Sums(["loss"], loss.detach()[None])
 
-    return step
+    call = StepGraph(step, optimizer, torch.device(device)) if cuda_graph else step
+    return lambda: call(images, labels)
 
 
 def check_eager_match() -> None:
@@ -150,7 +156,7 @@ def check_eager_match() -> None:
         raise AssertionError(f"L_mid: expected {ours}, got {theirs} from the eager branches")
 
 
-def clock(step: Callable[[], None], device: str) -> Callable[[int], float]:
+def clock(step: Callable[[], object], device: str) -> Callable[[int], float]:
     """Times steps that follow each other without waiting for the device, as in training, until all are done."""
     if device == "cpu":
         return wall_clock(step)
@@ -166,9 +172,11 @@ def clock(step: Callable[[], None], device: str) -> Callable[[int], float]:
     return measure
 
 
-def bench(arch: str, budget: float, device: str) -> list[dict[str, object]]:
+def bench(arch: str, budget: float, device: str, batch: int | None, cuda_graph: bool) -> list[dict[str, object]]:
     """Times all contestants of a network in turns and returns their rows."""
-    batch, eager_batch = NETWORKS[arch]
+    usual, most = NETWORKS[arch]
+    batch = batch or usual
+    eager_batch = min(batch, most)
     contestants, of_name = [], {}
     for memory_format in FORMATS:
         for contestant in ("cnn", "plain", "logits", "pkkd"):
@@ -176,7 +184,10 @@ def bench(arch: str, budget: float, device: str) -> list[dict[str, object]]:
             of_name[name] = (contestant, memory_format, batch)
     of_name["pkkd in eager PyTorch, contiguous"] = ("eager", "contiguous", eager_batch)
     for name, (contestant, memory_format, images) in of_name.items():
-        step = step_of(arch, contestant, FORMATS[memory_format], images, device)
+        step = step_of(arch, contestant, FORMATS[memory_format], images, device, cuda_graph)
+        if cuda_graph:
+            for _ in range(WARM_UP + 1):  # and the recording
+                step()
         contestants.append(Contestant(name, images, clock(step, device)))
     # a sample on a GPU is many steps, because the host queues work ahead of the device
     timings = take_turns(contestants, budget, sample=0.1 if device == "cuda" else 0.004, least=5)
@@ -220,10 +231,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="(default: cpu)")
+    parser.add_argument("--cuda-graph", action="store_true", help="each step as one CUDA graph (needs --device cuda)")
+    parser.add_argument("--batch", type=int, metavar="N", help="batch size, for the eager step at most its usual one")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=45.0, help="time budget per network (default: 45)")
     parser.add_argument("--csv", type=Path, metavar="FILE", help="write machine and rows to FILE")
     options = parser.parse_args()
+    if options.cuda_graph and options.device != "cuda":
+        parser.error("--cuda-graph: expected --device cuda, got cpu")
+    if options.batch is not None and options.batch < 1:
+        parser.error(f"--batch: expected at least 1, got {options.batch}")
     if options.device == "cuda":
         cuda_device.require()
     torch.set_num_threads(options.threads)
@@ -233,7 +250,9 @@ def main() -> None:
         machine |= cuda_device.description()
     for name, value in machine.items():
         print(f"{name:<24}{value}")
-    rows = [row for arch in options.networks for row in bench(arch, options.seconds, options.device)]
+    rows = []
+    for arch in options.networks:
+        rows += bench(arch, options.seconds, options.device, options.batch, options.cuda_graph)
     print(table(rows))
     if options.csv:
         report.write_csv(options.csv, machine, rows)

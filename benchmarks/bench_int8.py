@@ -3,6 +3,7 @@
     python benchmarks/bench_int8.py                     three minutes on two cores
     python benchmarks/bench_int8.py --csv r.csv --plot r.png
     python benchmarks/bench_int8.py --read r.csv --plot r.png         means and plot of an earlier run
+    python benchmarks/bench_int8.py --device cuda
 
 A layer is one call from uint8 to uint8: the adder with scale, ReLU and rounding; `F.conv2d` in float32, the faster of
 both memory formats; QLinearConv of onnxruntime and torch's own int8 convolution, the faster of which is "the best int8
@@ -13,10 +14,14 @@ untimed call and lasts 20 ms, because one library's worker threads keep spinning
 `share` is the adder's share of the limit: the same sums from registers and L1 alone, on as many threads
 (harness/register_limits.py).
 
-The CSV file starts with the machine, its limits (Gterm/s on one thread) and the missing contestants as comments.  A row
-has layer or network, contestant, memory_format, batch, seconds, spread, samples and gterm_per_s or images_per_s.  The
-means are over_conv2d, over_int8_conv2d, over_onnxruntime, over_torch_int8, share_of_limit,
-resnet20_over_onnxruntime_int8, resnet20_over_cnn_float32 and resnet20_over_adder_float32.
+On a GPU there is no limit, and neither library has int8 convolutions: cuDNN's in float32, without TF32, and in float16
+are the peers.  Times are those of harness/cuda_device.py.
+
+The CSV file starts with the machine, its limits (Gterm/s on one thread), the missing contestants and the means as
+comments.  A row has layer or network, contestant, memory_format, batch, seconds, spread, samples and gterm_per_s or
+images_per_s.  The means are over_conv2d, over_conv2d_float16, over_int8_conv2d, over_onnxruntime, over_torch_int8,
+share_of_limit, resnet20_over_onnxruntime_int8, resnet20_over_cnn_float32, resnet20_over_cnn_float16 and
+resnet20_over_adder_float32.
 """
 
 import argparse
@@ -24,12 +29,13 @@ import copy
 import math
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from harness import int8_peers, register_limits, report
-from harness.layers import DEFAULT_LAYERS, LAYERS, Layer
+from harness import cuda_device, int8_peers, register_limits, report
+from harness.layers import DEFAULT_LAYERS, LAYERS, Layer, named
 from harness.timing import Contestant, take_turns
 from torch import Tensor
 
@@ -42,9 +48,14 @@ from adderops.quant import calibrate, convert, reestimate_batchnorm
 PAUSE = SAMPLE = 0.02  # seconds; shorter samples would measure how fast pool threads wake up
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 ADDER, CONV, ORT, TORCH = "adder int8", "conv2d float32", "onnxruntime int8", "torch int8"
+CONV16 = "conv2d float16"  # on a GPU
 
 
-def _clock(call: Callable[[], object]) -> Callable[[int], float]:
+def _clock(call: Callable[[], object], device: str, unit: str) -> Callable[[int], float]:
+    if device == "cuda":
+        head_start = cuda_device.HEAD_START if unit == "gterm_per_s" else cuda_device.OF_A_NETWORK
+        return cuda_device.device_clock(call, head_start)
+
     def measure(repeats: int) -> float:
         time.sleep(PAUSE)
         call()
@@ -63,30 +74,33 @@ def _bytes_of(layer: Layer) -> tuple[Tensor, Tensor]:
     return x.byte(), w.byte()
 
 
-def _adder_call(layer: Layer) -> Callable[[], Tensor]:
+def _adder_call(layer: Layer, device: str) -> Callable[[], Tensor]:
     """One call from uint8 to uint8; its result is checked here."""
     x, w = _bytes_of(layer)
-    x, w = (t.contiguous(memory_format=torch.channels_last) for t in (x, w))
     terms = w[0].numel()
     scale = torch.full((layer.c_out,), 8 / (256 * terms**0.5))
     offset = 128 + scale * 85 * terms
     geometry = {"stride": layer.stride, "padding": layer.padding}
-    epilogue = {"scale": scale, "offset": offset, "relu": True, "dtype": torch.uint8}
-    y = adder_conv2d_int8(x, w, **epilogue, **geometry)
+    epilogue = {"scale": scale.to(device), "offset": offset.to(device), "relu": True, "dtype": torch.uint8}
+    images, weights = (t.to(device, memory_format=torch.channels_last) for t in (x, w))
+    y = adder_conv2d_int8(images, weights, **epilogue, **geometry)
     sides = [layer.padding] * 4
     sample = reference.adder_conv2d_int8(
         x[:1], w[:8], scale[:8], offset[:8], relu=True, quantize=True, stride=[layer.stride] * 2, padding=sides
     )
-    if not torch.equal(y[:1, :8], sample):
+    if not torch.equal(y[:1, :8].cpu(), sample):
         raise SystemExit(f"{layer.name} {ADDER}: wrong result")
-    return lambda: adder_conv2d_int8(x, w, **epilogue, **geometry)
+    return lambda: adder_conv2d_int8(images, weights, **epilogue, **geometry)
 
 
-def _layer_calls(layer: Layer, threads: int, missing: dict[str, str]) -> dict[tuple[str, str], Callable]:
-    calls: dict[tuple[str, str], Callable] = {(ADDER, "channels_last"): _adder_call(layer)}
+def _layer_calls(layer: Layer, threads: int, device: str, missing: dict[str, str]) -> dict[tuple[str, str], Callable]:
+    calls: dict[tuple[str, str], Callable] = {(ADDER, "channels_last"): _adder_call(layer, device)}
     for name, memory_format in FORMATS.items():
-        x, w, _ = layer.tensors(memory_format)
-        calls[CONV, name] = lambda x=x, w=w: F.conv2d(x, w, stride=layer.stride, padding=layer.padding)
+        for conv, dtype in ((CONV, torch.float32), *([(CONV16, torch.float16)] if device == "cuda" else [])):
+            x, w, _ = (t.to(device, dtype) for t in layer.tensors(memory_format))
+            calls[conv, name] = lambda x=x, w=w: F.conv2d(x, w, stride=layer.stride, padding=layer.padding)
+    if device == "cuda":
+        return calls
     x, w = _bytes_of(layer)
     w = (w // 2).to(torch.int8) - 64  # 7 bits: without VNNI the sum of two 8-bit products saturates
     want = int8_peers.convolution_of_integers(layer, x[:1], w)
@@ -107,7 +121,7 @@ def _layer_calls(layer: Layer, threads: int, missing: dict[str, str]) -> dict[tu
     return calls
 
 
-def _network_calls(batch: int, threads: int, missing: dict[str, str]) -> dict[tuple[str, str], Callable]:
+def _network_calls(batch: int, threads: int, device: str, missing: dict[str, str]) -> dict[tuple[str, str], Callable]:
     torch.manual_seed(0)
     images = torch.randn(batch, 3, 32, 32)
     adder = reestimate_batchnorm(resnet20("adder"), [images]).eval()
@@ -115,10 +129,15 @@ def _network_calls(batch: int, threads: int, missing: dict[str, str]) -> dict[tu
     integer = convert(calibrate(copy.deepcopy(adder), [images]), images)
     calls: dict[tuple[str, str], Callable] = {}
     for form, memory_format in FORMATS.items():
-        x = images.contiguous(memory_format=memory_format)
+        x = images.to(device, memory_format=memory_format)
         for name, network in ((ADDER, integer), ("cnn float32", cnn), ("adder float32", adder)):
-            model = copy.deepcopy(network).to(memory_format=memory_format)
+            model = copy.deepcopy(network).to(device).to(memory_format=memory_format)
             calls[name, form] = lambda model=model, x=x: model(x)
+        if device == "cuda":
+            halved, half = copy.deepcopy(cnn).to(device, torch.float16).to(memory_format=memory_format), x.half()
+            calls["cnn float16", form] = lambda halved=halved, half=half: halved(half)
+    if device == "cuda":
+        return calls
     try:
         calls[ORT, "contiguous"] = int8_peers.onnxruntime_network(cnn, images, threads)
     except int8_peers.Unavailable as reason:
@@ -126,11 +145,11 @@ def _network_calls(batch: int, threads: int, missing: dict[str, str]) -> dict[tu
     return calls
 
 
-def _rows(label: dict, calls: dict, work: float, unit: str, limit, budget: float) -> list[dict]:
-    players = {key: Contestant(" ".join(key), work, _clock(call)) for key, call in calls.items()}
+def _rows(label: dict, calls: dict, work: float, unit: str, limit, budget: float, device: str) -> list[dict]:
+    players = {key: Contestant(" ".join(key), work, _clock(call, device, unit)) for key, call in calls.items()}
     if limit is not None:
         players["limit", "registers"] = Contestant("limit", limit.terms, limit.seconds)
-    timings = take_turns(list(players.values()), budget, SAMPLE)
+    timings = take_turns(list(players.values()), budget, cuda_device.SAMPLE if device == "cuda" else SAMPLE)
     rows = []
     for (name, form), player in players.items():
         timing = timings[player.name]
@@ -164,6 +183,7 @@ class Results:
     def geomean(self) -> dict[str, float]:
         named = {
             "over_conv2d": (CONV,),
+            "over_conv2d_float16": (CONV16,),
             "over_int8_conv2d": (ORT, TORCH),
             "over_onnxruntime": (ORT,),
             "over_torch_int8": (TORCH,),
@@ -177,6 +197,7 @@ class Results:
         for title, other in (
             ("resnet20_over_onnxruntime_int8", ORT),
             ("resnet20_over_cnn_float32", "cnn float32"),
+            ("resnet20_over_cnn_float16", "cnn float16"),
             ("resnet20_over_adder_float32", "adder float32"),
         ):
             ratio = self.ratio("resnet20", other)
@@ -189,9 +210,11 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     title, _, text = __doc__.partition("\n\n")
     parser = argparse.ArgumentParser(description=title, epilog=text, formatter_class=argparse.RawTextHelpFormatter)
     add = parser.add_argument
+    add("--device", choices=("cpu", "cuda"), default="cpu", help="device of all contestants (%(default)s)")
     add("--threads", type=int, default=torch.get_num_threads(), help="threads of every contestant (%(default)s)")
-    add("--batch", type=int, default=64, help="batch size of the whole network (%(default)s)")
+    add("--batch", type=int, default=64, help="batch size of the network, on cuda of the layers too (%(default)s)")
     add("--full", action="store_true", help="every layer of layers.py")
+    add("--layers", metavar="PATTERN,...", help="only these layers, such as 'resnet20/*,*.1x1*'")
     add("--seconds", type=float, default=120, help="time budget (%(default)s)")
     add("--csv", type=Path, metavar="FILE", help="write machine, limits and rows to FILE")
     add("--read", type=Path, metavar="FILE", help="time nothing: means and plot of such a FILE")
@@ -214,13 +237,24 @@ def main(argv: Sequence[str] | None = None, layers: Sequence[Layer] | None = Non
         result = {"machine": machine, "rows": rows}
         _summarize(result, args.plot)
         return result
-    layers = layers or (LAYERS if args.full else DEFAULT_LAYERS)
+    if args.device == "cuda":
+        cuda_device.require()
+    if layers is None:
+        layers = named(args.layers) if args.layers else LAYERS if args.full else DEFAULT_LAYERS
+        if args.device == "cuda":
+            layers = [replace(layer, batch=args.batch) for layer in layers]
     torch.set_num_threads(args.threads)
     isa = adderops.info.describe()["instruction set in use"]
     result: dict = {"machine": report.machine(args.threads, isa), "limits": {}, "rows": [], "missing": {}}
+    if args.device == "cuda":
+        result["machine"] |= cuda_device.description()
+        torch.backends.cudnn.benchmark = True
+        torch.backends.cudnn.allow_tf32 = False
     print("\n".join(f"{key:<16}{value}" for key, value in result["machine"].items()))
     limit = None
     try:
+        if args.device == "cuda":
+            raise register_limits.Unavailable("the loops are those of a processor")
         loops = register_limits.measure()
         best = register_limits.best_loop(loops, register_limits.PASS_LOOPS["int8"], isa)
         limit = register_limits.Together([best], args.threads)
@@ -229,23 +263,25 @@ def main(argv: Sequence[str] | None = None, layers: Sequence[Layer] | None = Non
     except register_limits.Unavailable as reason:
         print(f"no register-only limit and no share of it: {reason}")
 
-    titles = ("adder", "limit", "share", "conv2d", "ratio", "onnxrt", "ratio", "torch i8", "ratio")
+    others = {CONV: "conv2d"} | ({CONV16: "float16"} if args.device == "cuda" else {ORT: "onnxrt", TORCH: "torch i8"})
+    titles = ["adder", "limit", "share", *(title for other in others.values() for title in (other, "ratio"))]
     print(f"\nGterm/s{'':25}" + "".join(f"{title:>10}" for title in titles))
     budget = args.seconds / (len(layers) + 2)
     for layer in layers:
-        calls = _layer_calls(layer, args.threads, result["missing"])
+        calls = _layer_calls(layer, args.threads, args.device, result["missing"])
         label = {"layer": layer.name, "batch": layer.batch, "terms": layer.terms}
-        rows = _rows(label, calls, layer.terms, "gterm_per_s", limit, budget)
+        rows = _rows(label, calls, layer.terms, "gterm_per_s", limit, budget, args.device)
         result["rows"] += rows
         shown = Results(rows)
         cells = [shown.rate(layer.name, ADDER), shown.rate(layer.name, "limit"), shown.ratio(layer.name, "limit")]
-        for other in (CONV, ORT, TORCH):
+        for other in others:
             cells += [shown.rate(layer.name, other), shown.ratio(layer.name, other)]
         print(f"{layer.name:32}" + "".join(_cell(value) for value in cells), flush=True)
+        _write(args.csv, result)  # layer by layer: a run that is ended early has them
 
-    calls = _network_calls(args.batch, args.threads, result["missing"])
+    calls = _network_calls(args.batch, args.threads, args.device, result["missing"])
     label = {"network": "resnet20", "batch": args.batch}
-    result["rows"] += _rows(label, calls, args.batch, "images_per_s", None, 2 * budget)
+    result["rows"] += _rows(label, calls, args.batch, "images_per_s", None, 2 * budget, args.device)
     print(f"\nResNet-20, batch {args.batch}, images/s")
     for row in result["rows"]:
         if "network" in row:
@@ -254,11 +290,16 @@ def main(argv: Sequence[str] | None = None, layers: Sequence[Layer] | None = Non
         print(f"{name} did not take part: {reason}")
 
     _summarize(result, args.plot)
-    if args.csv:
+    _write(args.csv, result)
+    return result
+
+
+def _write(file: Path | None, result: dict) -> None:
+    if file:
         comments = {f"limit, Gterm/s: {name}": rate for name, rate in result["limits"].items()}
         comments |= {f"missing: {name}": reason for name, reason in result["missing"].items()}
-        report.write_csv(args.csv, result["machine"] | comments, result["rows"])
-    return result
+        comments |= {f"mean: {name}": mean for name, mean in Results(result["rows"]).geomean().items()}
+        report.write_csv(file, result["machine"] | comments, result["rows"])
 
 
 def _summarize(result: dict, plot: Path | None) -> None:
@@ -279,14 +320,19 @@ def _cell(value: float | None) -> str:
 
 def _plot(path: Path, results: Results, machine: dict) -> None:
     bars = {}
-    for title, others in (("over conv2d float32", (CONV,)), ("over the best int8 convolution", (ORT, TORCH))):
+    for title, others in (
+        ("over conv2d float32", (CONV,)),
+        ("over conv2d float16", (CONV16,)),
+        ("over the best int8 convolution", (ORT, TORCH)),
+    ):
         ratios = [results.ratio(layer, *others) for layer in results.layers]
         if all(ratios):
             bars[title] = ratios
     shares = [results.ratio(layer, "limit") for layer in results.layers]
     if all(shares):
         bars["share of the limit"] = shares
-    title = f"int8 adder layers, {machine['cpu']}, {machine['threads']} threads, {machine['date'][:10]}"
+    where = machine.get("device") or f"{machine['cpu']}, {machine['threads']} threads"
+    title = f"int8 adder layers, {where}, {machine['date'][:10]}"
     report.plot_ratios(path, title, results.layers, bars, "terms per second, ratio")
 
 

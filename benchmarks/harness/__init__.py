@@ -8,4 +8,6 @@ register_limits  upper bounds of the arithmetic, measured on this processor (reg
 memory           peak memory of a training step
 cuda_device      timer, bounds and memory on a GPU
 report           the machine, means, CSV files, plots
+gpu_day_*        gpu_day.py: runner (time and results of the parts), parts (their commands), parsers, summary; what the
+                 parts run: environment, build, kernels (one call of each), counters, epoch; rehearsal, without a GPU
 """

@@ -5,6 +5,7 @@ inner loops and the throughput of the units that execute them) x multiprocessors
 hot or power-limited runs below that clock, and so below the bound.
 """
 
+import ctypes
 from collections.abc import Callable, Sequence
 from functools import cache
 
@@ -38,13 +39,25 @@ def require() -> None:
         raise SystemExit("--device cuda: no GPU to run on (torch.cuda.is_available() is False)")
 
 
-def description() -> dict[str, str | int]:
+def highest_clock() -> int:
+    """Hz of the multiprocessors, from the driver: CUDA 13 has no clock among the properties that torch hands out."""
+    driver, kilohertz = ctypes.CDLL("libcuda.so.1"), ctypes.c_int()
+    attribute_clock_rate = 13  # CU_DEVICE_ATTRIBUTE_CLOCK_RATE
+    status = driver.cuInit(0) or driver.cuDeviceGetAttribute(
+        ctypes.byref(kilohertz), attribute_clock_rate, torch.cuda.current_device()
+    )
+    if status:
+        raise SystemExit(f"--device cuda: the driver does not tell the clock of the GPU (error {status})")
+    return kilohertz.value * 1000
+
+
+def description() -> dict[str, str | int | None]:
     device = torch.cuda.get_device_properties()
     return {
         "device": device.name,
         "compute_capability": f"{device.major}.{device.minor}",
         "multiprocessors": device.multi_processor_count,
-        "clock_mhz": device.clock_rate // 1000,
+        "clock_mhz": highest_clock() // 10**6,
         "l2_bytes": device.L2_cache_size,
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version(),
@@ -56,7 +69,7 @@ def bounds(dtype: torch.dtype) -> dict[str, float]:
     device = torch.cuda.get_device_properties()
     capability = device.major, device.minor
     rates = {
-        name: terms[capability] * device.multi_processor_count * device.clock_rate * 1e3
+        name: terms[capability] * device.multi_processor_count * highest_clock()
         for name, terms in TERMS[dtype].items()
         if capability in terms
     }
@@ -65,21 +78,34 @@ def bounds(dtype: torch.dtype) -> dict[str, float]:
     return rates
 
 
+# Clocks of the device that a call has for its queueing: some 0.3 ms, more than a backward pass of one layer takes, and
+# some 5 ms.
+HEAD_START, OF_A_NETWORK = 500_000, 10_000_000
+# Seconds of device work per sample (timing.py): events resolve microseconds, and each call is preceded by a wait.
+SAMPLE = 0.001
+
+
 @cache
 def _flush_buffer() -> torch.Tensor:
-    """At least twice the L2 cache, and large enough that the host queues the next call before it is written."""
-    size = max(2 * torch.cuda.get_device_properties().L2_cache_size, 256 * 2**20)
+    """Twice the L2 cache."""
+    size = 2 * torch.cuda.get_device_properties().L2_cache_size
     return torch.empty(size, dtype=torch.uint8, device="cuda")
 
 
-def device_clock(call: Callable[[], object]) -> Callable[[int], float]:
-    """Measures a call that queues device work: events before and after it, the L2 cache flushed each time."""
+def device_clock(call: Callable[[], object], head_start: int = HEAD_START) -> Callable[[int], float]:
+    """Measures a call that queues device work: events before and after it, the L2 cache flushed each time.
+
+    The device waits before each call, so that the host has queued all of it before the first kernel starts: else a
+    small layer's time would be that of Python.  A first call, which loads kernels and lets cuDNN choose, is not timed.
+    """
+    call()
 
     def measure(repeats: int) -> float:
         buffer = _flush_buffer()
         events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
         for start, end in events:
             buffer.zero_()
+            torch.cuda._sleep(head_start)
             start.record()
             call()
             end.record()

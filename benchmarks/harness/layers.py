@@ -3,7 +3,9 @@
 Stem and classifier are left out: an adder network keeps them as convolutions.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from fnmatch import fnmatch
 
 import torch
 from torch import Tensor
@@ -96,6 +98,16 @@ def _resnet50(batch: int) -> list[Layer]:
 
 
 LAYERS = tuple(_resnet20(128) + _resnet18(8) + _resnet50(4))
+
+
+def named(patterns: str) -> Sequence[Layer]:
+    """The layers that match one of some patterns, separated by commas; ends the program if none does."""
+    layers = [layer for layer in LAYERS if any(fnmatch(layer.name, pattern) for pattern in patterns.split(","))]
+    if not layers:
+        known = ", ".join(layer.name for layer in LAYERS)
+        raise SystemExit(f"--layers: no layer matches {patterns}; there are {known}")
+    return layers
+
 
 # The layers of a run without --full: all of ResNet-20, and one layer of each kind from the other two networks.
 _DEFAULT = (

@@ -9,11 +9,11 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 
-import torch
-
 
 def machine(threads: int, isa: str) -> dict[str, str | int | None]:
     """The facts needed to compare two runs."""
+    import torch  # here, because readers of files do without
+
     return {
         "cpu": _cpu_model(),
         "cores": os.cpu_count(),

@@ -21,4 +21,11 @@ struct Operand {
   int64_t stride[4];  // (N, C, H, W), or (C_out, C_in/groups, KH, KW) for weights
 };
 
+// The arguments of several calls of a pass that one call makes.
+template <typename Args>
+struct List {
+  const Args* items;
+  int64_t count;
+};
+
 }  // namespace adderops

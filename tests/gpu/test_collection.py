@@ -25,5 +25,8 @@ def test_every_gpu_test_is_collected():
     command = [sys.executable, "-c", PRETEND, *files]
     run = subprocess.run(command, cwd=TESTS.parent, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr
-    for wanted in ("test_conv2d_exact_", "test_elements_", "test_conv2d.py::test_cuda_graph", "test_int8.py::"):
+    for wanted in (
+        *("test_conv2d_exact_", "test_elements_", "test_conv2d.py::test_cuda_graph"),
+        *("test_int8.py::", "test_moments.py::", "test_integrate_and_fire.py::", "test_distill.py::"),
+    ):
         assert wanted in run.stdout, wanted

@@ -27,14 +27,9 @@ from ops import (
 from ops import test_operator_errors as errors
 from tolerances import tolerance
 
-from adderops import AdderConv2d, _ops
+from adderops import AdderConv2d
 from adderops.functional import adder_conv2d
-
-DEVICE = "cuda"
-if _ops.CUDA_KERNELS_MISSING:
-    pytest.skip(f"no CUDA kernels: {_ops.CUDA_KERNELS_MISSING}", allow_module_level=True)
-if not torch.cuda.is_available():
-    pytest.skip("no GPU: the CUDA kernels are built, but nothing here runs them", allow_module_level=True)
+from gpu.device import DEVICE
 
 OPS = torch.ops.adderops
 SHAPE = test_library.SHAPE
@@ -120,6 +115,7 @@ def test_opcheck(name, form, requires_grad):
     assert set(result.values()) == {"SUCCESS"}, result
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", FORMATS)
 @pytest.mark.parametrize("dynamic", (False, True), ids=("static", "dynamic"))
 def test_compile(dynamic, form):
@@ -416,6 +412,7 @@ def test_nothing_is_kept():
     assert torch.cuda.memory_allocated() == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", FORMATS)
 @pytest.mark.parametrize("name", PASSES)
 def test_more_elements_than_32_bits_count(name, form):
@@ -462,6 +459,7 @@ def test_more_elements_than_32_bits_count(name, form):
     assert_same(grad_w[:, :, 0, 0], want.float().to(dtype).cpu(), "grad_w")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ("float32", "float16", "bfloat16"))
 def test_benchmark(dtype, tmp_path):
     """It runs end to end, including its own check of every result."""

@@ -6,14 +6,9 @@ from cases import CASES, FORMATS, SELECTED, VIEWS, assert_same, case, generator,
 from ops import test_int8
 from ops.test_int8 import BYTE_CASES, OP, OUTPUTS, Bytes, arranged, expected, inputs
 
-from adderops import _ops, reference
+from adderops import reference
 from adderops.functional import adder_conv2d_int8, quantize
-
-DEVICE = "cuda"
-if _ops.CUDA_KERNELS_MISSING:
-    pytest.skip(f"no CUDA kernels: {_ops.CUDA_KERNELS_MISSING}", allow_module_level=True)
-if not torch.cuda.is_available():
-    pytest.skip("no GPU: the CUDA kernels are built, but nothing here runs them", allow_module_level=True)
+from gpu.device import DEVICE
 
 
 def on_device(b: Bytes) -> Bytes:
@@ -28,7 +23,7 @@ def check(c, output: str, form: str, seed: int = 0) -> None:
     b = on_device(arranged(inputs(c), form))
     got = OP(b.x, b.w, *moved(b.epilogue(output, seed)), *c.geometry)
     assert_same(got, expected(c, output, seed), f"{output} of {c!r}, {form}, seed {seed}")
-    assert got.is_cuda and got.is_contiguous(memory_format=torch.channels_last)
+    assert got.device.type == DEVICE and got.is_contiguous(memory_format=torch.channels_last)
 
 
 @pytest.mark.parametrize("c", [*CASES, *BYTE_CASES], ids=str)

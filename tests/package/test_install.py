@@ -1,6 +1,6 @@
 """The package as built and installed; .ci/run installs it into a fresh environment."""
 
-import importlib.util
+import importlib
 import os
 import shutil
 import subprocess
@@ -8,6 +8,7 @@ import sys
 import tarfile
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -32,6 +33,8 @@ def test_every_module_is_installed():
     modules = {p.relative_to(CHECKOUT / "adderops") for p in (CHECKOUT / "adderops").rglob("*.py")}
     assert {p.relative_to(INSTALLED) for p in INSTALLED.rglob("*.py")} == modules
     assert (INSTALLED / "py.typed").is_file()
+    kernels = {p.name for p in (CHECKOUT / "adderops" / "edge" / "c").iterdir()}
+    assert {p.name for p in (INSTALLED / "edge" / "c").iterdir()} == kernels
 
 
 def test_one_binary_for_every_python_and_torch():
@@ -68,36 +71,79 @@ def test_cuda_that_cannot_be_built_is_refused(value, message):
     assert message in run.stderr
 
 
-def build_requirements(monkeypatch, folder):
-    """The requirements of the build backend if `folder` is the interpreter's only site-packages."""
+class Requirements(NamedTuple):
+    """What the build backend asks pip for, per hook, and whether it offers the torch of the interpreter."""
+
+    wheel: list[str]
+    editable: list[str]
+    sdist: list[str]
+    torch_is_found: bool
+
+
+def build_requirements(monkeypatch, folder, version=None, cuda=None, **environ) -> Requirements:
+    """The requirements if `folder` is the interpreter's only site-packages, with this torch, and nvcc is nowhere."""
+    if version:
+        (folder / "torch").mkdir()
+        lines = (
+            f"__version__ = '{version}'",
+            "debug = False",
+            f"cuda: Optional[str] = {cuda!r}",
+            "hip: Optional[str] = None",
+        )
+        (folder / "torch" / "version.py").write_text("\n".join(lines))
+    here = {"ADDEROPS_CUDA": "auto", "CUDA_HOME": "", "CUDA_PATH": "", "PATH": str(folder)}
+    for name, value in (here | environ).items():
+        monkeypatch.setenv(name, value)
     monkeypatch.setattr("site.getsitepackages", lambda: [str(folder)])
     monkeypatch.setattr("site.ENABLE_USER_SITE", False)
     monkeypatch.setattr("sys.path", list(sys.path))
-    spec = importlib.util.spec_from_file_location("adderops_backend", CHECKOUT / "_build" / "adderops_backend.py")
-    backend = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(backend)
-    hooks = (
-        backend.get_requires_for_build_wheel,
-        backend.get_requires_for_build_editable,
-        backend.get_requires_for_build_sdist,
+    monkeypatch.syspath_prepend(CHECKOUT / "_build")
+    for name in ("adderops_backend", "cuda_toolkit"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    backend = importlib.import_module("adderops_backend")
+    monkeypatch.setattr("cuda_toolkit.USUAL_NVCC", "/nowhere/nvcc")
+    monkeypatch.setattr("cuda_toolkit.visible_gpus", frozenset)
+    return Requirements(
+        backend.get_requires_for_build_wheel(),
+        backend.get_requires_for_build_editable(),
+        backend.get_requires_for_build_sdist(),
+        str(folder) in sys.path,
     )
-    (answer,) = {tuple(hook()) for hook in hooks}
-    return answer, str(folder) in sys.path
 
 
 @pytest.mark.parametrize("installed", ["2.11.0+cpu", "2.100.1", "3.0.0a0+git1234"])
 def test_the_build_uses_an_installed_torch(installed, monkeypatch, tmp_path):
-    (tmp_path / "torch").mkdir()
-    (tmp_path / "torch" / "version.py").write_text(f"__version__ = '{installed}'\ndebug = False\n")
-    assert build_requirements(monkeypatch, tmp_path) == ((), True)
+    assert build_requirements(monkeypatch, tmp_path, installed) == ([], [], [], True)
 
 
 @pytest.mark.parametrize("installed", [None, "2.10.1+cu130", "1.99.0"])
 def test_the_build_requires_torch_if_none_is_new_enough(installed, monkeypatch, tmp_path):
-    if installed:
-        (tmp_path / "torch").mkdir()
-        (tmp_path / "torch" / "version.py").write_text(f"__version__ = '{installed}'\ndebug = False\n")
-    assert build_requirements(monkeypatch, tmp_path) == (("torch>=2.11", "numpy"), False)
+    torch = ["torch>=2.11", "numpy"]
+    assert build_requirements(monkeypatch, tmp_path, installed) == (torch, torch, torch, False)
+
+
+@pytest.mark.parametrize(
+    "installed, cuda, nvcc",
+    [
+        ("2.15.0+cu132", "13.2", ["cuda-toolkit[nvcc]==13.2.*"]),
+        ("2.11.0+cpu", None, ["cuda-toolkit[nvcc]==13.0.*"]),
+        ("2.11.0+cu128", "12.8", []),
+    ],
+)
+def test_the_build_requires_nvcc_of_the_cuda_of_torch(installed, cuda, nvcc, monkeypatch, tmp_path):
+    asked = build_requirements(monkeypatch, tmp_path, installed, cuda, ADDEROPS_CUDA="1")
+    assert asked == (nvcc, nvcc, [], True)
+
+
+def test_the_build_requires_nvcc_beside_a_torch_to_come(monkeypatch, tmp_path):
+    torch, nvcc = ["torch>=2.11", "numpy"], ["cuda-toolkit[nvcc]==13.0.*"]
+    asked = build_requirements(monkeypatch, tmp_path, ADDEROPS_CUDA="1")
+    assert asked == (torch + nvcc, torch + nvcc, torch, False)
+
+
+def test_a_mistyped_request_is_refused_before_anything_is_fetched(monkeypatch, tmp_path):
+    with pytest.raises(SystemExit, match="ADDEROPS_CUDA: expected auto, 0 or 1, got 'yes'"):
+        build_requirements(monkeypatch, tmp_path, ADDEROPS_CUDA="yes")
 
 
 def copied_sources(folder: Path) -> Path:

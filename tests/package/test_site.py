@@ -25,6 +25,13 @@ model, example = lenet5("adder", in_channels=1), torch.randn(1, 1, 32, 32)
 loader = DataLoader(TensorDataset(torch.randn(32, 1, 32, 32), torch.arange(32) % 10), batch_size=16)
 names, mean, std = [str(i) for i in range(10)], [0.5], [0.25]
 """,
+    "edge.md": """
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+from adderops.models import lenet5
+model, example, mean, std = lenet5("adder", in_channels=1), torch.randn(1, 1, 32, 32), [0.5], [0.25]
+loader = DataLoader(TensorDataset(torch.randn(32, 1, 32, 32), torch.arange(32) % 10), batch_size=16)
+""",
     "torch.md": """
 from torch import nn
 from adderops import AdderConv2d

@@ -6,17 +6,27 @@ r"""L_mid of PKKD (arXiv 2009.13044, section 3.1): the inner layers of student a
 The paper leaves three things open; docs/pkkd.md has the reasons for what is chosen here.  The widths 2 sigma^2 follow
 the mean \|output\| of each batch, without gradient.  A BatchNorm follows each 1x1 convolution rho; without it, the loss
 diverges or collapses.  L_mid is a mean over layers, channels and pixels.
+
+After the kernels z = (g, h) everything is linear or a function of mean and covariance, and so is L_mid:
+
+.. math:: y = W z, \quad mean(y) = W\,mean(z), \quad cov(y) = W\,cov(z)\,W^T
+
+Therefore no tensor of the outputs' size is kept.  Each operator takes the layers of a step all at once, so that their
+number does not decide how many kernels a GPU has to launch; `adderops.reference` defines them.
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
+from adderops import _ops, reference
 from adderops.distill.distributed import global_mean
-from adderops.distill.methods.moments import mean_abs, moments
+from adderops.distill.evaluate import autocast
 from adderops.models import matched_layers
 
 FEATURES = ("none", "1x1", "kernel", "kernel+1x1")
@@ -28,13 +38,8 @@ LEAST_WIDTH = 1e-12  # for a layer whose outputs are all zero
 BATCHNORM_EPS = 1e-5
 
 
-class LinearMatch(nn.Module):
-    r"""The part of L_mid after the kernels, for pairs of layers with the same numbers of channels.
-
-    .. math:: y_a = BN(W_a g), \quad y_c = BN(W_c h), \quad (y_a - y_c)^2
-
-    Computed from means and covariances (`adderops.distill.methods.moments`).  The BatchNorms have no parameters and use
-    the statistics of the batch: with a free W and nothing after it, W = 0 would be the trivial optimum.
+class LinearMaps(nn.Module):
+    r"""The 1x1 convolutions W_a and W_c for pairs of layers with the same numbers of channels.
 
     W_a and W_c start at the identity.  Where the two layers differ in channels, they are rectangular, lead to the width
     of the narrower layer, and the one that changes the width starts orthogonal.
@@ -42,7 +47,10 @@ class LinearMatch(nn.Module):
     Args:
         layers: number of pairs.
         channels: of the student's and of the teacher's layer.
-        linear: whether there are 1x1 convolutions W, trained by L_mid.
+        linear: whether there are 1x1 convolutions W, trained by L_mid; otherwise W stays the identity.
+
+    Attributes:
+        w_a, w_c: (layers, width, C_a) and (layers, width, C_c).
 
     Raises:
         ValueError: different numbers of channels without 1x1 convolutions.
@@ -64,21 +72,79 @@ class LinearMatch(nn.Module):
         self.w_a = nn.Parameter(w_a, requires_grad=linear)
         self.w_c = nn.Parameter(w_c, requires_grad=linear)
 
-    def forward(self, mean: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns for each pair the mean square, over channels and pixels, and the mean variance of W_c h.
 
-        Args:
-            mean, second: (layers, C) and (layers, C, C), from `moments`.
-        """
-        c = self.w_a.size(2)
-        cov = second - mean.unsqueeze(2) * mean.unsqueeze(1)
-        mixed_a = self.w_a @ cov[:, :c]
-        var_a = (mixed_a[..., :c] * self.w_a).sum(2).clamp(min=0)
-        cov_ac = (mixed_a[..., c:] * self.w_c).sum(2)
-        var_c = ((self.w_c @ cov[:, c:, c:]) * self.w_c).sum(2).clamp(min=0)
-        inv_a, inv_c = (var_a + BATCHNORM_EPS).rsqrt(), (var_c + BATCHNORM_EPS).rsqrt()
-        squares = var_a * inv_a.square() + var_c * inv_c.square() - 2 * cov_ac * inv_a * inv_c
-        return squares.mean(1), var_c.detach().mean(1)
+class LinearMatch(torch.autograd.Function):
+    r"""What follows the kernels, for all layers.
+
+    .. math:: y_a = BN(W_a g), \quad y_c = BN(W_c h), \quad L = mean (y_a - y_c)^2
+
+    The BatchNorms have no parameters and use the statistics of the batch: with a free W and nothing after it, W = 0
+    would be the trivial optimum.  Each row of W is a channel of y, with its variances and its covariance
+
+    .. math:: (y_a - y_c)^2 = \frac{var_a}{var_a + eps} + \frac{var_c}{var_c + eps}
+              - \frac{2\,cov_{ac}}{\sqrt{(var_a + eps)(var_c + eps)}}
+
+    The forward pass has the gradients of these rows already.  Those by mean and covariance of z are, with m = mean(z)
+    and :math:`r = [2 g_a w_a | g_{ac} w_c]` of all rows (`reference.match_rows`),
+
+    .. math:: (G + G^T)_{a,:} = W_a^T r, \quad dL/dm_a = -(G + G^T)_{a,:}\,m
+
+    Only the student's rows are needed: the teacher gets no gradient.
+
+    Shapes:
+        moments: flat, from `kernel_moments`, groups of layers of one size after each other; it is overwritten.
+        weights: W_a and W_c of each group.
+
+    Returns:
+        L, and of each layer its term and the mean variance of W_c h, which are not differentiable.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, moments: Tensor, *weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        w_a, w_c, moments = weights[::2], weights[1::2], moments.detach()  # which nothing else reads
+        mixed_a, mixed_c = [], []
+        for (second, mean), a, c in zip(_matrices(moments, weights), w_a, w_c, strict=True):
+            cov = second.baddbmm_(mean.mT, mean, alpha=-1)
+            mixed_a.append(a @ cov[:, : a.size(2)])
+            mixed_c.append(c @ cov[:, a.size(2) :])
+        terms, variances, *gradients = _operators(moments).match_rows(mixed_a, mixed_c, w_a, w_c, BATCHNORM_EPS)
+        ctx.save_for_backward(moments, *weights, *gradients)
+        ctx.mark_non_differentiable(terms, variances)
+        ctx.set_materialize_grads(False)
+        return terms.mean(), terms, variances
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, *_: None) -> tuple[Tensor | None, ...]:
+        moments, *saved = ctx.saved_tensors
+        groups = len(saved) // 5
+        weights, gradients = saved[: 2 * groups], saved[2 * groups :]
+        layers = sum(map(len, weights[::2]))
+        gradients = torch._foreach_mul(gradients, grad / layers)
+        rows, grad_a, grad_c = gradients[::3], gradients[1::3], gradients[2::3]
+        grad_moments = torch.zeros_like(moments)
+        of_groups = zip(_matrices(grad_moments, weights), _matrices(moments, weights), weights[::2], rows, strict=True)
+        for (grad_second, grad_mean), (_cov, mean), w_a, row in of_groups:
+            a = w_a.size(2)
+            of_student = grad_second[:, :a]
+            torch.bmm(w_a.mT, row, out=of_student)
+            grad_mean[..., :a].baddbmm_(mean, of_student.mT, beta=0, alpha=-1)
+            of_student[..., :a].mul_(0.5)  # G + G^T has this block twice, and the others once
+        return grad_moments, *(g for pair in zip(grad_a, grad_c, strict=True) for g in pair)
+
+
+def _matrices(moments: Tensor, weights: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yields E[z z^T] (l, D, D) and E[z] (l, 1, D) of each group of l layers; views."""
+    sizes = [(len(a), a.size(2) + c.size(2)) for a, c in zip(weights[::2], weights[1::2], strict=True)]
+    of_groups = moments.split([layers * (d + 1) * d for layers, d in sizes])
+    for flat, (layers, d) in zip(of_groups, sizes, strict=True):
+        both = flat.view(layers, d + 1, d)
+        yield both[:, :d], both[:, d:]
+
+
+def _operators(*tensors: Tensor) -> Any:
+    """Returns the module with the operators for these tensors: there are no kernels for float64."""
+    return reference if any(x.dtype == torch.float64 for x in tensors) else _ops
 
 
 class FeatureMatch(nn.Module):
@@ -108,11 +174,11 @@ class FeatureMatch(nn.Module):
         self.kernel = "kernel" in features
         # layers of the same size together: 20 layers of small matrices would take their time one by one
         sizes = dict.fromkeys(self.channels)
-        self.indices = [[i for i, c in enumerate(self.channels) if c == size] for size in sizes]
+        indices = [[i for i, c in enumerate(self.channels) if c == size] for size in sizes]
         self.linears = nn.ModuleList(
-            LinearMatch(len(indices), size, "1x1" in features)
-            for indices, size in zip(self.indices, sizes, strict=True)
+            LinearMaps(len(of_size), size, "1x1" in features) for of_size, size in zip(indices, sizes, strict=True)
         )
+        self.order = [i for of_size in indices for i in of_size]
 
     def forward(self, student: list[Tensor], teacher: list[Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """Returns L_mid and, of each layer, its term, the variance of y_c and the widths, (layers) each.
@@ -123,37 +189,36 @@ class FeatureMatch(nn.Module):
         Raises:
             ValueError: outputs of another shape.
         """
-        for role, outputs, i in (("student", student, 0), ("teacher", teacher, 1)):
-            wrong = [tuple(o.shape) for o, c in zip(outputs, self.channels, strict=True) if o.shape[1:-2] != (c[i],)]
-            if wrong:
-                raise ValueError(f"FeatureMatch: {role}: expected outputs (N, C, H, W), got one of shape {wrong[0]}")
-        pairs = [_same_size(_not_half(y), _not_half(c)) for y, c in zip(student, teacher, strict=True)]
-        student, teacher = [y for y, _ in pairs], [c for _, c in pairs]
         images = len(student[0])
-        with torch.no_grad():
-            magnitudes = torch.stack([mean_abs(output) for output in (*student, *teacher)]).view(2, -1)
-            magnitudes = global_mean(magnitudes, images)
-            factors = magnitudes.new_tensor([[STUDENT_FACTOR], [TEACHER_FACTOR]])
-            widths = (factors * magnitudes).clamp(min=LEAST_WIDTH)
-        scales = 1 / widths
-        centres = (-1 / STUDENT_FACTOR, 0.0)
+        for role, outputs, i in (("student", student, 0), ("teacher", teacher, 1)):
+            for output, channels in zip(outputs, self.channels, strict=True):
+                if output.shape[:-2] != (images, channels[i]):
+                    expected, got = f"({images}, {channels[i]}, H, W)", tuple(output.shape)
+                    raise ValueError(f"FeatureMatch: {role}: expected an output of shape {expected}, got {got}")
+        pairs = [_same_size(student[i], teacher[i].detach()) for i in self.order]
+        student, teacher = [y for y, _ in pairs], [c for _, c in pairs]
+        operators = _operators(*student, *teacher)
+        widths = self._widths(operators, student, teacher)
+        scales, centres = 1 / widths, (-1 / STUDENT_FACTOR, 0.0)
         if self.kernel:
-            scales = scales * scales.new_tensor([[1.0], [-1.0]])
+            scales[1].neg_()
             centres = (math.exp(centres[0]), math.exp(centres[1]))
-        found = [
-            moments(y, c, scale, centres, self.kernel) for y, c, scale in zip(student, teacher, scales.T, strict=True)
-        ]
-        of_groups: list[Tensor] = []
-        variances_of_groups: list[Tensor] = []
-        for indices, linear in zip(self.indices, self.linears, strict=True):
-            mean, second = (global_mean(torch.stack([found[i][k] for i in indices]), images) for k in range(2))
-            squares, var_c = linear(mean, second)
-            of_groups.append(squares)
-            variances_of_groups.append(var_c)
-        order = torch.tensor([i for indices in self.indices for i in indices], device=scales.device).argsort()
-        terms, variances = torch.cat(of_groups)[order], torch.cat(variances_of_groups)[order]
-        watched = {"l_mid": terms, "var_yc": variances, "width_a": widths[0], "width_c": widths[1]}
-        return terms.mean(), {name: value.detach() for name, value in watched.items()}
+        moments = operators.kernel_moments(student, teacher, scales, *centres, self.kernel)
+        with autocast(moments.device, None):
+            weights = [w for linear in self.linears for w in (linear.w_a, linear.w_c)]
+            l_mid, terms, variances = LinearMatch.apply(global_mean(moments, images), *weights)
+        watched = torch.stack([terms, variances, *widths], 1)
+        places = sorted(range(len(self.order)), key=self.order.__getitem__)
+        columns = torch.stack([watched[place] for place in places], 1)
+        return l_mid, dict(zip(("l_mid", "var_yc", "width_a", "width_c"), columns, strict=True))
+
+    @torch.no_grad()
+    def _widths(self, operators: Any, student: list[Tensor], teacher: list[Tensor]) -> Tensor:
+        """Returns the widths (2, layers) of student and teacher."""
+        widths = global_mean(operators.mean_abs([*student, *teacher]), len(student[0])).view(2, -1)
+        for width, factor in zip(widths, (STUDENT_FACTOR, TEACHER_FACTOR), strict=True):
+            width.mul_(factor)
+        return widths.clamp_(min=LEAST_WIDTH)
 
 
 def layer_pairs(
@@ -209,7 +274,3 @@ def _same_size(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
     size = (min(student.size(2), teacher.size(2)), min(student.size(3), teacher.size(3)))
     student, teacher = (y if y.shape[2:] == size else F.adaptive_avg_pool2d(y, size) for y in (student, teacher))
     return student, teacher
-
-
-def _not_half(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from adderops.distill.distributed import global_mean
 from adderops.distill.methods.distillation import Distillation
 from adderops.distill.methods.matching import FeatureMatch, layer_pairs, pair_channels
-from adderops.distill.methods.task import LabelLoss, Losses, Task, cross_entropy, register_method
+from adderops.distill.methods.task import LabelLoss, Losses, Task, register_method
 from adderops.distill.networks import build_networks, load_weights
 from adderops.models import IntermediateOutputs
 
@@ -91,7 +92,7 @@ class PKKDTask(Task):
 
     @classmethod
     def build(cls, config: Config, data: Data, device: torch.device) -> PKKDTask:
-        networks = build_networks(config, cls.roles, cls.main, data, device)
+        networks = build_networks(config, cls, data, device)
         distillation = config.distillation or Distillation()
         if distillation.teacher_checkpoint is not None:
             frozen = distillation.teacher == "frozen"
@@ -183,7 +184,7 @@ def imitation_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: 
     >>> imitation_loss(torch.zeros(1, 2), logits), imitation_loss(logits, logits)
     (tensor(0.6031), tensor(0.))
     """
-    scaled = teacher_logits.detach().float() / temperature
-    target = scaled.softmax(1)
-    entropy = cross_entropy(scaled, target)
-    return temperature**2 * (cross_entropy(student_logits / temperature, target) - entropy)
+    student, teacher = (logits.float() / temperature for logits in (student_logits, teacher_logits.detach()))
+    difference = teacher.log_softmax(1) - student.log_softmax(1)
+    divergence = (teacher.softmax(1) * difference).sum() * (temperature**2 / len(student))
+    return global_mean(divergence, len(student))

@@ -1,7 +1,7 @@
-// Moments of the features of two layers (args/moments.h), and the gradient of a loss that depends on them, float32.
+// Moments of the features of two layers (args/moments.h), and the gradient of a loss that depends on them.
 //
-//   panel   the pixels of a band, [pixel][student's C, teacher's C, zeros up to `pitch`]: loaded, then turned into z in
-//           place, so that the tensors are read once and z never leaves the cache
+//   panel   the pixels of a band, [pixel][student's C_a, teacher's C_c, zeros up to `pitch`], float32: loaded, then turned
+//           into z in place, so that the tensors are read once and z never leaves the cache
 //   second  partial sums [split][j][k], k up to whole vectors; only tiles on and below the diagonal
 //   mean    partial sums [split][j]
 //
@@ -14,7 +14,8 @@
 //                                          k ->
 //             stage 1: one task adds up the splits in order, divides by the number of pixels, mirrors the upper half
 //
-//   gradient  stage 0: one task packs the weights into rows of whole vectors, [j][c]
+//   gradient  stage 0: one task packs weights[j][c] = scale_a / P * (grad[j, c] + grad[c, j]) and, as the last row,
+//                      scale_a / P * grad[D, c], in whole vectors
 //             stage 1: task = band; tile of kMomentsRows pixels x NV vectors of channels, summed over j:
 //
 //       weights[j]    [ vector 0 | vector 1 ]   NV loads, shared by the pixels
@@ -57,8 +58,8 @@ ALWAYS_INLINE vf exponential(vf x) {
 }
 
 struct MomentsShape {
-  int64_t C, D, pitch;  // channels of one network, of both, floats per pixel of the panel
-  int64_t row;          // floats of a row of packed weights
+  int64_t D, pitch;  // channels of both networks, floats per pixel of the panel
+  int64_t row;       // floats of a row of packed weights
   Bands bands;
   int64_t splits;
   struct Shared : Layout {
@@ -73,7 +74,7 @@ struct MomentsShape {
 
 inline MomentsShape moments_shape(const MomentsArgs& a, bool gradient) {
   MomentsShape f{};
-  f.C = a.C, f.D = product(2, a.C), f.row = round_up(f.C, kW);
+  f.D = sum(a.C[0], a.C[1]), f.row = round_up(a.C[0], kW);
   // rows of `second` are tiles of kOuterRows, its columns vectors
   f.pitch = round_up(round_up(f.D, kW), kOuterRows);
   f.bands = make_bands(a.N, a.H, a.W, product(a.W, f.pitch), kMomentsFloats, 64);
@@ -98,14 +99,13 @@ inline int64_t moments_panel(const MomentsArgs& a, const MomentsShape& f, const 
   const int64_t pixels = b.pixels();
   for (int64_t i = 0; i < pixels; ++i)
     for (int64_t j = f.D; j < f.pitch; ++j) panel[i * f.pitch + j] = 0.f;
-  for (int half = 0; half < 2; ++half)
-    load_rows(ElementType::kFloat32, half ? a.teacher : a.student, a.H, a.W, b, 0, f.C, panel + half * f.C, f.pitch);
-  for (int64_t i = 0; i < pixels; ++i)
-    for (int half = 0; half < 2; ++half) {
-      const vf scale = splat(a.scale[half]), centre = splat(a.centre[half]);
-      float* at = panel + i * f.pitch + half * f.C;
-      for (int64_t c = 0; c < f.C; c += kW) {
-        const int64_t n = smaller(kW, f.C - c);
+  for (int i = 0; i < 2; ++i) load_rows(a.type[i], a.y[i], a.H, a.W, b, 0, a.C[i], panel + i * a.C[0], f.pitch);
+  for (int64_t q = 0; q < pixels; ++q)
+    for (int i = 0; i < 2; ++i) {
+      const vf scale = splat(*a.scale[i]), centre = splat(a.centre[i]);
+      float* at = panel + q * f.pitch + i * a.C[0];
+      for (int64_t c = 0; c < a.C[i]; c += kW) {
+        const int64_t n = smaller(kW, a.C[i] - c);
         const vf v = (n == kW ? load(at + c) : load_n(at + c, n)) * scale;
         const vf z = (a.exponential ? exponential(v) : v) - centre;
         n == kW ? store(at + c, z) : store_n(at + c, z, n);
@@ -141,11 +141,11 @@ inline void moments_reduce(const MomentsArgs& a, const MomentsShape& f, int64_t,
   for (int64_t j = 0; j < f.D; ++j) {
     float total = 0.f;
     for (int64_t i = 0; i < f.splits; ++i) total += f.shared.mean.in(shared)[i * f.pitch + j];
-    a.mean[j] = total * inverse;
+    a.out[f.D * f.D + j] = total * inverse;
     for (int64_t k = 0; k <= j; ++k) {
       float sum = 0.f;
       for (int64_t i = 0; i < f.splits; ++i) sum += f.shared.second.in(shared)[(i * f.pitch + j) * f.pitch + k];
-      a.second[j * f.D + k] = a.second[k * f.D + j] = sum * inverse;
+      a.out[j * f.D + k] = a.out[k * f.D + j] = sum * inverse;
     }
   }
 }
@@ -176,9 +176,11 @@ __attribute__((noinline)) void moments_gradient_tile(const float* z, int64_t pit
 
 inline void moments_gradient_pack(const MomentsArgs& a, const MomentsShape& f, int64_t, char* shared, char*) {
   float* const packed = f.shared.weights.in(shared);
+  const float factor = *a.scale[0] / (float)(a.N * a.H * a.W);
   zero(packed, (f.D + 1) * f.row + kMomentsVectors * kW);
   for (int64_t j = 0; j <= f.D; ++j)
-    for (int64_t c = 0; c < f.C; ++c) packed[j * f.row + c] = a.weights[j * f.C + c];
+    for (int64_t c = 0; c < a.C[0]; ++c)
+      packed[j * f.row + c] = (j < f.D ? a.grad[j * f.D + c] + a.grad[c * f.D + j] : a.grad[j * f.D + c]) * factor;
 }
 
 inline void moments_gradient_task(const MomentsArgs& a, const MomentsShape& f, int64_t task, char* shared,
@@ -196,45 +198,17 @@ inline void moments_gradient_task(const MomentsArgs& a, const MomentsShape& f, i
   if (a.exponential) {  // exp' = exp = z + centre
     const vf centre = splat(a.centre[0]);
     for (int64_t q = 0; q < pixels; ++q)
-      for (int64_t c = 0; c < f.C; c += kW) {
+      for (int64_t c = 0; c < a.C[0]; c += kW) {
         float* at = out + q * f.pitch + c;
         store(at, load(at) * (load(panel + q * f.pitch + c) + centre));
       }
   }
-  store_rows(ElementType::kFloat32, out, f.pitch, a.out, b, 0, f.C);
+  store_rows(a.type[0], out, f.pitch, a.grad_y, b, 0, a.C[0]);
 }
 
 inline Plan<MomentsArgs> moments_gradient_plan(const MomentsArgs& a) {
   const MomentsShape f = moments_shape(a, true);
   return make_plan<MomentsArgs, MomentsShape, moments_gradient_pack, moments_gradient_task>(f, 1, f.bands.count);
-}
-
-// mean[n] = sum |x| of image n, for images that are contiguous.  Task = one image.  Each lane sums at most 64 numbers,
-// then those sums are added: the error grows as in short sums.
-struct AbsSumShape {
-  Layout shared, worker;  // none
-};
-
-inline void abs_sum_task(const MomentsArgs& a, const AbsSumShape&, int64_t task, char*, char*) {
-  const float* x = static_cast<const float*>(a.student.data) + task * a.student.stride[0];
-  const int64_t count = a.C * a.H * a.W;
-  vf total{};
-  for (int64_t begin = 0; begin < count; begin += 64 * kW) {
-    const int64_t end = smaller(count, begin + 64 * kW);
-    vf sums[4] = {};
-    int64_t i = begin;
-    for (; i + 4 * kW <= end; i += 4 * kW)
-      UNROLL_FOR (u, 4) sums[u] += absolute(load(x + i + u * kW));
-    for (; i < end; i += kW) sums[0] += absolute(load_n(x + i, smaller(kW, end - i)));
-    total += (sums[0] + sums[1]) + (sums[2] + sums[3]);
-  }
-  float sum = 0.f;
-  for (int i = 0; i < kW; ++i) sum += total[i];
-  a.mean[task] = sum;
-}
-
-inline Plan<MomentsArgs> abs_sum_plan(const MomentsArgs& a) {
-  return make_plan<MomentsArgs, AbsSumShape, abs_sum_task>({}, a.N);
 }
 
 }  // namespace

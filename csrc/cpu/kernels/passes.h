@@ -6,6 +6,9 @@
 #include "grad_x.h"
 #include "int8.h"
 #include "int8_depthwise.h"
+#include "integrate_and_fire.h"
+#include "match.h"
+#include "mean_abs.h"
 #include "moments.h"
 #include "quantize.h"
 
@@ -27,8 +30,8 @@ inline Plan<Int8Args> int8_pass(const Int8Args& args) {
 }
 
 constexpr Kernels passes(const char* name) {
-  return {name,          forward_pass, grad_x_pass,           grad_w_pass, int8_pass,
-          quantize_plan, moments_plan, moments_gradient_plan, abs_sum_plan};
+  return {name,          forward_pass, grad_x_pass,           grad_w_pass,   int8_pass, integrate_and_fire_plan,
+          quantize_plan, moments_plan, moments_gradient_plan, mean_abs_plan, match_plan};
 }
 
 }  // namespace
