@@ -17,14 +17,16 @@ from adderops.batchnorm import reestimate_batchnorm
 from adderops.nn import AdderConv2d, AdderLinear, convert
 
 # Imported on first use: they are slow to import, or need packages that `pip install adderops` does not install.
-_LAZY = ("distill", "export", "info", "models", "operations", "quant")
+_LAZY = ("distill", "edge", "export", "info", "models", "operations", "quant", "spiking")
 if TYPE_CHECKING:
     from adderops import distill as distill
+    from adderops import edge as edge
     from adderops import export as export
     from adderops import info as info
     from adderops import models as models
     from adderops import operations as operations
     from adderops import quant as quant
+    from adderops import spiking as spiking
 
 __all__ = ["AdderConv2d", "AdderLinear", "convert", "functional", "nn", "optim", "reestimate_batchnorm", "reference"]
 

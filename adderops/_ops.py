@@ -27,16 +27,21 @@ except ImportError as error:
 
 def _load_cuda_kernels() -> str | None:
     """Registers the CUDA kernels, or returns why there are none and how to get them."""
-    if not torch.backends.cuda.is_built():
+    if torch.version.cuda is None:
         return "this torch is built without CUDA: install one that is with it, then adderops again"
+    major = int(torch.version.cuda.split(".")[0])
     build = "run `ADDEROPS_CUDA=1 pip install .` in the checkout"
+    if major < 13:  # PyPI has no nvcc
+        build = f"install the CUDA toolkit {major} (CUDA_HOME says where), then {build}"
     if find_spec("adderops._cuda") is None:
-        toolkit = f"the CUDA toolkit {str(torch.version.cuda).split('.')[0]}"
-        return f"adderops was built without them: install {toolkit} (CUDA_HOME says where), then {build}"
+        return f"adderops was built without them: {build}"
     try:
         from adderops import _cuda  # noqa: F401  (registers the CUDA kernels)
     except ImportError as error:  # the CPU kernels work without it
         return f"the compiled library adderops/_cuda.abi3.so does not load ({error}): {build}"
+    built = torch.ops.adderops._cuda_version() // 1000
+    if built != major:  # torch hands its stream to them, and CUDA's handles must not cross major versions
+        return f"they are built with CUDA {built}, this torch with CUDA {torch.version.cuda}: {build}"
     return None
 
 
@@ -47,10 +52,12 @@ adder_conv2d = torch.ops.adderops.adder_conv2d.default
 adder_conv2d_grad_x = torch.ops.adderops.adder_conv2d_grad_x.default
 adder_conv2d_grad_w = torch.ops.adderops.adder_conv2d_grad_w.default
 adder_conv2d_int8 = torch.ops.adderops.adder_conv2d_int8.default
+integrate_and_fire = torch.ops.adderops.integrate_and_fire.default
 quantize = torch.ops.adderops.quantize.default
 kernel_moments = torch.ops.adderops._kernel_moments.default
 kernel_moments_grad = torch.ops.adderops._kernel_moments_grad.default
-abs_sum = torch.ops.adderops._abs_sum.default
+mean_abs = torch.ops.adderops._mean_abs.default
+match_rows = torch.ops.adderops._match_rows.default
 cpu_isa = torch.ops.adderops._cpu_isa.default
 cpu_isas = torch.ops.adderops._cpu_isas.default
 cuda_archs = torch.ops.adderops._cuda_archs.default  # these two only work with CUDA kernels
@@ -148,6 +155,43 @@ def _(x: Tensor, scale: float, zero_point: int, quant_max: int) -> Tensor:
     return torch.empty(x.shape, dtype=torch.uint8, device=x.device, memory_format=torch.channels_last)
 
 
+def _is_dense(tensor: Tensor) -> bool:
+    """Returns whether a step (T, *) of the tensor is contiguous; as in csrc/integrate_and_fire.h."""
+    expected = 1
+    for size, stride in zip(reversed(tensor.shape[1:]), reversed(tensor.stride()[1:]), strict=True):
+        if size != 1 and stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+@torch.library.register_fake("adderops::integrate_and_fire")
+def _(
+    x: Tensor,
+    threshold: Tensor,
+    initial: Tensor | None,
+    decay: float,
+    gain: float,
+    fire: float,
+    subtract: bool,
+    scaled: bool,
+    *wanted: bool,
+) -> list[Tensor]:
+    if x.dim() < 2:
+        raise RuntimeError(f"integrate_and_fire: x: expected 2 dimensions or more, got shape {tuple(x.shape)}")
+    _require_device("integrate_and_fire", x, threshold, *([] if initial is None else [initial]))
+    channels_last = x.dim() > 3 and not _is_dense(x) and _is_dense(x.movedim(2, -1))
+    dtype = torch.promote_types(x.dtype, torch.float32)
+
+    def empty(images: torch.Size, dtype: torch.dtype) -> Tensor:
+        if not channels_last:
+            return x.new_empty((*images, *x.shape[2:]), dtype=dtype)
+        return x.new_empty((*images, *x.shape[3:], x.size(2)), dtype=dtype).movedim(-1, len(images))
+
+    results = ((x.shape[:2], x.dtype), (x.shape[1:2], dtype), (x.shape[1:2], dtype))
+    return [empty(*result) for result, want in zip(results, wanted, strict=True) if want]
+
+
 @torch.library.register_fake("adderops::adder_conv2d_grad_x")
 def _(grad_y: Tensor, x: Tensor, w: Tensor, *geometry: Any) -> Tensor:
     _checked_shape("adder_conv2d_grad_x", x, w, *geometry, grad_y=grad_y)
@@ -160,28 +204,55 @@ def _(grad_y: Tensor, x: Tensor, w: Tensor, *geometry: Any) -> Tensor:
     return _empty_in_format_of(w, w.shape)
 
 
-def _require_images(operator: str, **tensors: Tensor) -> None:
-    for name, tensor in tensors.items():
-        if tensor.dim() != 4:
-            raise RuntimeError(f"{operator}: {name}: expected 4 dimensions, got shape {tuple(tensor.shape)}")
+def _require_lists(operator: str, dims: int, **lists: list[Tensor]) -> None:
+    """Raises unless every list has a tensor, and all tensors these dimensions and one device."""
+    for name, tensors in lists.items():
+        if not tensors:
+            raise RuntimeError(f"{operator}: {name}: expected at least one tensor, got none")
+        for i, tensor in enumerate(tensors):
+            if tensor.dim() != dims:
+                shape = tuple(tensor.shape)
+                raise RuntimeError(f"{operator}: {name}[{i}]: expected {dims} dimensions, got shape {shape}")
+    first, *others = [tensor for tensors in lists.values() for tensor in tensors]
+    _require_device(operator, first, *others)
+
+
+def _require_device(operator: str, first: Tensor, *others: Tensor) -> None:
+    for tensor in others:
+        if tensor.device != first.device:
+            raise RuntimeError(
+                f"{operator}: expected all tensors on one device, got {first.device} and {tensor.device}"
+            )
 
 
 @torch.library.register_fake("adderops::_kernel_moments")
-def _(student: Tensor, teacher: Tensor, *_: Any) -> Tensor:
-    _require_images("_kernel_moments", student=student, teacher=teacher)
-    channels = student.size(1)
-    return student.new_empty((2 * channels + 1, 2 * channels))
+def _(student: list[Tensor], teacher: list[Tensor], scales: Tensor, *_: Any) -> Tensor:
+    _require_lists("_kernel_moments", 4, student=student, teacher=teacher)
+    _require_device("_kernel_moments", student[0], scales)
+    channels = [a.size(1) + c.size(1) for a, c in zip(student, teacher, strict=True)]
+    return student[0].new_empty(sum((c + 1) * c for c in channels), dtype=torch.float32)
 
 
 @torch.library.register_fake("adderops::_kernel_moments_grad")
-def _(weights: Tensor, student: Tensor, teacher: Tensor, *_: Any) -> Tensor:
-    _require_images("_kernel_moments_grad", student=student, teacher=teacher)
-    return _empty_in_format_of(student, student.shape)
+def _(grad: Tensor, student: list[Tensor], teacher: list[Tensor], scales: Tensor, *_: Any) -> list[Tensor]:
+    _require_lists("_kernel_moments_grad", 4, student=student, teacher=teacher)
+    _require_device("_kernel_moments_grad", student[0], scales, grad)
+    return [_empty_in_format_of(y, y.shape) for y in student]
 
 
-@torch.library.register_fake("adderops::_abs_sum")
-def _(x: Tensor) -> Tensor:
-    return x.new_empty(x.size(0))
+@torch.library.register_fake("adderops::_mean_abs")
+def _(x: list[Tensor]) -> Tensor:
+    _require_lists("_mean_abs", 4, x=x)
+    return x[0].new_empty(len(x), dtype=torch.float32)
+
+
+@torch.library.register_fake("adderops::_match_rows")
+def _(mixed_a: list[Tensor], mixed_c: list[Tensor], w_a: list[Tensor], w_c: list[Tensor], _: float) -> list[Tensor]:
+    _require_lists("_match_rows", 3, mixed_a=mixed_a, mixed_c=mixed_c, w_a=w_a, w_c=w_c)
+    layers = sum(w.size(0) for w in w_a)
+    groups = zip(mixed_a, w_a, w_c, strict=True)
+    gradients = [torch.empty(t.shape, dtype=t.dtype, device=t.device) for group in groups for t in group]
+    return [mixed_a[0].new_empty(layers), mixed_a[0].new_empty(layers), *gradients]
 
 
 # --- autograd: AdderNet's training gradients, deliberately not the derivative (see adderops.functional) ---
@@ -206,8 +277,23 @@ def _backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
 register_autograd(adder_conv2d, _backward, _save_for_backward)
 
 
+def _save_moments(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    student, teacher, scales, *ctx.options = inputs
+    ctx.save_for_backward(scales, *student, *teacher)
+
+
+def _moments_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    scales, *outputs = ctx.saved_tensors
+    student, teacher = outputs[: len(outputs) // 2], outputs[len(outputs) // 2 :]
+    gradients = kernel_moments_grad(grad, student, teacher, scales, *ctx.options)
+    return gradients, [None for _ in teacher], None, *(None for _ in ctx.options)
+
+
+register_autograd(kernel_moments, _moments_backward, _save_moments)
+
+
 def _refuse_differentiation(op: OpOverload, reason: str) -> None:
-    def backward(ctx: Any, grad: Tensor) -> NoReturn:
+    def backward(ctx: Any, *grads: Tensor) -> NoReturn:
         raise RuntimeError(
             f"{op._opname}: expected no differentiation of its result, got a backward pass through it; {reason}"
         )
@@ -222,6 +308,12 @@ _NO_SECOND_DERIVATIVE = (
 _refuse_differentiation(adder_conv2d_grad_x, _NO_SECOND_DERIVATIVE)
 _refuse_differentiation(adder_conv2d_grad_w, _NO_SECOND_DERIVATIVE)
 _refuse_differentiation(adder_conv2d_int8, "it is for inference; train with adder_conv2d")
+_refuse_differentiation(
+    integrate_and_fire, "a spike has no derivative; use adderops.spiking.IntegrateAndFire with a gradient"
+)
+_refuse_differentiation(kernel_moments_grad, "the second derivative of the moments is not implemented")
+_refuse_differentiation(mean_abs, "the widths of the kernels are constants of a step")
+_refuse_differentiation(match_rows, "it returns its gradients itself")
 
 
 # --- vmap ---
@@ -251,11 +343,24 @@ def _gradient_flops(grad_y_shape: torch.Size, x_shape: torch.Size, w_shape: torc
     return 2 * math.prod(grad_y_shape) * math.prod(w_shape[1:])
 
 
+def _moments_flops(student_shapes: list[torch.Size], teacher_shapes: list[torch.Size], *_: Any, **__: Any) -> int:
+    pairs = zip(student_shapes, teacher_shapes, strict=True)
+    return sum(2 * (a[0] * a[2] * a[3]) * (a[1] + c[1]) ** 2 for a, c in pairs)
+
+
+def _moments_gradient_flops(
+    grad_shape: torch.Size, student_shapes: list[torch.Size], teacher_shapes: list[torch.Size], *_: Any, **__: Any
+) -> int:
+    return sum(2 * math.prod(a) * (a[1] + c[1]) for a, c in zip(student_shapes, teacher_shapes, strict=True))
+
+
 def _register_flop_formulas() -> None:
     from torch.utils.flop_counter import register_flop_formula
 
     register_flop_formula([adder_conv2d.overloadpacket, adder_conv2d_int8.overloadpacket])(_forward_flops)
     register_flop_formula([adder_conv2d_grad_x.overloadpacket, adder_conv2d_grad_w.overloadpacket])(_gradient_flops)
+    register_flop_formula(kernel_moments.overloadpacket)(_moments_flops)
+    register_flop_formula(kernel_moments_grad.overloadpacket)(_moments_gradient_flops)
 
 
 on_import("torch.utils.flop_counter", _register_flop_formulas)

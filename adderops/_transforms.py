@@ -4,7 +4,8 @@
 and its forward-mode derivative is silently 0.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -22,8 +23,20 @@ _OF_FILTERS = ("w", "bias", "scale", "offset")
 def register_autograd(op: OpOverload, backward: _Function, setup_context: _Function | None = None) -> None:
     """Makes `backward(ctx, grad)` the gradient of an operator, in ordinary autograd and at each level of torch.func.
 
-    Arguments as in `torch.library.register_autograd`. Forward mode is refused with an error.
+    Arguments as in `torch.library.register_autograd`, also for lists of tensors, whose gradient is a list. Forward mode
+    is refused with an error.
     """
+    is_list = [_is_tensor_list(argument.type) for argument in op._schema.arguments]
+
+    def flattened(values: Sequence[Any]) -> list[Any]:
+        """A Function sees tensors only where they are arguments themselves."""
+        return [v for value, spread in zip(values, is_list, strict=True) for v in (value if spread else [value])]
+
+    def nested(flat: Sequence[Any], lengths: list[int]) -> list[Any]:
+        values, rest = [], iter(flat)
+        for spread, length in zip(is_list, lengths, strict=True):
+            values.append([next(rest) for _ in range(length)] if spread else next(rest))
+        return values
 
     def below_autograd(*args: Any) -> Any:
         with torch._C._AutoDispatchBelowAutograd():
@@ -31,7 +44,8 @@ def register_autograd(op: OpOverload, backward: _Function, setup_context: _Funct
 
     class Differentiable(torch.autograd.function._SingleLevelFunction):
         @staticmethod
-        def forward(ctx: Any, *args: Any) -> Any:
+        def forward(ctx: Any, *flat: Any) -> Any:
+            args = nested(flat[:-1], flat[-1])
             if _transformed():  # a Function turns differentiation off, also for the outer levels
                 with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
                     result = below_autograd(*args)
@@ -39,24 +53,30 @@ def register_autograd(op: OpOverload, backward: _Function, setup_context: _Funct
                 result = below_autograd(*args)
             if setup_context is not None:
                 setup_context(ctx, args, result)
-            return result
+            return tuple(result) if isinstance(result, list) else result
 
-    Differentiable.backward = staticmethod(backward)  # type: ignore[method-assign]
+        @staticmethod
+        def backward(ctx: Any, *grads: Any) -> Any:
+            return (*flattened(backward(ctx, *grads)), None)
 
     apply = Differentiable.apply  # type: ignore[attr-defined]  # which torch does not declare
 
     def autograd(*args: Any) -> Any:
-        transformed = _transformed()
+        flat, transformed = flattened(args), _transformed()
         if transformed or forward_ad._current_level >= 0:
             _refuse_tangents(op, args)
-        if not (torch.is_grad_enabled() and any(isinstance(arg, Tensor) and arg.requires_grad for arg in args)):
+        if not (torch.is_grad_enabled() and any(isinstance(v, Tensor) and v.requires_grad for v in flat)):
             return below_autograd(*args)
-        if not transformed:
-            return apply(*args)
-        with enable_single_level_autograd_function():
-            return apply(*args)
+        lengths = [len(arg) if spread else 1 for arg, spread in zip(args, is_list, strict=True)]
+        with enable_single_level_autograd_function() if transformed else nullcontext():
+            result = apply(*flat, lengths)
+        return list(result) if isinstance(result, tuple) else result
 
     torch.library.impl(op.name(), "Autograd")(autograd)
+
+
+def _is_tensor_list(argument: Any) -> bool:
+    return isinstance(argument, torch.ListType) and isinstance(argument.getElementType(), torch.TensorType)
 
 
 def _transformed() -> bool:
@@ -66,7 +86,8 @@ def _transformed() -> bool:
 
 def _refuse_tangents(op: OpOverload, args: tuple[Any, ...]) -> None:
     for argument, value in zip(op._schema.arguments, args, strict=True):
-        if isinstance(value, Tensor) and forward_ad.unpack_dual(value, level=0).tangent is not None:
+        tensors = [v for v in (value if isinstance(value, list) else [value]) if isinstance(v, Tensor)]
+        if any(forward_ad.unpack_dual(tensor, level=0).tangent is not None for tensor in tensors):
             raise RuntimeError(
                 f"{op._opname}: {argument.name}: expected no forward mode differentiation (jvp, jacfwd, linearize), "
                 "got a dual tensor; an adder convolution has training gradients, for reverse mode, and no derivative"

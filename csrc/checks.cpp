@@ -44,10 +44,14 @@ void check_storage(const char* op, const char* name, const Tensor& tensor) {
           " bytes or more, got ", bytes, "; was it freed?");
 }
 
-void check_shape(const char* op, const char* name, const Tensor& tensor, const Tensor& x,
-                 const std::vector<int64_t>& shape) {
+void check_device(const char* op, const char* name, const Tensor& tensor, const Tensor& x) {
   REQUIRE(tensor.is_cpu() == x.is_cpu() && tensor.get_device() == x.get_device(), op, ": ", name,
           ": expected the device of x, got another");
+}
+
+void check_shape(const char* op, const char* name, const Tensor& tensor, const Tensor& x,
+                 const std::vector<int64_t>& shape) {
+  check_device(op, name, tensor, x);
   bool same = tensor.dim() == static_cast<int64_t>(shape.size());
   for (size_t i = 0; same && i < shape.size(); ++i) same = tensor.size(static_cast<int64_t>(i)) == shape[i];
   REQUIRE(same, op, ": ", name, ": expected shape ", text_of(shape), ", got ", shape_of(tensor));

@@ -34,6 +34,9 @@ std::string dtype_of(const Tensor& tensor);
 // Does the tensor's storage hold all of its elements?  The storage of a parameter that FSDP has freed does not.
 void check_storage(const char* op, const char* name, const Tensor& tensor);
 
+// Checks that the tensor is on the device of x, the call's first.
+void check_device(const char* op, const char* name, const Tensor& tensor, const Tensor& x);
+
 // Checks one more tensor of a call, of any dtype: the device of x, this shape, its storage.
 void check_shape(const char* op, const char* name, const Tensor& tensor, const Tensor& x,
                  const std::vector<int64_t>& shape);

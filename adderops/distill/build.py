@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -43,7 +44,7 @@ def device_type(device: str) -> str:
     return "cpu" if reason or device == "cpu" else "cuda"
 
 
-def build_optimizer(config: Config, task: Task) -> torch.optim.SGD:
+def build_optimizer(config: Config, task: Task) -> torch.optim.Optimizer:
     """Builds one optimizer for all networks: they share no parameter, so its step is one step of each.
 
     The classifier has a group and a learning rate of its own under --rifle.
@@ -53,13 +54,31 @@ def build_optimizer(config: Config, task: Task) -> torch.optim.SGD:
     for parameter in task.parameters():
         if parameter.requires_grad:
             groups["classifier" if parameter in head else "all"].append(parameter)
-    return torch.optim.SGD(
-        [{"params": parameters, "name": name} for name, parameters in groups.items() if parameters],
-        config.lr,
-        momentum=MOMENTUM,
-        weight_decay=config.weight_decay,
-        nesterov=config.nesterov,
-    )
+    named = [{"params": parameters, "name": name} for name, parameters in groups.items() if parameters]
+    if config.optimizer == "sgd":
+        return sgd(named, config.lr, config.weight_decay, config.nesterov, config.momentum)
+    kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.optimizer]
+    fused = all(parameter.is_cuda for group in groups.values() for parameter in group)
+    betas = config.momentum, config.beta2
+    return kind(named, config.lr, betas, weight_decay=config.weight_decay, fused=fused or None)
+
+
+def sgd(
+    groups: list[dict[str, Any]], lr: float, weight_decay: float, nesterov: bool, momentum: float = MOMENTUM
+) -> torch.optim.SGD:
+    """Builds SGD with momentum; on a GPU fused, which reads learning rate and overflow there and not on the host.
+
+    Args:
+        groups: of parameters.
+        lr, weight_decay, nesterov, momentum: see `torch.optim.SGD`.
+    """
+    parameters = [parameter for group in groups for parameter in group["params"]]
+    fused = all(parameter.is_cuda for parameter in parameters)
+    optimizer = torch.optim.SGD(groups, lr, momentum, weight_decay=weight_decay, nesterov=nesterov, fused=fused or None)
+    for parameter in parameters if fused and momentum else ():
+        # the fused kernel would begin with arbitrary numbers if the gradient scaler skips the first step
+        optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer
 
 
 def build_mix(config: Config, num_classes: int) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None:
@@ -74,12 +93,37 @@ def redraw_classifier(network: nn.Module, optimizer: torch.optim.Optimizer) -> N
     head = classifier(network)[1]
     head.reset_parameters()  # type: ignore[operator]  # every classifier is a Linear or a Conv2d
     for parameter in head.parameters():
-        optimizer.state.pop(parameter, None)
+        for value in optimizer.state.get(parameter, {}).values():
+            if isinstance(value, Tensor):
+                value.zero_()
 
 
-def build_average(config: Config, task: Task) -> AveragedModel | None:
-    """Builds the moving average of the main network's weights and BatchNorm statistics, if --ema asks for it."""
-    if config.ema is None:
-        return None
-    network = task.networks[task.main]
-    return AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(config.ema), use_buffers=True)
+class MovingAverage(AveragedModel):
+    """Exponential moving average of a network's weights and BatchNorm statistics, which waits for no GPU.
+
+    Args:
+        network: to average.
+        decay: per step.
+    """
+
+    def __init__(self, network: nn.Module, decay: float) -> None:
+        average = get_ema_multi_avg_fn(decay)
+        super().__init__(network, multi_avg_fn=average, use_buffers=True)
+        self._average = average
+
+    def update_parameters(self, model: nn.Module) -> None:
+        if self.n_averaged == 0:  # copies
+            super().update_parameters(model)
+            return
+        # after that, torch's own sends the count to the device in each step
+        ours, theirs = ([*(t.detach() for t in (*m.parameters(), *m.buffers()))] for m in (self.module, model))
+        for floating in (True, False):
+            pairs = [(a, b) for a, b in zip(ours, theirs, strict=True) if a.is_floating_point() == floating]
+            if pairs:
+                self._average([a for a, _ in pairs], [b for _, b in pairs], self.n_averaged)
+        self.n_averaged += 1
+
+
+def build_average(config: Config, task: Task) -> MovingAverage | None:
+    """Builds the moving average of the main network, if --ema asks for it."""
+    return None if config.ema is None else MovingAverage(task.networks[task.main], config.ema)

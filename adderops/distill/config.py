@@ -15,14 +15,16 @@ from typing import Any
 
 import torch
 
-from adderops.distill.methods import METHODS, Distillation
+from adderops.distill.methods import METHODS, Distillation, Spiking
 from adderops.distill.methods.task import COMPARE, method_names
-from adderops.distill.options import LARGEST_THREADS, flag, option, parse_weights
-from adderops.distill.recipes import DEFAULT, RECIPES, Recipe
+from adderops.distill.options import LARGEST_THREADS, flag, option, parse_weights, refuse_unused
+from adderops.distill.recipes import DEFAULT, OF_DATA, RECIPES, Recipe
+from adderops.distill.schedule import SCHEDULES
 from adderops.models import ARCHITECTURES
 
 DEVICES = ("auto", "cpu", "cuda")
 AMP = ("bfloat16", "float16")
+OPTIMIZERS = ("sgd", "adam", "adamw")
 # A run with other values of these is the same run.
 MACHINE = ("threads", "workers", "device", "download", "tensorboard", "checkpoint_minutes")
 # Options that version 0.1.0 was the last to have, and the value that now always applies.
@@ -58,7 +60,8 @@ def _methods() -> str:
     texts = [
         f"{name}: {text[:1].lower() if text[1:2].islower() else text[:1]}{text[1:]}" for name, text in firsts.items()
     ]
-    return "; ".join([*texts, f"{COMPARE}: pkkd and plain, the student in int8, and a table"])
+    texts.append(f"{COMPARE}: pkkd and plain, the student in int8, and a table")
+    return "; ".join(texts) + f" (default: the recipe's, mostly {COMPARE})"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +107,7 @@ class _Shared:
     )
 
     arch: str | None = _networks(None, _architectures, type=str, of_recipe=True)
-    method: str = _networks(COMPARE, _methods, choices=method_names)
+    method: str = _networks(None, _methods, type=str, choices=method_names)
     seeds: int | None = _networks(
         None,
         "method compare: number of seeds, starting at --seed (default: set by the recipe, mostly 1)",
@@ -129,13 +132,31 @@ class _Shared:
     batch_size: int | None = _of_recipe(_optimization, "images per step, over all processes", type=int, least=2)
     lr: float | None = _of_recipe(
         _optimization,
-        "initial learning rate; it follows a cosine to 0, set once per epoch",
+        "initial learning rate, of one-cycle the largest one",
         type=float,
         least=0,
     )
-    warmup_epochs: int = _optimization(0, "epochs of linear warm-up to --lr, before the cosine", least=0)
+    schedule: str | None = _of_recipe(
+        _optimization,
+        "learning rate over the epochs: cosine to 0; one-cycle: as torch's OneCycleLR; exponential: e^-0.04 per epoch",
+        type=str,
+        choices=SCHEDULES,
+    )
+    lr_per_step: bool = _optimization(
+        False, "set the learning rate in each step, not once per epoch: in a run of few epochs it comes close to 0"
+    )
+    warmup_epochs: int = _optimization(
+        0, "epochs of linear warm-up to --lr, before the cosine", least=0, needs={"schedule": (None, "cosine")}
+    )
     weight_decay: float | None = _of_recipe(_optimization, "weight decay of all parameters", type=float, least=0)
-    nesterov: bool | None = _of_recipe(_optimization, "Nesterov momentum", type=bool)
+    optimizer: str | None = _of_recipe(_optimization, "optimizer", type=str, choices=OPTIMIZERS)
+    momentum: float | None = _of_recipe(
+        _optimization, "momentum of SGD, first beta of Adam and AdamW", type=float, least=0, most=0.9999
+    )
+    beta2: float | None = _of_recipe(_optimization, "second beta of Adam and AdamW", type=float, least=0, most=0.99999)
+    nesterov: bool | None = _of_recipe(
+        _optimization, "Nesterov momentum", type=bool, needs={"optimizer": (None, "sgd")}
+    )
     eta: float = _optimization(
         0.2, "root mean square to which the weight gradients of each adder layer are scaled", least=1e-6, most=1e6
     )
@@ -214,6 +235,12 @@ class _Shared:
         alone="bfloat16",
     )
     compile: bool = _machine(False, "compile the networks with torch.compile")
+    cuda_graph: bool = _machine(
+        False,
+        "launch each training step as one CUDA graph, which small networks gain from; a short last batch is launched "
+        "as usual",
+        needs={"device": ("auto", "cuda"), "accumulate": (1,), "amp": (None, "bfloat16")},
+    )
     channels_last: bool = _machine(False, "images and weights in channels_last memory format")
     sync_batchnorm: bool = _machine(False, "with torchrun: BatchNorm statistics over the batch of all processes")
     tensorboard: bool = _machine(False, "write TensorBoard events as well")
@@ -221,7 +248,7 @@ class _Shared:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(Distillation, _Shared):
+class Options(Spiking, Distillation, _Shared):
     """The options of a run, as the command line has them: `python -m adderops.distill --help` explains each.
 
     None: left open; `resolve` decides.
@@ -236,6 +263,8 @@ class Options(Distillation, _Shared):
 
     def __post_init__(self) -> None:
         super().__post_init__()  # checks every field
+        if self.method is None:
+            object.__setattr__(self, "method", RECIPES[self.recipe or DEFAULT].method or COMPARE)
         task = METHODS.get(self.method)  # None: compare
         if self.teacher == "frozen" and self.distills and self.teacher_checkpoint is None:
             raise ValueError("teacher_checkpoint: expected a file for the frozen teacher, got none")
@@ -249,6 +278,8 @@ class Options(Distillation, _Shared):
             raise ValueError(
                 "alpha: expected a positive number without logits, got 0: nothing would train the classifier"
             )
+        if self.cuda_graph:
+            refuse_unused(self, ["cuda_graph"])
         if self.epochs is not None and self.warmup_epochs >= self.epochs:
             raise ValueError(f"warmup_epochs: expected fewer than the {self.epochs} epochs, got {self.warmup_epochs}")
         if self.patience is not None and not self.validation:
@@ -273,6 +304,8 @@ class Options(Distillation, _Shared):
         chosen |= {"recipe": recipe.name, "threads": torch.get_num_threads()}
         if self.method != COMPARE:
             del chosen["seeds"]
+        if (chosen["momentum"] if self.momentum is None else self.momentum) == 0:
+            chosen["nesterov"] = False  # needs momentum
         values = {name: value for name, value in chosen.items() if getattr(self, name) is None}
         if self.teacher == "none" and self.method != COMPARE:
             values["method"] = METHODS[self.method].without_teacher or self.method
@@ -285,22 +318,35 @@ class Options(Distillation, _Shared):
         return replace(self, **values)._decided()
 
     def _decided(self) -> Config:
-        distillation = {f.name: getattr(self, f.name) for f in fields(Distillation)}
+        def of(group: type) -> dict[str, Any]:
+            return {f.name: getattr(self, f.name) for f in fields(group)}
+
+        spikes = self.method != COMPARE and METHODS[self.method].spikes
         return Config(
-            **{f.name: getattr(self, f.name) for f in fields(_Shared)},
-            distillation=Distillation(**distillation) if self.distills else None,
+            **of(_Shared),
+            distillation=Distillation(**of(Distillation)) if self.distills else None,
+            spiking=Spiking(**of(Spiking)) if spikes else None,
         )
 
     def _recipe(self) -> Recipe:
-        if self.recipe is not None:
-            return RECIPES[self.recipe]
+        recipe = self._of_data() if self.recipe is None else RECIPES[self.recipe]
+        if recipe.method is None:
+            for of_method in RECIPES.values():
+                if of_method.method == self.method:  # its settings, on this data and for this time
+                    of_data = {name: getattr(recipe, name) for name in OF_DATA}
+                    return replace(of_method, **of_data | {"arch": METHODS[self.method].arch or recipe.arch})
+        return recipe
+
+    def _of_data(self) -> Recipe:
+        """Returns the recipe of data and network, whatever the method."""
         if self.data is None and self.arch is None:
             return RECIPES[DEFAULT]
         data, arch = self.data or "digits", self.arch or "lenet5"
-        for recipe in RECIPES.values():
+        recipes = [recipe for recipe in RECIPES.values() if recipe.method is None]
+        for recipe in recipes:
             if (recipe.data, recipe.arch) == (data, arch):
                 return recipe
-        for recipe in RECIPES.values():  # the same network on other data
+        for recipe in recipes:  # the same network on other data
             if recipe.arch == arch:
                 return replace(recipe, data=data)
         return replace(RECIPES["fashion-mnist-lenet5"], data=data, arch=arch)
@@ -312,6 +358,7 @@ class Config(_Shared):
 
     Attributes:
         distillation: the options of the distillation as one object; None for methods without a teacher.
+        spiking: the options of spiking networks; None for methods without one.
     """
 
     recipe: str
@@ -325,12 +372,18 @@ class Config(_Shared):
     nesterov: bool
     test_every: int
     threads: int
+    optimizer: str
+    momentum: float
+    beta2: float
+    schedule: str
     distillation: Distillation | None
+    spiking: Spiking | None
 
     def flat(self) -> dict[str, Any]:
         """Returns the value of every option by name, as in config.json; without distillation its options are None."""
-        of_distillation = {f.name: getattr(self.distillation, f.name, None) for f in fields(Distillation)}
-        return {f.name: getattr(self, f.name) for f in fields(_Shared)} | of_distillation
+        groups = {Distillation: self.distillation, Spiking: self.spiking}
+        of_groups = {f.name: getattr(value, f.name, None) for group, value in groups.items() for f in fields(group)}
+        return {f.name: getattr(self, f.name) for f in fields(_Shared)} | of_groups
 
     def changed(self, **values: Any) -> Config:
         """Returns the configuration with other values of some options.
@@ -368,7 +421,7 @@ class Config(_Shared):
             if not isinstance(content, dict):
                 raise ValueError(f"got {type(content).__name__} instead of names and values")
             options = from_flat(content)
-            resolved = [f.name for f in fields(Options) if f.metadata.get("of_recipe") or f.name == "threads"]
+            resolved = [f.name for f in fields(_Shared) if f.metadata.get("of_recipe") or f.name == "threads"]
             for name in resolved:  # the first version had data and arch; no version leaves any of these open
                 if content.get(name, name not in ("data", "arch") or None) is None:
                     raise ValueError(f"{name}: expected a value, got none")
@@ -400,7 +453,7 @@ def from_flat(values: Mapping[str, Any]) -> Options:
             raise ValueError(f"{name}: expected {value!r}, got another: 0.1.0 was the last version with this option")
     if isinstance(values.get("amp"), bool):  # before float16
         values["amp"] = "bfloat16" if values["amp"] else None
-    for f in fields(Distillation):  # None for methods without a teacher
+    for f in (*fields(Distillation), *fields(Spiking)):  # None for methods without them
         if values.get(f.name, f.default) is None:
             values.pop(f.name, None)
     return Options(**values)

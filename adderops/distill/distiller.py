@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import SGD, Optimizer
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import Dataset
 
 from adderops.distill.batches import LoaderBatches
+from adderops.distill.build import MovingAverage, sgd
 from adderops.distill.checkpoint import require_same_configuration
 from adderops.distill.config import Options
 from adderops.distill.evaluate import evaluate
@@ -22,10 +22,10 @@ from adderops.distill.lock import own
 from adderops.distill.loop import Loop
 from adderops.distill.methods import Distillation, LabelLoss, PKKDTask
 from adderops.distill.options import check_values
-from adderops.distill.schedule import cosine_schedule
+from adderops.distill.schedule import make_schedule
 from adderops.distill.trainer import Callback, Run
 
-DEFAULT_OPTIMIZER = partial(SGD, lr=0.1, momentum=0.9, weight_decay=5e-4, nesterov=True)
+DEFAULT_OPTIMIZER = partial(sgd, lr=0.1, weight_decay=5e-4, nesterov=True)
 
 
 class Distiller:
@@ -140,7 +140,7 @@ class Distiller:
         self.optimizer = self._prepare(optimizer)
         self.average = None
         if ema is not None:
-            self.average = AveragedModel(student, multi_avg_fn=get_ema_multi_avg_fn(ema), use_buffers=True)
+            self.average = MovingAverage(student, ema)
         self._schedule, self._per_step, self._accumulate = schedule, schedule_per_step, accumulate
         self._loop: dict[str, Any] = {"average": self.average, "mix": mix}
         self._loop |= {name: settings[name] for name in ("clip", "amp", "reestimate_batchnorm", "seed")}
@@ -194,8 +194,8 @@ class Distiller:
         check_values(Options, "Distiller.fit", given | {"checkpoint_minutes": checkpoint_minutes})
         if patience is not None and test is None:
             raise ValueError("Distiller.fit: patience: expected images to test on, got none")
-        make_schedule = self._schedule or partial(cosine_schedule, epochs=epochs)
-        schedule = make_schedule if isinstance(make_schedule, LRScheduler) else make_schedule(self.optimizer)
+        build = self._schedule or partial(make_schedule, epochs=epochs)
+        schedule = build if isinstance(build, LRScheduler) else build(self.optimizer)
         loop = Loop(
             self.task,
             self.optimizer,

@@ -121,14 +121,20 @@ def global_mean(value: Tensor, count: int) -> Tensor:
     return _GlobalMean.apply(value, count) if world_size() > 1 else value
 
 
+def summed(values: Tensor) -> Tensor:
+    """Returns the sums over all processes, on the same device."""
+    if world_size() > 1:
+        values = values.clone()
+        dist.all_reduce(values)
+    return values
+
+
 def global_sum(values: list[float]) -> list[float]:
     """Returns the sums over all processes; every process gives the same numbers in the same order."""
     if world_size() == 1:
         return values
     device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    total = torch.tensor(values, dtype=torch.float64, device=device)
-    dist.all_reduce(total)
-    return total.tolist()
+    return summed(torch.tensor(values, dtype=torch.float64, device=device)).tolist()
 
 
 @torch.no_grad()

@@ -1,6 +1,7 @@
 """Loss and accuracy of a network on a set of images."""
 
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -13,8 +14,10 @@ from adderops.distill.distributed import global_sum, rank, world_size
 TEST_BATCH = 500  # images
 
 
-def autocast(device: torch.device, amp: str | None) -> torch.autocast:
+def autocast(device: torch.device, amp: str | None) -> AbstractContextManager[Any]:
     """Returns the context in which networks run: 'bfloat16', 'float16', or None for float32."""
+    if not torch.amp.is_autocast_available(device.type):  # the meta device
+        return nullcontext()
     return torch.autocast(device.type, getattr(torch, amp or "bfloat16"), enabled=amp is not None)
 
 

@@ -5,7 +5,8 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -19,8 +20,11 @@ from adderops.distill import distributed
 from adderops.distill.batches import Batches, Part, seed_of
 from adderops.distill.checkpoint import restore
 from adderops.distill.data import ImageSet
-from adderops.distill.evaluate import autocast, correct, evaluate, to_device
+from adderops.distill.evaluate import autocast, evaluate, to_device
+from adderops.distill.graph import StepGraph
 from adderops.distill.methods import Losses, Task
+from adderops.distill.speed import Trajectory
+from adderops.distill.sums import Sums, sums_of
 from adderops.models import mark_adder_weights
 from adderops.optim import AdaptiveRateLayer
 
@@ -37,22 +41,27 @@ class Progress:
         epoch: counted from 1.
         step: number of optimizer steps in this epoch so far.
         images: number of images in this step, over all processes.
-        losses: means over the images of this step, by name; also the training accuracies.
         networks: by role.
         optimizer: of all networks.
         row: after the last step of an epoch, its row of the history; otherwise None.
         improved: names of the networks whose test accuracy in this epoch is their best so far.
+        sums: of losses and hits, over the images of this step.
     """
 
     epoch: int
     step: int
     images: int
-    losses: dict[str, float]
     networks: nn.ModuleDict
     optimizer: torch.optim.Optimizer
+    sums: Sums
     row: dict[str, Any] | None = None
     improved: list[str] = field(default_factory=list)
     stopped: bool = False
+
+    @cached_property
+    def losses(self) -> dict[str, float]:
+        """Means over the images of this step, by name; also the training accuracies.  Reading them waits for a GPU."""
+        return {name: value / self.images for name, value in self.sums.read().items()}
 
     def stop(self) -> None:
         """Ends the training after this step."""
@@ -62,6 +71,9 @@ class Progress:
 @dataclass(eq=False)
 class Loop:
     """Trains the networks of a task; iterating over it yields a `Progress` after each optimizer step.
+
+    On a GPU a step waits for nothing: the losses stay there, and are read, and found to be finite or not, at the end of
+    an epoch and before each checkpoint.  On the CPU they are checked in each step, before it changes a weight.
 
     `state_dict()`, called between two steps, is all that a loop built alike needs to continue with the same bits: every
     random number depends on seed, epoch, step and process only.
@@ -78,11 +90,13 @@ class Loop:
         average: moving average of the main network.
         mix: changes (images, labels) of a batch, for example by mixup; its labels may be shares (N, classes).
         on_epoch_begin: called with the number of finished epochs before the first step of each epoch.
-        seed, amp, clip, channels_last, workers, test_every, patience, reestimate_batchnorm: the options of the same
-            names, see `Options`.
+        seed, amp, clip, channels_last, workers, test_every, patience, reestimate_batchnorm, cuda_graph: the options of
+            the same names, see `Options`.
 
     Raises:
-        FloatingPointError: during iteration: a loss, a weight or a statistic became infinite or NaN.
+        ValueError: `cuda_graph` where a step cannot be one.
+        FloatingPointError: during iteration or in `require_finite`: a loss, a weight or a statistic became infinite or
+            NaN.
     """
 
     task: Task
@@ -104,19 +118,29 @@ class Loop:
     test_every: int = 1
     patience: int | None = None
     reestimate_batchnorm: int = 0
+    cuda_graph: bool = False
 
     def __post_init__(self) -> None:
         self.epoch, self.step = 0, 0  # finished epochs, and steps of the next one
-        self.sums: dict[str, float] = {}  # of losses and hits, images and seconds of this epoch
+        self.sums = Sums.of({}, self.device)  # of losses and hits in this epoch
+        self.images, self.seconds = 0, 0.0  # of this epoch
         self.rows: list[dict[str, Any]] = []  # of the finished epochs
         self.layers: list[dict[str, Any]] = []
         self.best: dict[str, dict[str, Any]] = {}  # accuracy and epoch by network
+        self.trajectory = Trajectory(dict(self.task.networks), self.optimizer)
+        self.graph: StepGraph | None = None
+        if self.cuda_graph:
+            if self.device.type != "cuda" or distributed.world_size() > 1:
+                got = f"{distributed.world_size()} processes" if self.device.type == "cuda" else self.device.type
+                raise ValueError(f"cuda_graph: expected one process that trains on a GPU, got {got}")
+            self.graph = StepGraph(self._train_on, self.optimizer, self.device)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.amp == "float16")
 
     # --- state ---
 
     def state_dict(self) -> dict[str, Any]:
-        progress = {"epoch": self.epoch, "step": self.step, "sums": self.sums.copy()}
+        sums = {**self.sums.read(), "images": self.images, "seconds": self.seconds} if self.step else {}
+        progress = {"epoch": self.epoch, "step": self.step, "sums": sums}
         log = {"log": self.rows, "layers": self.layers, "best": self.best}
         return progress | log | {name: part.state_dict() for name, part in self._parts().items()}
 
@@ -131,8 +155,12 @@ class Loop:
                 saved = state[name]
                 # a checkpoint from before adder weights were marked
                 restore(part, mark_adder_weights(saved, part) if isinstance(part, nn.Module) else saved)
-        self.epoch, self.step, self.sums = state["epoch"], state["step"], dict(state["sums"])
+        self.epoch, self.step, sums = state["epoch"], state["step"], dict(state["sums"])
+        self.images, self.seconds = sums.pop("images", 0), sums.pop("seconds", 0.0)
+        self.sums = Sums.of(sums, self.device)
         self.rows, self.layers, self.best = state["log"], state["layers"], state.get("best", {})
+        if "trajectory" not in state:  # of an older version: it begins here, and the rows before have none
+            self.rows = [{**row, **dict.fromkeys(self.trajectory.columns())} for row in self.rows]
         if "schedule" not in state:  # of an older version, which had none
             for _ in range(self.epoch - (not self.step)):
                 self._move_schedule()
@@ -140,6 +168,7 @@ class Loop:
     def _parts(self) -> dict[str, Any]:
         """Returns all that has a state_dict."""
         parts: dict[str, Any] = {"task": self.task, "optimizer": self.optimizer, "schedule": self.schedule}
+        parts |= {"trajectory": self.trajectory}
         if self.average is not None:
             parts["average"] = self.average
         if self.scaler.is_enabled():
@@ -177,16 +206,21 @@ class Loop:
         begin = time.perf_counter()
         for parts, last in self.batches.steps(self.epoch, self.step):
             torch.manual_seed(seed_of(self.seed, self.epoch, self.step + 1, distributed.rank()))
-            losses, watched = self._step(model, parts, diagnose=last)
-            self.step += 1
+            sums, watched = self._step(model, parts, diagnose=last)
             images = sum(part.count for part in parts)
-            add(self.sums, {"images": images, "seconds": time.perf_counter() - begin})
-            progress = Progress(self.epoch + 1, self.step, images, losses, self.task.networks, self.optimizer)
+            self.sums += sums
+            self.images += images
+            self.step += 1
+            progress = Progress(self.epoch + 1, self.step, images, self.task.networks, self.optimizer, sums)
+            if last:
+                self.require_finite()  # waits for the step, whose time counts
+            self.seconds += time.perf_counter() - begin
             if last:
                 progress.row, of_layers, progress.improved = self._end_epoch(watched)
                 self.rows.append(progress.row)
                 self.layers.extend(of_layers)
-                self.epoch, self.step, self.sums = self.epoch + 1, 0, {}
+                self.epoch, self.step = self.epoch + 1, 0
+                self.sums, self.images, self.seconds = Sums.of({}, self.device), 0, 0.0
             yield progress
             begin = time.perf_counter()
 
@@ -209,51 +243,71 @@ class Loop:
             else:
                 self.schedule.step()
 
-    def _step(
-        self, model: nn.Module, parts: list[Part], diagnose: bool
-    ) -> tuple[dict[str, float], dict[str, list[float]]]:
-        """Makes one optimizer step, adds to the sums; returns losses and, if asked for, the last part's diagnosis."""
+    def _step(self, model: nn.Module, parts: list[Part], diagnose: bool) -> tuple[Sums, dict[str, list[float]]]:
+        """Makes one optimizer step; returns its sums and, if asked for, the last part's diagnosis."""
         watched: dict[str, list[float]] = {}
-        step_sums: dict[str, float] = {}
-        self.optimizer.zero_grad()
-        for i, part in enumerate(parts):
-            images = to_device(part.images, self.device, self.channels_last)
-            labels = part.labels.to(self.device, non_blocking=True)
-            if self.mix is not None:
-                images, labels = self.mix(images, labels)
-            final = i == len(parts) - 1
-            # the processes exchange gradients once per step, in its last part
-            with model.no_sync() if isinstance(model, DistributedDataParallel) and not final else nullcontext():
-                with autocast(self.device, self.amp):
-                    losses: Losses = model(images, labels)
-                values = torch.stack([term.detach() for term in losses.terms.values()]).tolist()
-                terms = dict(zip(losses.terms, values, strict=True))
-                require_finite(terms)
-                if diagnose and final:
-                    watched = {name: value.tolist() for name, value in self.task.diagnose(losses).items()}
-                self.scaler.scale(losses.total * part.share).backward()
-            add(step_sums, {name: value * part.count for name, value in terms.items()})
-            hits = torch.stack([correct(logits, labels) for logits in losses.logits.values()]).tolist()
-            hits = distributed.global_sum(hits)
-            add(step_sums, {f"{role}_train_accuracy": hit for role, hit in zip(losses.logits, hits, strict=True)})
-        self.scaler.unscale_(self.optimizer)
-        if self.clip is not None:
-            rated = {m.weight for m in self.task.modules() if isinstance(m, AdaptiveRateLayer)}
-            nn.utils.clip_grad_norm_([p for p in self.task.parameters() if p not in rated], self.clip)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
+        on_device = map(self._on_device, parts)
+        if self.graph is None or diagnose:
+            with self.graph.rates() if self.graph is not None else nullcontext():
+                sums, watched = self._train(model, on_device, len(parts), diagnose)
+        else:
+            [part] = on_device
+            sums = self.graph(part.images, part.labels)
         if self.per_step:
             self._move_schedule()
         if self.average is not None:
             self.average.update_parameters(self.task.networks[self.task.main])
-        count = sum(part.count for part in parts)
-        add(self.sums, step_sums)
-        return {name: value / count for name, value in step_sums.items()}, watched
+        return sums, watched
+
+    def _on_device(self, part: Part) -> Part:
+        images = to_device(part.images, self.device, self.channels_last)
+        labels = part.labels.to(self.device, non_blocking=True)
+        if self.mix is not None:
+            images, labels = self.mix(images, labels)
+        return replace(part, images=images, labels=labels)
+
+    def _train(
+        self, model: nn.Module, parts: Iterable[Part], count: int, diagnose: bool = False
+    ) -> tuple[Sums, dict[str, list[float]]]:
+        """Forward, losses, backward and optimizer of `count` parts; on a GPU only a diagnosis waits for it."""
+        watched: dict[str, list[float]] = {}
+        sums = Sums.of({}, self.device)
+        self.optimizer.zero_grad()
+        for i, part in enumerate(parts):
+            final = i == count - 1
+            # the processes exchange gradients once per step, in its last part
+            with model.no_sync() if isinstance(model, DistributedDataParallel) and not final else nullcontext():
+                with autocast(self.device, self.amp):
+                    losses: Losses = model(part.images, part.labels)
+                terms = torch.stack([term.detach() for term in losses.terms.values()])
+                if self.device.type == "cpu":
+                    require_finite(dict(zip(losses.terms, terms.tolist(), strict=True)))
+                if diagnose and final:
+                    watched = {name: value.tolist() for name, value in self.task.diagnose(losses).items()}
+                self.scaler.scale(losses.total * part.share).backward()
+            sums += sums_of(losses, terms, part.labels, part.count)
+        self.scaler.unscale_(self.optimizer)
+        if self.clip is not None:
+            rated = {m.weight for m in self.task.modules() if isinstance(m, AdaptiveRateLayer)}
+            nn.utils.clip_grad_norm_([p for p in self.task.parameters() if p not in rated], self.clip)
+        with self.trajectory.step():
+            self.scaler.step(self.optimizer)
+        self.scaler.update()
+        return sums, watched
+
+    def _train_on(self, images: Tensor, labels: Tensor) -> Sums:
+        """`_train` on a whole batch in one process."""
+        return self._train(self.task, [Part(images, labels, len(images), 1.0)], 1)[0]
+
+    def require_finite(self) -> None:
+        """Raises FloatingPointError if a loss of this epoch was infinite or NaN, and waits for a GPU."""
+        means = {name: value / self.images for name, value in self.sums.read().items()}
+        require_finite({name: value for name, value in means.items() if not name.endswith("_accuracy")})
 
     def _end_epoch(self, watched: dict[str, list[float]]) -> tuple[dict[str, Any], list[dict[str, Any]], list[str]]:
         """Tests when due; returns the rows of epoch and layers, and the names of the networks at their best so far."""
-        epoch, count = self.epoch + 1, self.batches.images or self.sums["images"]
-        means = {name: value / count for name, value in self.sums.items() if name not in ("seconds", "images")}
+        epoch, count = self.epoch + 1, self.batches.images or self.images
+        means = {name: value / count for name, value in self.sums.read().items()}
         tested, improved = self._test(epoch)
         extremes = {
             f"{name}_{extreme.__name__}": extreme(watched[name])
@@ -266,8 +320,9 @@ class Loop:
             **means,
             **tested,
             **extremes,
-            "images_per_second": count / self.sums["seconds"],
-            "seconds": self.sums["seconds"],
+            **self.trajectory.columns(),
+            "images_per_second": count / self.seconds,
+            "seconds": self.seconds,
         }
         layers = [
             {"epoch": epoch, "layer": name, **{key: values[i] for key, values in watched.items()}}
@@ -329,12 +384,6 @@ class Loop:
             except ValueError as error:
                 raise FloatingPointError(f"statistic of BatchNorm is not finite: {error}") from error
             distributed.average_buffers(network)
-
-
-def add(sums: dict[str, float], values: Mapping[str, float]) -> None:
-    """Adds values to sums, by name."""
-    for name, value in values.items():
-        sums[name] = sums.get(name, 0) + value
 
 
 def rounded(row: dict[str, Any]) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,7 +14,6 @@ from adderops.distill.checkpoint import load_state_dict
 from adderops.distill.distributed import synchronize_batchnorm
 from adderops.models import (
     classifier,
-    create_model,
     load_reference_checkpoint,
     mark_adder_weights,
     unwrap_state_dict,
@@ -26,6 +24,7 @@ from adderops.quant import Scheme, insert
 if TYPE_CHECKING:
     from adderops.distill.config import Config
     from adderops.distill.data import Data
+    from adderops.distill.methods import Task
 
 SEEDS = {"teacher": 0, "student": 1}  # of other roles a checksum of the name
 
@@ -36,9 +35,7 @@ def arch_of(config: Config, role: str) -> str:
     return of_teacher if role == "teacher" and of_teacher is not None else config.arch
 
 
-def build_networks(
-    config: Config, roles: Mapping[str, str], main: str, data: Data, device: torch.device
-) -> dict[str, nn.Module]:
+def build_networks(config: Config, task: type[Task], data: Data, device: torch.device) -> dict[str, nn.Module]:
     """Builds the networks of a run, by role.
 
     A network's initial weights depend on the seed and its role only: the student starts alike in all methods, and so
@@ -46,22 +43,21 @@ def build_networks(
 
     Args:
         config: of the run.
-        roles: role -> 'cnn' or 'adder'.
-        main: the role that starts from --initial.
+        task: has the roles; the main one starts from --initial.
         data: has `in_channels` and `num_classes`.
         device: of the networks.
     """
     networks = {}
-    for role, kind in roles.items():
+    for role in task.roles:
+        main = role == task.main
         entropy = np.random.SeedSequence([config.seed, SEEDS.get(role, zlib.crc32(role.encode()))])
         torch.manual_seed(int(entropy.generate_state(1)[0]))
-        network = create_model(arch_of(config, role), kind, data.in_channels, data.num_classes)
+        initial = Path(config.initial) if main and config.initial is not None else None
+        network = task.network(config, role, data.in_channels, data.num_classes, initial)
         for module in network.modules():
             if isinstance(module, AdaptiveRateLayer):
                 module.set_eta(config.eta)
-        if role == main and config.initial is not None:
-            load_weights(network, Path(config.initial), any_classifier=True)
-        if role == main and config.bits is not None:
+        if main and config.bits is not None:
             network = insert(network, Scheme(config.bits))
         if config.sync_batchnorm:
             network = synchronize_batchnorm(network, device)

@@ -33,7 +33,7 @@ from adderops.distill.lock import own
 from adderops.distill.log import Log
 from adderops.distill.loop import Loop, Progress
 from adderops.distill.methods import METHODS
-from adderops.distill.schedule import cosine_schedule
+from adderops.distill.schedule import make_schedule
 from adderops.quant import observe
 
 try:
@@ -53,6 +53,7 @@ OF_LOOP = (
     "test_every",
     "patience",
     "reestimate_batchnorm",
+    "cuda_graph",
 )
 Callback = Callable[[Progress], None]
 
@@ -142,11 +143,19 @@ def _build_loop(config: Config, data: Data, batches: ImageSetBatches, device: to
     return Loop(
         task,
         optimizer,
-        cosine_schedule(optimizer, config.epochs, config.warmup_epochs, config.rifle),
+        make_schedule(
+            optimizer,
+            config.epochs,
+            config.warmup_epochs,
+            config.rifle,
+            batches.steps_per_epoch if config.lr_per_step else 1,
+            config.schedule,
+        ),
         batches,
         config.epochs,
         test=data.test,
         device=device,
+        per_step=config.lr_per_step,
         average=build_average(config, task),
         mix=build_mix(config, data.num_classes),
         on_epoch_begin=begin_epoch,
@@ -273,6 +282,7 @@ class Run:
 
     def _save(self, identity: dict[str, Any]) -> None:
         self.saved_at = time.monotonic()
+        self.loop.require_finite()
         if self.writes is not None:
             save_checkpoint(self.writes / "checkpoint.pt", identity | self.loop.state_dict())
             self._write_log()
@@ -285,7 +295,7 @@ class Run:
         loop, images = self.loop, self.loop.batches.images
         return tqdm(
             total=None if images is None else loop.epochs * images,
-            initial=loop.epoch * (images or 0) + loop.sums.get("images", 0),
+            initial=loop.epoch * (images or 0) + loop.images,
             desc=self._epoch_shown(),
             unit="img",
             unit_scale=True,

@@ -61,6 +61,7 @@ class IntermediateOutputs:
     Args:
         model: any module; hooks are registered on it and on the layers.
         names: of the layers; those of `matched_layers(model)` by default.
+        inputs: record what the layers take instead.
 
     Attributes:
         names: names of the layers, in order.
@@ -79,7 +80,7 @@ class IntermediateOutputs:
     [('conv2', (2, 16, 10, 10)), ('conv3', (2, 120, 1, 1)), ('conv4', (2, 84, 1, 1))]
     """
 
-    def __init__(self, model: nn.Module, names: Sequence[str] | None = None) -> None:
+    def __init__(self, model: nn.Module, names: Sequence[str] | None = None, inputs: bool = False) -> None:
         modules = dict(model.named_modules())
         unknown = [name for name in names or () if name not in modules]
         if unknown:
@@ -89,7 +90,7 @@ class IntermediateOutputs:
             raise ValueError("model: expected a convolution between the first and the classifier, got a model without")
         self.names: list[str] = list(matched)
         self.layers: list[nn.Module] = list(matched.values())
-        self.enabled = True
+        self.enabled, self.inputs = True, inputs
         self._outputs: list[Tensor | None] = [None] * len(matched)
         self._handles = [model.register_forward_pre_hook(self._forget)]
         self._handles += [layer.register_forward_hook(partial(self._keep, i)) for i, layer in enumerate(self.layers)]
@@ -131,7 +132,7 @@ class IntermediateOutputs:
             raise RuntimeError(
                 f"IntermediateOutputs: layer {self.names[i]!r} was run twice in one forward: it can keep one output"
             )
-        self._outputs[i] = output
+        self._outputs[i] = inputs[0] if self.inputs else output
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_outputs": [None] * len(self._outputs)}

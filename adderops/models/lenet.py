@@ -1,10 +1,13 @@
 """LeNet-5 with BatchNorm, the network of AdderNet's MNIST experiment (arXiv 1912.13200, section 4.1)."""
 
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from adderops.models.kinds import layer_of_kind
 from adderops.models.registry import register_model
+from adderops.models.sizes import require_image_size
+
+fx.wrap("require_image_size")
 
 
 class LeNet5BN(nn.Module):
@@ -42,8 +45,7 @@ class LeNet5BN(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns the logits (N, num_classes) of images (N, in_channels, 32, 32)."""
-        if x.shape[-2:] != (32, 32):
-            raise ValueError(f"LeNet5BN: input: expected images of 32x32, got shape {tuple(x.shape)}")
+        x = require_image_size("LeNet5BN", x, 32)
         x = F.max_pool2d(F.relu(self.bn1(self.conv1(x))), 2)
         x = F.max_pool2d(F.relu(self.bn2(self.conv2(x))), 2)
         x = F.relu(self.bn3(self.conv3(x)))

@@ -1,10 +1,13 @@
 """VGG-small, the VGG of the literature on binary networks and of AdderNet's CIFAR experiments (arXiv 1912.13200)."""
 
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from adderops.models.kinds import layer_of_kind
 from adderops.models.registry import register_model
+from adderops.models.sizes import require_image_size
+
+fx.wrap("require_image_size")
 
 
 class VGGSmall(nn.Module):
@@ -44,8 +47,7 @@ class VGGSmall(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns the logits (N, num_classes) of images (N, in_channels, 32, 32)."""
-        if x.shape[-2:] != (32, 32):
-            raise ValueError(f"VGGSmall: input: expected images of 32x32, got shape {tuple(x.shape)}")
+        x = require_image_size("VGGSmall", x, 32)
         x = F.relu(self.bn1(self.conv1(x)))
         x = F.max_pool2d(F.relu(self.bn2(self.conv2(x))), 2)
         x = F.relu(self.bn3(self.conv3(x)))

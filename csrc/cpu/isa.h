@@ -10,6 +10,9 @@
 //              kRun           bytes that one lane of add_distances sums
 //   memory     load, store            unaligned
 //              load_n, store_n        the first n <= kW lanes; the others are zero, or not written
+//              stream                 to an aligned address, past the caches where the machine can
+//              fence                  orders what was streamed before all later stores
+//              widened                kW integers of 16 bits
 //   floats     splat                  v in every lane
 //              minimum                either operand may be returned when one is NaN
 //              fused                  a*b + c, with one rounding where the machine has FMA

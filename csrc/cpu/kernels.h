@@ -8,6 +8,8 @@
 #pragma once
 #include "../args/conv2d.h"
 #include "../args/int8.h"
+#include "../args/integrate_and_fire.h"
+#include "../args/match.h"
 #include "../args/moments.h"
 #include "../args/quantize.h"
 
@@ -38,8 +40,11 @@ struct Kernels {
   const char* name;
   Pass<Conv2dArgs> forward, grad_x, grad_w;
   Pass<Int8Args> int8;
-  Pass<QuantizeArgs> quantize;
-  Pass<MomentsArgs> moments, moments_gradient, abs_sum;  // float32 only; kDefinitionKernels has none
+  Pass<IntegrateAndFireArgs> integrate_and_fire;
+  Pass<QuantizeArgs> quantize;  // from here on kDefinitionKernels has none
+  Pass<MomentsArgs> moments, moments_gradient;
+  Pass<MeanAbsArgs> mean_abs;
+  Pass<MatchArgs> match;
 };
 
 // Plain loops over the definition: float64, and the reference that tests compare the others with.

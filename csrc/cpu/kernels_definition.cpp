@@ -1,7 +1,8 @@
 // Plain loops over the definition: float64, and calls whose windows hold little but padding (kernels/region.h).
-// Task = one plane of the output.
+// Task = one plane of the output, or some neurons.
 #include "../definition/conv2d.h"
 #include "../definition/int8.h"
+#include "../definition/integrate_and_fire.h"
 #include "kernels.h"
 
 namespace adderops {
@@ -63,6 +64,30 @@ Plan<Int8Args> int8_plan(const Int8Args& args) {
   return {0, 0, {{args.problem.N * args.problem.C_out, int8_run}, {}}, {}};
 }
 
+constexpr int64_t kNeurons = 1024;  // of a task
+
+int64_t neurons(const IntegrateAndFireArgs& args) { return args.size[0] * args.size[1] * args.size[2]; }
+
+template <typename T>
+void integrate_and_fire(const IntegrateAndFireArgs& args, int64_t task) {
+  const int64_t first = task * kNeurons, end = first + kNeurons < neurons(args) ? first + kNeurons : neurons(args);
+  for (int64_t neuron = first; neuron < end; ++neuron) definition::integrate_and_fire<T>(args, neuron);
+}
+
+void integrate_and_fire_run(const Plan<IntegrateAndFireArgs>&, const IntegrateAndFireArgs& args, int64_t task, char*,
+                            char*) {
+  switch (args.type) {
+    case ElementType::kFloat32: return integrate_and_fire<float>(args, task);
+    case ElementType::kFloat64: return integrate_and_fire<double>(args, task);
+    case ElementType::kBFloat16: return integrate_and_fire<BFloat16>(args, task);
+    case ElementType::kFloat16: return integrate_and_fire<Float16>(args, task);
+  }
+}
+
+Plan<IntegrateAndFireArgs> integrate_and_fire_plan(const IntegrateAndFireArgs& args) {
+  return {0, 0, {{(neurons(args) + kNeurons - 1) / kNeurons, integrate_and_fire_run}, {}}, {}};
+}
+
 template <typename P>
 void run(const Plan<Conv2dArgs>&, const Conv2dArgs& args, int64_t task, char*, char*) {
   switch (args.type) {
@@ -80,7 +105,8 @@ Plan<Conv2dArgs> plan(const Conv2dArgs& args) {
 
 }  // namespace
 
-extern const Kernels kDefinitionKernels = {"definition", plan<Forward>, plan<GradX>, plan<GradW>, int8_plan};
+extern const Kernels kDefinitionKernels = {"definition", plan<Forward>, plan<GradX>,
+                                           plan<GradW>,  int8_plan,     integrate_and_fire_plan};
 
 }  // namespace cpu
 }  // namespace adderops

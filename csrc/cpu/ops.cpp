@@ -18,6 +18,10 @@ struct Cpu {
     const bool float64 = x.scalar_type() == ScalarType::Double;
     execute(op, kernels_for(op, float64 ? ElementType::kFloat64 : ElementType::kFloat32).*pass, args);
   }
+  template <typename Pass, typename Args>
+  static void run(const char* op, const Tensor& x, Pass Kernels::* pass, const List<Args>& list) {
+    for (int64_t i = 0; i < list.count; ++i) run(op, x, pass, list.items[i]);
+  }
 };
 
 std::string isa() { return kernels_for("_cpu_isa", ElementType::kFloat32).name; }
@@ -34,19 +38,19 @@ std::vector<std::string> isas() {
 
 STABLE_TORCH_LIBRARY(adderops, m) {
   for (const Operator& op : kOperators<Cpu>) define(m, op);
-  for (const Operator& op : kCpuOperators<Cpu>) define(m, op);
   // the CPU instruction set that the next call uses, and all that this machine runs, weakest first
   m.def("_cpu_isa() -> str");
   m.def("_cpu_isas() -> str[]");
   // Only where adderops._cuda is loaded: the architectures of the CUDA kernels as TORCH_CUDA_ARCH_LIST names them; the
-  // one of a list that a device of a compute capability (10*major + minor) runs, or 0.
+  // one of a list that a device of a compute capability (10*major + minor) runs, or 0; the CUDA that they are built
+  // with, 13000 for 13.0.
   m.def("_cuda_archs() -> str");
   m.def("_cuda_code_for(str archs, int capability) -> int");
+  m.def("_cuda_version() -> int");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(adderops, CPU, m) {
   for (const Operator& op : kOperators<Cpu>) implement(m, op);
-  for (const Operator& op : kCpuOperators<Cpu>) implement(m, op);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(adderops, CompositeExplicitAutograd, m) {

@@ -31,6 +31,8 @@ int64_t code_for(const std::string& archs, int64_t capability) {
   return machine_code ? machine_code : ptx;
 }
 
+int64_t version() { return CUDART_VERSION; }
+
 void check(const char* op, cudaError_t status) {
   REQUIRE(status == cudaSuccess, op, ": CUDA error: ", cudaGetErrorString(status));
 }

@@ -15,6 +15,9 @@ std::string archs();
 // its generation, else the PTX nearest below it.  The driver chooses; this is its documented rule.
 int64_t code_for(const std::string& archs, int64_t capability);
 
+// The CUDA runtime in the library, 13000 for 13.0.
+int64_t version();
+
 // Raises a status that is not success.
 void check(const char* op, cudaError_t status);
 

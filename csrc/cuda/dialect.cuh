@@ -2,7 +2,7 @@
 // differently.  Kernel files include this and no host header, and use nothing outside it except
 //   __global__, __device__, __forceinline__, __restrict__, __launch_bounds__(threads, blocks),
 //   threadIdx, blockIdx, blockDim, gridDim (.x .y .z), __syncthreads(), __syncthreads_or(int), __syncwarp(),
-//   fmaf, fminf, fmaxf, fabsf.
+//   __shfl_xor_sync(mask, value, lane mask), fmaf, fminf, fmaxf, fabsf.
 #pragma once
 #include "../args/conv2d.h"
 #include "../definition/conv2d.h"
@@ -56,10 +56,35 @@ __device__ __forceinline__ void cp_async_wait() {
 // clamp(a - b, 0, 1): one FADD.SAT.  A NaN becomes 0.
 __device__ __forceinline__ float saturated_difference(float a, float b) { return __saturatef(a - b); }
 
+// 2^x within 2^-22, relatively, or x itself: one MUFU.EX2 and a select, where the compiler would branch and write the
+// code around it twice.  Denormal powers are 0.
+__device__ __forceinline__ float exp2_or_same(float x, bool power) {
+  float y;
+  asm("{ .reg .pred p; .reg .f32 e; setp.ne.s32 p, %2, 0; ex2.approx.ftz.f32 e, %1; selp.f32 %0, e, %1, p; }"
+      : "=f"(y)
+      : "f"(x), "r"((int)power));
+  return y;
+}
+
+// Loads 4 bytes, or 2 as the low ones of 4: one of two predicated instructions, where the compiler would branch.
+__device__ __forceinline__ uint32_t load_4_or_2(const void* global, bool four) {
+  uint32_t bits;
+  asm("{ .reg .pred p; setp.ne.s32 p, %2, 0; @p ld.global.u32 %0, [%1]; @!p ld.global.u16 %0, [%1]; }"
+      : "=r"(bits)
+      : "l"(global), "r"((int)four));
+  return bits;
+}
+
 // Re-reads threadIdx.x, so that the compiler recomputes what depends on it instead of holding registers.
 __device__ __forceinline__ unsigned thread_index() {
   unsigned x;
   asm volatile("mov.u32 %0, %%tid.x;" : "=r"(x));
+  return x;
+}
+
+// The same value, of which the compiler knows nothing: it recomputes what depends on it instead of holding registers.
+__device__ __forceinline__ uint32_t forgotten(uint32_t x) {
+  asm volatile("" : "+r"(x));
   return x;
 }
 

@@ -39,13 +39,6 @@ struct GemmParams {
   int64_t first_weights;  // bytes from a group's first slab of weights to that of tap (0, 0)
 };
 
-// On sm_100 and sm_120 the 128 x 128 tile would spill (ptxas 13.0), so what can be read again stays out of registers.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 1000
-constexpr bool kShortOfRegisters = false;
-#else
-constexpr bool kShortOfRegisters = true;
-#endif
-
 // A thread's pointers into the source, one for each pixel that it copies, and the predicates of the current tap.  Where
 // registers are short, the positions of several pixels, which are read once per tap, lie in shared memory.
 template <int Count, int Threads>

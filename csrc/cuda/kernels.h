@@ -8,6 +8,9 @@
 
 #include "../args/conv2d.h"
 #include "../args/int8.h"
+#include "../args/integrate_and_fire.h"
+#include "../args/match.h"
+#include "../args/moments.h"
 #include "../args/quantize.h"
 #if !defined(ADDEROPS_SIMT)
 #include <cuda_runtime_api.h>
@@ -44,13 +47,21 @@ struct Pass {
 
 extern const Pass<Conv2dArgs> kForward, kGradX, kGradW;
 extern const Pass<Int8Args> kInt8;
+extern const Pass<IntegrateAndFireArgs> kIntegrateAndFire;
 extern const Pass<QuantizeArgs> kQuantize;
+extern const Pass<List<MomentsArgs>> kMoments, kMomentsGradient;
+extern const Pass<List<MeanAbsArgs>> kMeanAbs;
+extern const Pass<List<MatchArgs>> kMatch;
 
 // The passes by the names that the binding uses on every device (ops.h).
 struct Kernels {
   const Pass<Conv2dArgs>*forward = &kForward, *grad_x = &kGradX, *grad_w = &kGradW;
   const Pass<Int8Args>* int8 = &kInt8;
+  const Pass<IntegrateAndFireArgs>* integrate_and_fire = &kIntegrateAndFire;
   const Pass<QuantizeArgs>* quantize = &kQuantize;
+  const Pass<List<MomentsArgs>>*moments = &kMoments, *moments_gradient = &kMomentsGradient;
+  const Pass<List<MeanAbsArgs>>* mean_abs = &kMeanAbs;
+  const Pass<List<MatchArgs>>* match = &kMatch;
 };
 
 }  // namespace cuda

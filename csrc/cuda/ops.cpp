@@ -15,6 +15,7 @@ STABLE_TORCH_LIBRARY_IMPL(adderops, CUDA, m) {
 STABLE_TORCH_LIBRARY_IMPL(adderops, CompositeExplicitAutograd, m) {
   m.impl("_cuda_archs", boxed<archs>);
   m.impl("_cuda_code_for", boxed<code_for>);
+  m.impl("_cuda_version", boxed<version>);
 }
 
 }  // namespace cuda

@@ -35,12 +35,20 @@ struct Tile {
   static constexpr int kThreadM = ThreadM, kThreadN = ThreadN;            // outputs of a thread
   static constexpr int kThreadsM = M / ThreadM, kThreadsN = N / ThreadN;  // threads of a block
   static constexpr int kThreads = kThreadsM * kThreadsN;
-  static constexpr int kWarpThreadsM = kThreadsM < 8 ? kThreadsM : 8, kWarpThreadsN = 32 / kWarpThreadsM;
+  static constexpr int kWarpThreadsM = kThreadsM < 8 ? kThreadsM : 8;
+  static constexpr int kWarpThreadsN = kThreads < 32 ? kThreadsN : 32 / kWarpThreadsM;
   static constexpr int kBlocks = BlocksPerMultiprocessor;
   static_assert(ThreadM % 4 == 0 && ThreadN % 4 == 0, "threads read four floats at a time");
   static_assert(kThreadsM % kWarpThreadsM == 0 && kThreadsN % kWarpThreadsN == 0, "whole warps");
   static_assert(kThreads % N == 0 || N % kThreads == 0, "a loader copies whole pixels");
 };
+
+// On sm_100 and sm_120 the 128 x 128 tile would spill (ptxas 13.0), so what can be read again stays out of registers.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 1000
+constexpr bool kShortOfRegisters = false;
+#else
+constexpr bool kShortOfRegisters = true;
+#endif
 
 // Which outputs of its block's tile a thread computes.
 template <typename T>
@@ -74,17 +82,17 @@ __device__ __forceinline__ void load_fragment(float (&to)[Count], const float* f
   }
 }
 
-// acc[i][j] = term(acc[i][j], a[k][i], b[k][j], i, j) over the steps k of a slab.  The fragments of step k + 1 load
-// while step k computes.
-template <typename T, int PitchA, int PitchB, typename Term>
+// acc[i][j] = term(acc[i][j], a[k][i], b[k][j], i, j) over the steps k of a slab, or of a part of one.  The fragments of
+// step k + 1 load while step k computes.
+template <typename T, int PitchA, int PitchB, int Steps = kSlab, typename Term>
 __device__ __forceinline__ void multiply_slab(float (&acc)[T::kThreadM][T::kThreadN], const float* s_a,
                                               const float* s_b, const Term& term) {
   float a[2][T::kThreadM], b[2][T::kThreadN];
   load_fragment<T::kThreadM, 4 * T::kThreadsM>(a[0], s_a);
   load_fragment<T::kThreadN, 4 * T::kThreadsN>(b[0], s_b);
 #pragma unroll
-  for (int k = 0; k < kSlab; ++k) {
-    if (k + 1 < kSlab) {
+  for (int k = 0; k < Steps; ++k) {
+    if (k + 1 < Steps) {
       load_fragment<T::kThreadM, 4 * T::kThreadsM>(a[(k + 1) % 2], s_a + (k + 1) * PitchA);
       load_fragment<T::kThreadN, 4 * T::kThreadsN>(b[(k + 1) % 2], s_b + (k + 1) * PitchB);
     }

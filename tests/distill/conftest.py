@@ -76,3 +76,11 @@ def runs(folder_of_bars, tmp_path_factory) -> dict[str, RunFolder]:
         train(options, data, folder / method)
     torch.set_num_threads(before)
     return {method: RunFolder.load(folder / method) for method in ("pkkd", "plain", "cnn")}
+
+
+@pytest.fixture(scope="module")
+def quick_timing():
+    """Networks are timed for a moment only."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("adderops.distill.runs.quantize.TIMED_SECONDS", 0.001)
+        yield

@@ -2,14 +2,19 @@
 
 import csv
 import io
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from adderops.distill import METHODS, Options, Task, main, trainer
+from adderops.distill import METHODS, Data, Interrupted, Options, Task, main, train, trainer
 from adderops.distill.build import build_optimizer
 from adderops.distill.checkpoint import write_csv, write_json
 from adderops.distill.data import IDX_FILES
@@ -70,6 +75,38 @@ def assert_same_state(a: object, b: object, where: str = "checkpoint") -> None:
             assert_same_state(x, y, f"{where}[{i}]")
     else:
         assert a == b, where
+
+
+@contextmanager
+def interrupted(after: int) -> Iterator[None]:
+    """Sends SIGTERM after some optimizer steps; expects the training to be interrupted by it, then."""
+    steps: list[int] = []
+
+    def count(*_: object) -> None:
+        steps.append(1)
+        if len(steps) == after:
+            signal.raise_signal(signal.SIGTERM)
+
+    hook = register_optimizer_step_post_hook(count)
+    try:
+        with pytest.raises(Interrupted, match="stopped by SIGTERM"):
+            yield
+    finally:
+        hook.remove()
+    assert len(steps) == after
+
+
+def assert_continued_alike(options: Options, data: Data, folder: Path, after: int = 11) -> None:
+    """A run stopped after some steps and continued has the bits of one without; folders `stopped` and `whole`."""
+    train(options, data, folder / "whole")
+    with interrupted(after):
+        train(options, data, folder / "stopped")
+    train(options, data, folder / "stopped")
+    files = ["checkpoint.pt", *(path.name for path in folder.glob("whole/*.pt") if path.name != "checkpoint.pt")]
+    assert len(files) > 1
+    for name in files:
+        stopped, whole = (torch.load(folder / run / name, weights_only=True) for run in ("stopped", "whole"))
+        assert_same_state(stopped, whole, name)
 
 
 def written_run(folder: Path, accuracies: list[float], **options) -> Path:

@@ -17,16 +17,9 @@ from distill.runs import assert_same_state
 
 
 @pytest.fixture(scope="module")
-def arguments(folder_of_bars) -> list[str]:
+def arguments(folder_of_bars, quick_timing) -> list[str]:
     options = "--seeds 2 --epochs 6 --batch-size 16 --lr 0.05 --threads 1 --device cpu"
     return ["--data", str(folder_of_bars), *options.split()]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _quick_timing():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("adderops.distill.runs.quantize.TIMED_SECONDS", 0.001)
-        yield
 
 
 @pytest.fixture(scope="module")

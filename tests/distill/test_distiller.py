@@ -2,22 +2,20 @@
 
 import copy
 import pickle
-import signal
 from functools import partial
 
 import pytest
 import torch
 from slow import slow_except
 from torch import nn
-from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 from torchvision.transforms import v2
 
 from adderops import AdderConv2d
-from adderops.distill import Distiller, Interrupted
+from adderops.distill import Distiller
 from adderops.distill.methods.matching import layer_pairs, pair_channels
 from adderops.models import create_model, lenet5
-from distill.runs import TIMING, assert_same_state, rows_of
+from distill.runs import TIMING, assert_same_state, interrupted, rows_of
 
 CLASSES = 4
 
@@ -295,19 +293,8 @@ def test_interrupted_and_continued_is_as_uninterrupted(tmp_path, after, workers)
     whole, history = fitted(loader=loader, fit=fit | {"folder": tmp_path / "whole"}, **options)
     without, _ = fitted(loader=loader, fit=fit, **options)
     assert_same_state(weights(without), weights(whole))
-    steps = []
-
-    def interrupt(*_):
-        steps.append(1)
-        if len(steps) == after:
-            signal.raise_signal(signal.SIGTERM)
-
-    hook = register_optimizer_step_post_hook(interrupt)
-    try:
-        with pytest.raises(Interrupted, match="SIGTERM"):
-            fitted(loader=loader, fit=fit | {"folder": tmp_path / "stopped"}, **options)
-    finally:
-        hook.remove()
+    with interrupted(after):
+        fitted(loader=loader, fit=fit | {"folder": tmp_path / "stopped"}, **options)
     torch.manual_seed(99)  # the caller's random numbers have no part in it
     continued, rows = fitted(loader=loader, fit=fit | {"folder": tmp_path / "stopped"}, **options)
     assert_same_state(weights(continued), weights(whole))

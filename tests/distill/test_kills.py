@@ -158,13 +158,14 @@ def test_a_killed_worker_is_one_line_with_a_remedy(sets, tmp_path):
     process = start(*TRAINING, *sets["files"], "--epochs", 1000, "--output", run)
     while process.poll() is None and not (run / "log.csv").exists():
         time.sleep(0.02)
-    killed = False
-    while process.poll() is None and not killed:
+    # until the run ends: a worker that has done its work is not missed
+    deadline = time.monotonic() + 60
+    while process.poll() is None and time.monotonic() < deadline:
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
         for child in children:
             with suppress(ProcessLookupError):
                 os.kill(int(child), signal.SIGKILL)
-                killed = True
+        time.sleep(0.1)
     text = process.communicate(timeout=60)[0]
     assert process.returncode == 1 and "Traceback" not in text
     last = text.strip().splitlines()[-1]

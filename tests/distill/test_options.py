@@ -143,7 +143,7 @@ def test_rifle_redraws_the_classifier_after_every_period_but_the_last(config, da
         rates.append({group["name"]: group["lr"] for group in optimizer.param_groups})
         weight = tasks[-1].networks["student"].fc.weight
         heads.append(weight.detach().clone())
-        momentum.append(bool(optimizer.state.get(weight)))
+        momentum.append(any(bool(of_weight.any()) for of_weight in optimizer.state.get(weight, {}).values()))
 
     hook = register_optimizer_step_pre_hook(record)
     config = replace(config, method="plain", epochs=6, rifle=2)

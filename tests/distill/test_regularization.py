@@ -1,44 +1,29 @@
 """Regularization, schedule and tests: each option has its effect, and a run with it resumes with the same bits."""
 
 import json
-import signal
+import math
 from dataclasses import replace
 
 import pytest
 import torch
+from torch.optim.lr_scheduler import OneCycleLR
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from adderops.distill import Interrupted, LabelLoss, PKKDTask, main, train, trainer
-from adderops.distill.build import build_mix
+from adderops.distill import LabelLoss, PKKDTask, SingleTask, main, train, trainer
+from adderops.distill.build import build_mix, build_optimizer
 from adderops.distill.checkpoint import load_checkpoint, save_checkpoint
 from adderops.distill.config import DROPPED
 from adderops.distill.evaluate import correct
 from adderops.distill.runs.folder import RunFolder
+from adderops.distill.schedule import make_schedule
 from adderops.models import create_model
-from distill.runs import TIMING, assert_same_state, keep_tasks, rows_of
+from distill.runs import TIMING, assert_same_state, interrupted, keep_tasks, rows_of
 
 CPU = torch.device("cpu")
 
 
 def load(path) -> dict:
     return torch.load(path, weights_only=True)
-
-
-def interrupted(config, data, folder, after: int) -> None:
-    """Trains until a SIGTERM after a number of steps."""
-    steps = []
-
-    def stop(*_):
-        steps.append(1)
-        if len(steps) == after:
-            signal.raise_signal(signal.SIGTERM)
-
-    hook = register_optimizer_step_post_hook(stop)
-    try:
-        with pytest.raises(Interrupted):
-            train(config, data, folder)
-    finally:
-        hook.remove()
 
 
 @pytest.mark.slow
@@ -51,9 +36,12 @@ def interrupted(config, data, folder, after: int) -> None:
             for options in (
                 {"mixup": 0.4, "cutmix": 1.0, "accumulate": 2, "ema": 0.9},
                 {"warmup_epochs": 1, "test_every": 2, "rifle": 2},
+                {"warmup_epochs": 1, "lr_per_step": True, "rifle": 2},
                 {"amp": "float16", "clip": 1.0},
                 {"validation": 16, "patience": 5},
                 {"reestimate_batchnorm": 40, "method": "plain"},
+                {"optimizer": "adamw", "schedule": "one-cycle", "lr_per_step": True, "beta2": 0.99},
+                {"optimizer": "adam", "schedule": "exponential", "method": "dsr", "steps": 3, "ema": 0.9},
             )
         ),
     ],
@@ -65,7 +53,8 @@ def test_a_run_with_it_continues_as_uninterrupted(config, tmp_path, options):
     config = replace(config, epochs=3, **options)
     data = load_data_of(config.resolve())
     train(config, data, tmp_path / "whole")
-    interrupted(config, data, tmp_path / "stopped", after=11)
+    with interrupted(after=11):
+        train(config, data, tmp_path / "stopped")
     assert load(tmp_path / "stopped" / "checkpoint.pt")["step"] != 0
     train(config, data, tmp_path / "stopped")
     files = {p.name for p in (tmp_path / "whole").glob("*.pt")}
@@ -147,6 +136,57 @@ def test_warm_up_rises_to_the_learning_rate_and_the_cosine_follows(config, data,
     train(replace(config, epochs=6, warmup_epochs=2, method="cnn"), data, tmp_path)
     rates = [float(row["lr"]) for row in rows_of(tmp_path / "log.csv")]
     assert rates == pytest.approx([0.1 / 3, 0.2 / 3, 0.1, 0.05 * (1 + 0.5**0.5), 0.05, 0.05 * (1 - 0.5**0.5)], rel=1e-5)
+
+
+def test_learning_rate_of_each_step(config, data, tmp_path):
+    """The cosine over all steps; the log has the rate after the last step of an epoch, that of the run is 0."""
+    rates = []
+    hook = register_optimizer_step_post_hook(lambda optimizer, *_: rates.append(optimizer.param_groups[0]["lr"]))
+    try:
+        train(replace(config, epochs=3, lr_per_step=True, method="cnn"), data, tmp_path)
+    finally:
+        hook.remove()
+    assert len(rates) > 3
+    expected = [0.05 * (1 + math.cos(math.pi * step / len(rates))) for step in range(len(rates) + 1)]
+    assert rates == pytest.approx(expected[:-1])
+    logged = [float(row["lr"]) for row in rows_of(tmp_path / "log.csv")]
+    assert logged == pytest.approx(expected[len(rates) // 3 :: len(rates) // 3], abs=1e-8)
+
+
+@pytest.mark.parametrize("epochs", [4, 11])
+def test_one_cycle_is_that_of_torch(epochs):
+    ours, theirs = (torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.5) for _ in range(2))
+    schedules = (
+        make_schedule(ours, epochs, steps_per_epoch=3, kind="one-cycle"),
+        OneCycleLR(theirs, max_lr=0.5, total_steps=3 * epochs, cycle_momentum=False),
+    )
+    for _ in range(3 * epochs - 1):
+        assert ours.param_groups[0]["lr"] == pytest.approx(theirs.param_groups[0]["lr"], rel=1e-12)
+        for optimizer, schedule in zip((ours, theirs), schedules, strict=True):
+            optimizer.step()
+            schedule.step()
+
+
+@pytest.mark.parametrize("per_step", [False, True])
+def test_the_exponential_rate_falls_by_the_epoch(config, data, tmp_path, per_step):
+    train(replace(config, epochs=3, method="cnn", schedule="exponential", lr_per_step=per_step), data, tmp_path)
+    rates = [float(row["lr"]) for row in rows_of(tmp_path / "log.csv")]
+    assert rates == pytest.approx([0.1 * math.exp(-0.04 * (epoch + per_step)) for epoch in range(3)], rel=1e-5)
+
+
+def test_optimizers_and_their_options(config):
+    task = SingleTask(torch.nn.Linear(2, 2), "student")
+    values = {"lr": 0.25, "momentum": 0.75, "beta2": 0.5, "weight_decay": 0.125, "method": "cnn"}
+    built = {
+        name: build_optimizer(replace(config, optimizer=name, **values).resolve(), task)
+        for name in ("sgd", "adam", "adamw")
+    }
+    kinds = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
+    for name, optimizer in built.items():
+        group = optimizer.param_groups[0]
+        assert type(optimizer) is kinds[name] and (group["lr"], group["weight_decay"]) == (0.25, 0.125)
+        assert group["momentum"] == 0.75 if name == "sgd" else group["betas"] == (0.75, 0.5)
+    assert not replace(config, momentum=0).resolve().nesterov  # which needs momentum
 
 
 @pytest.mark.slow
@@ -328,11 +368,13 @@ def test_a_run_of_an_older_version_is_continued(config, data, tmp_path):
     """Its configuration and its checkpoint have other entries, and `amp` is true or false."""
     config = replace(config, amp="bfloat16", reestimate_batchnorm=512, epochs=3)
     train(config, data, tmp_path / "whole")
-    interrupted(config, data, tmp_path / "old", after=11)
+    with interrupted(after=11):
+        train(config, data, tmp_path / "old")
     path = tmp_path / "old" / "checkpoint.pt"
     state = load_checkpoint(path)
     new = (
-        "test_every patience label_smoothing mixup cutmix class_weights warmup_epochs reestimate_batchnorm teacher_arch"
+        "test_every patience label_smoothing mixup cutmix class_weights warmup_epochs lr_per_step reestimate_batchnorm "
+        "teacher_arch"
     )
     old_config = {k: v for k, v in config.resolve().flat().items() if k not in new.split()} | {"amp": True} | DROPPED
     for group in state["optimizer"]["param_groups"]:

@@ -12,8 +12,8 @@ from slow import slow_except
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from adderops.atomic import write_atomically
-from adderops.distill import Interrupted, log, main, train, trainer
-from distill.runs import TIMING, assert_same_state, rows_of
+from adderops.distill import log, main, train, trainer
+from distill.runs import TIMING, assert_same_state, interrupted, rows_of
 
 COMMAND = [sys.executable, "-m", "adderops.distill"]
 
@@ -81,22 +81,10 @@ def test_stopped_within_an_epoch_and_continued_is_as_uninterrupted(config, data,
     """Eight steps per epoch: within the first, at its end, within the second."""
     config = replace(config, method=method)
     train(config, data, tmp_path / "whole")
-    steps = []
-
-    def count(*_):
-        steps.append(1)
-        if len(steps) == after:
-            signal.raise_signal(signal.SIGTERM)
-
-    hook = register_optimizer_step_post_hook(count)
-    try:
-        with pytest.raises(Interrupted, match="stopped by SIGTERM"):
-            train(config, data, tmp_path / "stopped")
-    finally:
-        hook.remove()
-    assert len(steps) == after
+    with interrupted(after):
+        train(config, data, tmp_path / "stopped")
     state = load(tmp_path / "stopped" / "checkpoint.pt")
-    assert 8 * state["epoch"] + state["step"] == len(steps)
+    assert 8 * state["epoch"] + state["step"] == after
     train(config, data, tmp_path / "stopped")
     for name in ("checkpoint.pt", f"{'teacher' if method == 'cnn' else 'student'}.pt"):
         assert_same_state(load(tmp_path / "stopped" / name), load(tmp_path / "whole" / name), name)

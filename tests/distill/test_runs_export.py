@@ -9,8 +9,10 @@ import torch
 
 from adderops.distill import load_data, main
 from adderops.distill.runs.folder import RunFolder
+from adderops.distill.runs.spike import FACTS, NETWORK
 from adderops.models import lenet5
-from distill.runs import error_of
+from adderops.spiking.calibration import converted
+from distill.runs import error_of, written_run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -62,6 +64,59 @@ def test_export_of_onnx(run, images):
     stored = {entry.key: entry.value for entry in onnx.load(target).metadata_props}
     assert (json.loads(stored["mean"]), json.loads(stored["std"])) == (mean, std)
     assert str(run) not in str(stored)
+
+
+@pytest.fixture
+def spiking_run(folder_of_bars, tmp_path) -> Path:
+    """A run of dsr with its initial weights."""
+    options = {"method": "dsr", "arch": "lenet5", "data": str(folder_of_bars), "steps": 4, "threshold": 0.5}
+    run = RunFolder.load(written_run(tmp_path / "dsr", [0.5], **options))
+    torch.manual_seed(0)
+    torch.save(run.task.network(run.config, "student", 1, 4).state_dict(), run.path / "student.pt")
+    return run.path
+
+
+def test_export_of_a_spiking_network_as_a_program(spiking_run, images):
+    assert main(["export", str(spiking_run), "--format", "torch"]) == 0
+    program = torch.export.load(spiking_run / "export" / "student.pt2")
+    operators = [str(node.target) for node in program.graph.nodes]
+    assert operators.count("adderops.integrate_and_fire.default") == 4
+    assert torch.allclose(program.module()(images), logits_of(spiking_run, "student", images), atol=1e-5)
+
+
+def test_export_of_a_spiking_network_as_nir(spiking_run):
+    nir = pytest.importorskip("nir")
+    assert main(["export", str(spiking_run), "--format", "nir"]) == 0
+    graph = nir.read(spiking_run / "export" / "student.nir")
+    assert {"conv1", "spikes.3.membrane", "fc"} < graph.nodes.keys()
+    data = RunFolder.load(spiking_run).data
+    assert (json.loads(graph.metadata["mean"]), json.loads(graph.metadata["std"])) == (data["mean"], data["std"])
+    assert graph.metadata["steps"] == 4 and graph.metadata["output"] == "logits (N, 4)"
+
+
+def test_export_of_a_network_that_spike_wrote(run, tmp_path, capsys):
+    folder, network = tmp_path / "4-none", converted(lenet5("cnn", num_classes=4), steps=4)
+    folder.mkdir()
+    torch.save(network.state_dict(), folder / NETWORK)
+    title = RunFolder.load(run).title
+    facts = {"arch": "lenet5", "shape": [1, 32, 32], "num_classes": 4, "steps": 4, "spiking_accuracy": 0.5}
+    (folder / FACTS).write_text(json.dumps({**facts, "network": f"teacher of {title}"}))
+    command = ["export", str(run), "--format", "state_dict", "--spiking", str(folder)]
+    assert main(command) == 0
+    state = torch.load(run / "export" / "4-none.pt", weights_only=True)
+    assert (
+        torch.equal(state["conv2.weight"], network.state_dict()["conv2.weight"]) and "spikes.0.neuron.initial" in state
+    )
+    assert "without --weights, got teacher" in error_of(capsys, *command, "--weights", "teacher")
+    (folder / FACTS).write_text(json.dumps({**facts, "network": "teacher of another run"}))
+    assert f"expected a network of {title}" in error_of(capsys, *command)
+
+
+def test_export_refuses_formats_that_do_not_fit_the_network(run, spiking_run, capsys):
+    assert "ONNX has no spiking neurons" in error_of(capsys, "export", spiking_run, "--format", "onnx")
+    assert "--format nir: expected a spiking network, got student of" in error_of(
+        capsys, "export", run, "--format", "nir"
+    )
 
 
 def test_export_refuses_what_is_not_there(run, capsys):

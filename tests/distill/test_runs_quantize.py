@@ -1,6 +1,8 @@
 """`quantize`: from a run folder to an int8 network in one command, and fine-tuning at few bits by the trainer."""
 
 import re
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -9,7 +11,11 @@ import torch
 from adderops.distill import Options, load_data, main, train
 from adderops.distill.data import calibration_batches
 from adderops.distill.loop import Loop
+from adderops.distill.runs import firmware
 from adderops.distill.runs.folder import RunFolder
+from adderops.edge import program_of
+from adderops.edge.cost import network_cycles
+from adderops.edge.export import source_of
 from adderops.quant import load
 from adderops.quant.calibration import quantized_layers
 from distill.runs import assert_same_state, rows_of
@@ -39,9 +45,11 @@ def table(capsys) -> dict[str, tuple[float, float]]:
     rows = {}
     lines = capsys.readouterr().out.splitlines()
     header = next(i for i, line in enumerate(lines) if line.split() == ["network", "accuracy,", "%", "images/s"])
-    for line in lines[header + 1 : -1]:  # the last one is the file
+    for line in lines[header + 1 :]:
+        if line.endswith(".safetensors"):
+            break
         name, accuracy, speed = re.split("  +", line)
-        rows[name] = float(accuracy), float(speed)
+        rows[name] = float(accuracy), float("nan" if speed == "-" else speed)
     return rows
 
 
@@ -91,6 +99,14 @@ def test_the_file_lies_in_the_run_by_default(trained, capsys):
         ("--threads -1", "--threads: expected a finite number of at least 1 and at most 1024, got -1"),
         ("--threads 0", "--threads: expected a finite number of at least 1 and at most 1024, got 0"),
         ("--output /no/such/x.pt2", "--output: expected a file in an existing folder, got /no/such/x.pt2"),
+        ("--main", "--main: expected --c with it, got none, so it has no effect"),
+        ("--epilogue integer", "--epilogue: expected --c with it, got none, so it has no effect"),
+        ("--target cortex-m4", "--target: expected --c with it, got none, so it has no effect"),
+        ("--mhz 80", "--mhz: expected --c with it, got none, so it has no effect"),
+        ("--c x --mhz 0", "--mhz: expected a finite number of at least 1 and at most 10000, got 0.0"),
+        ("--c x --ends float", "--ends: expected int8 with --c, whose code has no convolution of floats, got float"),
+        ("--c /no/such/x", "--c: expected a path in an existing folder, got /no/such/x"),
+        ("--c /tmp/1x", "--c: name: expected an identifier of C that begins with a letter, got '1x'"),
     ],
 )
 def test_wrong_options(trained, options, message, capsys):
@@ -114,6 +130,85 @@ def test_the_int8_file_carries_names(tmp_path):
     [file] = (tmp_path / "run" / "export").iterdir()
     facts = load(file)[1]["facts"]
     assert facts["classes"] == list("0123456789") and (facts["channels"], facts["side"]) == (1, 32)
+
+
+# --- C ---
+
+
+def compiled(folder: Path, name: str) -> Path:
+    if shutil.which("cc") is None:
+        pytest.skip("no cc on the PATH: install a C compiler")
+    command = ["cc", "-std=c99", "-O1", "-Wall", "-Wextra", "-Werror", f"{name}.c", "main.c", "-o", "program"]
+    subprocess.run(command, cwd=folder, check=True, timeout=100)
+    return folder / "program"
+
+
+def printed(program: Path, *arguments: str) -> list[list[str]]:
+    command = [program, *arguments, "images.bin"]
+    output = subprocess.run(command, cwd=program.parent, check=True, timeout=100, capture_output=True, text=True)
+    return [line.split() for line in output.stdout.splitlines()]
+
+
+def test_from_run_to_c(trained, folder_of_bars, tmp_path, capsys):
+    """The C program prints the logits of the int8 network, all their bits, for the bytes of the test images."""
+    arguments = ["--c", str(tmp_path / "bars"), "--main", "--batch-size", "4", "--output", str(tmp_path / "x")]
+    assert main(["quantize", str(trained), *arguments, "--target", "cortex-m33", "--mhz", "160"]) == 0
+    output = capsys.readouterr().out
+    files = ("bars.h", "bars.c", "main.c", "CMakeLists.txt", "images.bin", "classes.txt")
+    assert all(f"\n{tmp_path / file}" in output for file in files) and "images.bin: 40 test images" in output
+    assert re.search(r"^conv3 +adder 5x5 ", output, re.MULTILINE) and "bytes of arena" in output
+    [(cycles, ms)] = re.findall(
+        r"^time: ([\d.]+) M cycles, ([\d.]+) ms on a cortex-m33 at 160 MHz: modelled", output, re.M
+    )
+
+    network, facts = load(tmp_path / "x")
+    assert facts["scheme"]["ends"] == "int8"
+    source = source_of(program_of(network, torch.zeros(1, 1, 32, 32)))
+    modelled = network_cycles(source, "cortex-m33")
+    assert float(cycles) == pytest.approx(modelled / 1e6, abs=0.006) and float(ms) == pytest.approx(
+        modelled / 160e3, abs=0.006
+    )
+    data = load_data(str(folder_of_bars))
+    [(images, _)] = data.test.batches([torch.arange(40)])
+    pixels = torch.frombuffer(bytearray((tmp_path / "images.bin").read_bytes()), dtype=torch.uint8)
+    assert torch.equal(pixels.view(40, 1, 32, 32), data.test.source.tensors[0])
+    logits = network(images)
+    classes = (tmp_path / "classes.txt").read_text().split()
+    assert classes == [str(number) for number in logits.argmax(1).tolist()]
+    rows = printed(compiled(tmp_path, "bars"), "--logits")
+    assert [row[0] for row in rows] == classes
+    assert torch.equal(torch.tensor([[float.fromhex(word) for word in row[1:]] for row in rows]), logits)
+
+
+@pytest.mark.slow
+def test_a_program_without_floats_has_an_accuracy_of_its_own(trained, tmp_path, capsys):
+    arguments = ["--c", str(tmp_path / "bars"), "--main", "--epilogue", "integer", "--batch-size", "4"]
+    assert main(["quantize", str(trained), *arguments]) == 0
+    rows = table(capsys)
+    assert list(rows)[2:] == ["adder, 8 bits", "adder, 8 bits, fixed point"]
+    classes = [int(row[0]) for row in printed(compiled(tmp_path, "bars"))]
+    assert classes == [int(word) for word in (tmp_path / "classes.txt").read_text().split()]
+    [labels] = load_data(RunFolder.load(trained).config.data).test.labels[None]
+    accuracy = (torch.tensor(classes) == labels).float().mean().item()
+    assert rows["adder, 8 bits, fixed point"][0] == pytest.approx(100 * accuracy, abs=0.01)
+
+
+def test_a_file_of_the_user_is_not_overwritten(trained, tmp_path, capsys):
+    own = tmp_path / "main.c"
+    own.write_text("int main(void) { return 0; }\n")
+    assert main(["quantize", str(trained), "--c", str(tmp_path / "bars"), "--main"]) == 2
+    assert f"--main: expected no {own} of your own, got one, which it would overwrite" in capsys.readouterr().err
+    assert own.read_text() == "int main(void) { return 0; }\n" and list(tmp_path.iterdir()) == [own]
+
+
+def test_only_so_many_images_are_written(monkeypatch, folder_of_bars, tmp_path):
+    monkeypatch.setattr(firmware, "run", lambda program, x: torch.zeros(len(x), 3))
+    monkeypatch.setattr(firmware, "bytes_of", lambda program, x: x)
+    images = load_data(str(folder_of_bars)).train
+    assert firmware.write_test_images(None, images, tmp_path) == 100
+    monkeypatch.setattr(firmware, "MOST_BYTES", 3000)
+    assert firmware.write_test_images(None, images, tmp_path) == 2
+    assert (tmp_path / "images.bin").stat().st_size == 2048 and (tmp_path / "classes.txt").read_text() == "0\n0\n"
 
 
 # --- fine-tuning ---
@@ -140,6 +235,10 @@ def test_a_tuned_run_is_converted_as_it_was_trained(tuned, capsys):
     assert rows["adder, 4 bits"][0] == pytest.approx(
         100 * RunFolder.load(tuned).rows[-1]["student_test_accuracy"], abs=100 * 2 / 40
     )
+    file = tuned / "export" / "ends.safetensors"
+    assert main(["quantize", str(tuned), "--batch-size", "8", "--ends", "int8", "--output", str(file)]) == 0
+    assert table(capsys)["adder, 4 bits"][0] == pytest.approx(rows["adder, 4 bits"][0], abs=100 * 2 / 40)
+    assert load(file)[1]["scheme"]["ends"] == "int8"
     assert main(["quantize", str(tuned), "--bits", "8"]) == 2
     assert "--bits: expected 4, which the run was trained with, got 8" in capsys.readouterr().err
 

@@ -14,6 +14,7 @@ from adderops.distill.runs.figures import draw_losses
 from adderops.distill.runs.folder import RunFolder
 from adderops.distill.runs.report import write_report
 from adderops.distill.runs.weights import fit_gaussian
+from adderops.distill.speed import COLUMNS as SPEED_COLUMNS
 
 
 def embedded(page: str) -> dict[str, bytes]:
@@ -28,13 +29,13 @@ def test_the_report_holds_every_figure_and_number(runs, tmp_path, capsys):
     assert capsys.readouterr().out == f"{tmp_path / 'report.html'}\n"
     page = (tmp_path / "report.html").read_text()
     figures = embedded(page)
-    assert list(figures) == ["Accuracy", "Losses", "Match of the layers", "Weights"]
-    for name, content in zip(("accuracy", "losses", "layers", "weights"), figures.values(), strict=True):
+    assert list(figures) == ["Accuracy", "Losses", "Speed limit", "Match of the layers", "Weights"]
+    for name, content in zip(("accuracy", "losses", "speed", "layers", "weights"), figures.values(), strict=True):
         assert content.startswith(b"\x89PNG\r\n\x1a\n") and content.endswith(b"IEND\xaeB`\x82")
         assert (tmp_path / f"{name}.png").read_bytes() == content
     assert re.findall("<h2>(.*?)</h2>", page) == [
-        *("Result", "Accuracy", "Losses", "Match of the layers", "Weights", "Fits to the weights"),
-        *("Operations per image", "Command", "Configuration"),
+        *("Result", "Accuracy", "Losses", "Speed limit", "Match of the layers", "Weights", "Fits to the weights"),
+        *("Operations per image", "On a microcontroller", "Command", "Configuration"),
     ]
     for row in run.results():
         cells = (row["network"], f"{100 * row['test_accuracy']:.2f}", f"{100 * row['best_test_accuracy']:.2f}")
@@ -54,7 +55,10 @@ def test_the_report_holds_every_figure_and_number(runs, tmp_path, capsys):
 @pytest.mark.parametrize("method, network", [("plain", "student"), ("cnn", "teacher")])
 def test_without_distillation_its_parts_are_left_out(runs, tmp_path, method, network):
     page = write_report(runs[method], tmp_path).read_text()
-    assert list(embedded(page)) == ["Accuracy", "Losses", "Weights"] and not (tmp_path / "layers.png").exists()
+    assert (
+        list(embedded(page)) == ["Accuracy", "Losses", "Speed limit", "Weights"]
+        and not (tmp_path / "layers.png").exists()
+    )
     assert set(re.findall(r"<td>(student|teacher) conv3</td>", page)) == {network}
     assert [axes.get_title() for axes in draw_losses(runs[method]).axes] == ["cross entropy with the labels"]
 
@@ -70,18 +74,20 @@ def test_a_run_in_training_has_no_weights_yet_and_names_are_escaped(runs, tmp_pa
     run = runs["pkkd"]
     config = run.config.changed(data="a<b>&c")
     page = write_report(RunFolder(run.path, config, run.rows[:1], run.layers[:3], finished=False), tmp_path).read_text()
-    assert list(embedded(page)) == ["Accuracy", "Losses", "Match of the layers"]
+    assert list(embedded(page)) == ["Accuracy", "Losses", "Speed limit", "Match of the layers"]
     assert "After epoch 1 of 2." in page and "Fits" not in page
     assert "<title>a&lt;b&gt;&amp;c, lenet5" in page and "<b>" not in page
 
 
-def test_operations_are_not_counted_where_the_images_are_gone(runs, tmp_path):
-    """Of a run without a data.json, as older versions left them."""
+def test_what_an_older_version_did_not_record_is_left_out(runs, tmp_path):
+    """A run without a data.json, whose images are gone, and without a speed limit in its log."""
     run = runs["plain"]
     old = shutil.copytree(run.path, tmp_path / "old", ignore=shutil.ignore_patterns("data.json"))
-    gone = replace(run, path=Path(old), config=run.config.changed(data=str(tmp_path / "gone")))
+    rows = [{name: value for name, value in row.items() if not name.endswith(SPEED_COLUMNS)} for row in run.rows]
+    gone = replace(run, path=Path(old), config=run.config.changed(data=str(tmp_path / "gone")), rows=rows)
     page = write_report(gone, tmp_path / "report").read_text()
     assert "Not counted, because the size of the images is not known" in page and "energy" not in page
+    assert list(embedded(page)) == ["Accuracy", "Losses", "Weights"]
 
 
 # --- what is missing ---

@@ -180,11 +180,27 @@ def test_a_recipe_fills_in_what_is_not_given(given, expected):
     assert config.changed() == config
 
 
+def test_a_method_brings_its_settings_to_other_data_and_time():
+    names = ("method", "data", "arch", "epochs", "batch_size", "lr", "steps")
+    for given, expected in (
+        ({"recipe": "dsr-cifar10-resnet20"}, ("dsr", "cifar10", "resnet20", 200, 128, 0.1, 20)),
+        (
+            {"method": "dsr", "data": "fashion-mnist", "arch": "lenet5"},
+            ("dsr", "fashion-mnist", "lenet5", 50, 128, 0.1, 20),
+        ),
+        ({"method": "dsr", "recipe": "digits-lenet5", "steps": 4}, ("dsr", "digits", "lenet5", 20, 128, 0.1, 4)),
+        ({"method": "cnn", "recipe": "digits-lenet5"}, ("cnn", "digits", "lenet5", 20, 64, 0.1, None)),
+    ):
+        config = Options(**given).resolve()
+        assert tuple(config.flat()[name] for name in names) == expected
+        assert config.changed() == config
+
+
 def test_recipes_name_networks_that_exist_and_their_sources():
     for name, recipe in RECIPES.items():
         assert name == recipe.name and name.endswith(f"{recipe.data}-{recipe.arch}") and recipe.source
         with torch.device("meta"):
-            create_model(recipe.arch)
+            create_model(recipe.arch, "cnn")
 
 
 def test_a_set_without_a_recipe_takes_one_of_its_network(folder_of_bars):

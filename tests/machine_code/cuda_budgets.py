@@ -46,6 +46,11 @@ BUDGETS = {
     "int8 16-byte sm_120": 1.10,
     "int8 4-byte sm_120": 1.18,
     "int8 1-byte sm_120": 1.37,
+    "moments 128": 1.35,
+    "moments gradient": 1.40,
+    "neurons float32": 14.6,
+    "neurons float16": 12.7,
+    "neurons bfloat16": 12.7,
 }
 
 _NAMESPACE = "adderops::cuda::"
@@ -216,6 +221,56 @@ def _int8() -> Iterator[Instance]:
         yield Instance("quantize.cuh", _name("quantize_kernel", element), f"int8 quantize {name}")
 
 
+def _moments() -> Iterator[Instance]:
+    """A slab is 2048 elements; a term is one product, in the gradient of a channel of z and one of the student."""
+    (sides,) = re.findall(r"int kSides\[\] = \{(.*)\};", (ROOT / "csrc/cuda/moments.cu").read_text())
+    for side in map(int, reversed(sides.split(", "))):
+        yield Instance("moments.cuh", _name("moments_finish_kernel", str(side)), f"moments finish {side}")
+        for several, (layout, layout_name) in product((False, True) if side == 128 else (False,), enumerate(LAYOUTS)):
+            yield Instance(
+                "moments.cuh",
+                _name("moments_kernel", str(side), str(several).lower(), _enum("Layout", layout)),
+                f"moments {'several ' if several else ''}{layout_name}",
+                f"{side}x{side}",
+                ("FFMA", 1),
+                8 * side,
+                "moments 128" if side == 128 and not several else "",
+            )
+    for tile, (layout, layout_name) in product(reversed(_tiles("moments_grad.cu", Tile, "")), enumerate(LAYOUTS)):
+        yield Instance(
+            "moments_grad.cuh",
+            _name("moments_grad_kernel", tile.text, _enum("Layout", layout)),
+            f"moments gradient {layout_name}",
+            str(tile),
+            ("FFMA", 1),
+            _SLAB * tile.thread_lanes * tile.thread_columns,
+            "moments gradient" if tile.lanes == 64 else "",
+        )
+    for header, kernel in (
+        ("moments_grad", "moments_weights"),
+        *(("mean_abs", f"mean_abs{stage}") for stage in ("", "_finish")),
+        *(("match", f"match{stage}") for stage in ("", "_finish")),
+    ):
+        yield Instance(f"{header}.cuh", f"{_NAMESPACE}{kernel}_kernel", kernel.replace("_", " "))
+
+
+def _neurons() -> Iterator[Instance]:
+    """A term is a step of a neuron: the product of its membrane, and that of its current."""
+    steps = _constant("integrate_and_fire.cuh", "kNeuronSteps")
+    for element, name in _ELEMENTS.items():
+        yield Instance(
+            "integrate_and_fire.cuh",
+            _name("integrate_and_fire_kernel", element),
+            f"neurons {name}",
+            marker=("FMUL", 2),
+            terms=steps * (8 if element in _HALVES else 4),
+            budget=f"neurons {name}",
+        )
+    for element, name in {**_ELEMENTS, "double": "float64"}.items():
+        direct = _name("direct_integrate_and_fire_kernel", element)
+        yield Instance("integrate_and_fire.cuh", direct, f"neurons {name} direct")
+
+
 def _others() -> Iterator[Instance]:
     """The kernels without a loop over terms in registers."""
     for element, name in _ELEMENTS.items():
@@ -234,7 +289,7 @@ def _others() -> Iterator[Instance]:
             yield Instance("direct.cuh", _name(f"direct_{purpose}_kernel", element), f"{purpose} {name} direct.cuh")
 
 
-INSTANCES = [*_forward(), *_gradients(), *_int8(), *_others()]
+INSTANCES = [*_forward(), *_gradients(), *_int8(), *_moments(), *_neurons(), *_others()]
 
 
 def units(arch: int, scope: str = "all", kernel: str = "") -> list[tuple[Instance, ...]]:

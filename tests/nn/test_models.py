@@ -7,6 +7,8 @@ from torch import nn
 from adderops import AdderConv2d
 from adderops.models import (
     ARCHITECTURES,
+    DSCNN,
+    ResNet8,
     classifier,
     create_model,
     input_size,
@@ -26,6 +28,14 @@ SIZES = {
     "resnet20": (132, 272_484, 20, 40_813_184, 40_370_176),
     "resnet32": (204, 466_916, 32, 69_124_736, 68_681_728),
     "mobilenet": (164, 3_217_226, 26, 46_354_432, 45_459_456),
+    "resnet8": (56, 78_042, 8, 12_501_632, 12_058_624),
+    "resnet8_x0_5": (56, 19_954, 8, 3_236_160, 3_014_656),
+    "resnet8_x1_5": (56, 174_274, 8, 27_796_416, 27_131_904),
+    "resnet8_x2_0": (56, 308_650, 8, 49_120_512, 48_234_496),
+    "ds_cnn": (56, 22_218, 8, 5_227_136, 4_784_128),
+    "ds_cnn_x0_5": (56, 7_018, 8, 1_564_992, 1_343_488),
+    "ds_cnn_x1_5": (56, 45_610, 8, 10_986_432, 10_321_920),
+    "ds_cnn_x2_0": (56, 77_194, 8, 18_842_880, 17_956_864),
     "resnet18": (127, 11_689_512 + 2000, 19, 1_814_073_344, 1_695_547_392),
     "resnet50": (325, 25_557_032 + 2000, 52, 4_089_184_256, 3_969_122_304),
 }
@@ -51,7 +61,7 @@ def multiply_accumulates(model: nn.Module, x: torch.Tensor) -> dict[nn.Module, i
 
 
 def test_every_architecture_has_its_size_listed():
-    assert set(SIZES) == set(ARCHITECTURES)
+    assert {*SIZES, "mlp"} == set(ARCHITECTURES)
 
 
 @pytest.mark.parametrize("arch", SIZES)
@@ -68,6 +78,22 @@ def test_size(arch, kind):
     assert sum(macs[layer] for layer in matched_layers(model).values()) == matched_macs
 
 
+def test_mlp_reads_the_middle_pixels_and_has_no_adder_layers():
+    model = build_on_meta("mlp", "cnn")
+    assert sum(p.numel() for p in model.parameters()) == 784 * 1000 + 1000 * 100 + 100 * 10
+    model = create_model("mlp", "cnn", in_channels=2, num_classes=7).eval()
+    x = torch.randn(3, 2, 32, 32)
+    logits = model(x)
+    assert logits.shape == (3, 7) and classifier(model) == ("fc", model.fc)
+    framed = x.clone()
+    framed[..., :2, :] = framed[..., -2:] = 9
+    assert torch.equal(model(framed), logits)
+    framed[..., 2, 2] += 1
+    assert not torch.equal(model(framed), logits)
+    with pytest.raises(ValueError, match="kind: expected 'cnn' for mlp, which has no BatchNorm, got 'adder'"):
+        create_model("mlp", "adder")
+
+
 def test_width_of_mobilenet():
     with torch.device("meta"):
         model = mobilenet("cnn", width=0.5)
@@ -78,6 +104,28 @@ def test_width_of_mobilenet():
     # the published count of 0.5 MobileNet-224 with its 1000 classes
     with torch.device("meta"):
         assert sum(p.numel() for p in mobilenet(width=0.5, num_classes=1000).parameters()) == 1_331_592
+
+
+@pytest.mark.parametrize("width", [0.5, 1.0, 1.5, 2.0])
+def test_widths_of_the_small_networks(width):
+    """Every layer has the factor, and a multiple of 8 channels, as kernels of four bytes a word like it."""
+    suffix = "" if width == 1 else f"_x{width}".replace(".", "_")
+    for arch, full in (("resnet8", [16] * 3 + [32] * 3 + [64] * 3), ("ds_cnn", [64] * 9)):
+        for kind in ("adder", "cnn"):
+            model = build_on_meta(arch + suffix, kind)
+            layers = [model.conv1, *matched_layers(model).values()]
+            assert [layer.out_channels for layer in layers] == [int(width * channels) for channels in full]
+            assert all(layer.out_channels % 8 == 0 for layer in layers)
+
+
+def test_shapes_inside_the_small_networks():
+    resnet8, ds_cnn = build_on_meta("resnet8", "adder"), build_on_meta("ds_cnn", "adder")
+    blocks = [resnet8.block1, resnet8.block2, resnet8.block3]
+    assert [block.conv1.stride[0] for block in blocks] == [1, 2, 2]
+    assert [block.downsample is not None for block in blocks] == [False, True, True]
+    assert [block.downsample[0].kernel_size for block in blocks[1:]] == [(1, 1), (1, 1)]
+    assert ds_cnn.conv1.stride == (2, 2) and len(ds_cnn.blocks) == 4
+    assert all(block.depthwise.groups == block.depthwise.in_channels for block in ds_cnn.blocks)
 
 
 @pytest.mark.parametrize("arch", SIZES)
@@ -95,7 +143,7 @@ def test_first_and_classifier_are_ordinary_and_all_others_match_the_kind(arch):
     assert names["adder"] == names["cnn"]
 
 
-@pytest.mark.parametrize("arch", ["lenet5", "vgg_small", "resnet20", "mobilenet", "resnet18"])
+@pytest.mark.parametrize("arch", ["lenet5", "vgg_small", "resnet20", "mobilenet", "resnet8", "ds_cnn", "resnet18"])
 def test_train_on_other_channels_and_classes(arch):
     model = create_model(arch, "adder", in_channels=2, num_classes=7)
     logits = model(torch.randn(2, 2, 32, 32))
@@ -106,7 +154,7 @@ def test_train_on_other_channels_and_classes(arch):
 
 def test_batchnorm_and_relu_follow_every_layer_but_the_classifier():
     """The outputs of BatchNorm have both signs: without the ReLU the inputs of a layer would be negative in part."""
-    for arch in ("lenet5", "vgg_small", "resnet20", "mobilenet", "resnet50"):
+    for arch in ("lenet5", "vgg_small", "resnet20", "mobilenet", "resnet8", "ds_cnn", "resnet50"):
         model, fed = ARCHITECTURES[arch]("cnn").train(), {}
         for name, layer in {**matched_layers(model), "fc": model.fc}.items():
             layer.register_forward_pre_hook(lambda _, x, name=name, fed=fed: fed.update({name: x[0]}))
@@ -225,6 +273,7 @@ def test_stride_of_a_bottleneck_is_on_its_3x3_layer():
 @pytest.mark.parametrize(
     ("arch", "size"),
     [("lenet5", 32), ("vgg_small", 32), ("resnet20", 32), ("resnet32", 32), ("mobilenet", 32)]
+    + [("resnet8", 32), ("resnet8_x0_5", 32), ("ds_cnn", 32), ("ds_cnn_x2_0", 32)]
     + [("resnet18", 224), ("resnet50", 224), ("torchvision/resnet18", 224), ("timm/resnet18", 224)],
 )
 def test_input_size(arch, size):
@@ -248,5 +297,9 @@ def test_wrong_arguments_are_named():
     for width in (0.03, -1.0, float("nan")):
         with pytest.raises(ValueError, match=f"width: expected at least 1/32, got {width}"):
             mobilenet(width=width)
+    with pytest.raises(ValueError, match="width: expected at least 1/16, got 0.06"):
+        ResNet8(width=0.06)
+    with pytest.raises(ValueError, match="width: expected at least 1/64, got nan"):
+        DSCNN(width=float("nan"))
     with pytest.raises(ValueError, match="model: expected a convolution or a linear layer"):
         classifier(nn.ReLU())

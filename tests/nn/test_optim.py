@@ -4,6 +4,7 @@ import copy
 import gc
 import io
 import math
+import os
 import pickle
 import weakref
 
@@ -505,7 +506,9 @@ def _in_a_group(rank, folder, work, arguments):
     dist.init_process_group("gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=2)
     torch.set_num_threads(1)
     torch.save(work(rank, *arguments), folder / f"{rank}.pt")
+    dist.barrier()
     dist.destroy_process_group()
+    os._exit(0)  # threads of gloo that outlive their group would abort an ordinary exit
 
 
 def _replica(rank, x, state):

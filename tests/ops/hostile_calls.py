@@ -140,13 +140,27 @@ class Hostile:
         if name == "quantize":
             x = self.tensor(shape, dtype)
             return dict(x=x, scale=r.choice(SCALES), zero_point=r.choice(SMALL), quant_max=r.choice((15, 255)))
-        x = self.tensor(shape, torch.float32)
-        if name == "_abs_sum":
-            return dict(x=x)
-        found = dict(student=x, teacher=self.tensor(shape, torch.float32), exponential=self.maybe(0.5))
-        found |= {key: r.choice(SCALES) for key in ("scale_a", "scale_c", "centre_a", "centre_c")}
+        layers = r.choice((1, 1, 2, 3))
+        if name == "_match_rows":
+            groups = [[r.choice((1, 2, 9, 33)) for _ in range(4)] for _ in range(layers)]
+            shapes = {"mixed_a": lambda a, c: a + c, "mixed_c": lambda a, c: a + c, "w_a": lambda a, _: a}
+            shapes["w_c"] = lambda _, c: c
+            found = {
+                key: [self.tensor((count, rows, columns(a, c)), torch.float32) for count, rows, a, c in groups]
+                for key, columns in shapes.items()
+            }
+            return found | dict(eps=r.choice(SCALES))
+        readable = (torch.float32, torch.float16, torch.bfloat16)
+        if name == "_mean_abs":
+            return dict(x=[self.tensor(shape, r.choice(readable)) for _ in range(layers)])
+        of_layers = [(shape[0], c, *shape[2:]) for c in r.choices((1, 2, 9, 33), k=2 * layers)]
+        student, teacher = ([self.tensor(s, r.choice(readable)) for s in of_layers[i::2]] for i in range(2))
+        scales = torch.tensor([[r.choice(SCALES) for _ in range(layers)] for _ in range(2)])
+        found = dict(student=student, teacher=teacher, scales=scales, exponential=self.maybe(0.5))
+        found |= {key: r.choice(SCALES) for key in ("centre_a", "centre_c")}
         if name.endswith("grad"):
-            found["weights"] = self.tensor((2 * shape[1] + 1, shape[1]), torch.float32)
+            channels = [a[1] + c[1] for a, c in zip(of_layers[::2], of_layers[1::2], strict=True)]
+            found["grad"] = self.tensor((sum((c + 1) * c for c in channels),), torch.float32)
         return found
 
     def spoil(self, arguments: dict) -> None:
@@ -154,6 +168,11 @@ class Hostile:
             value = arguments[key]
             if isinstance(value, torch.Tensor) or value is None:
                 arguments[key] = self.spoiled(value)
+            elif isinstance(value, list) and isinstance(value[0], torch.Tensor):
+                i = self.r.randrange(len(value))
+                value[i] = self.spoiled(value[i])
+                if self.maybe(0.2):
+                    arguments[key] = self.r.choice((value[1:], value * 2, []))
             elif isinstance(value, list):
                 value[self.r.randrange(len(value))] = self.r.choice((*LARGE, *WRONG))
                 if self.maybe(0.2):
@@ -173,7 +192,7 @@ class Hostile:
 
 NAMES = (
     *("adder_conv2d", "adder_conv2d", "adder_conv2d_grad_x", "adder_conv2d_grad_w", "adder_conv2d_int8", "quantize"),
-    *("_kernel_moments", "_kernel_moments_grad", "_abs_sum"),
+    *("_kernel_moments", "_kernel_moments_grad", "_mean_abs", "_match_rows"),
 )
 
 
@@ -189,6 +208,8 @@ def through_function(name: str, arguments: dict) -> torch.Tensor:
 
 def shown(arguments: dict) -> str:
     def one(value):
+        if isinstance(value, list) and value and isinstance(value[0], torch.Tensor):
+            return f"[{', '.join(map(one, value))}]"
         if not isinstance(value, torch.Tensor):
             return repr(value)
         strides = value.stride() if value.layout == torch.strided else value.layout

@@ -1,5 +1,7 @@
 """Errors of the operators called directly, without the Python layer: operator, argument, expected, got."""
 
+import re
+
 import pytest
 import torch
 
@@ -134,7 +136,14 @@ def bytes_of(shape: tuple[int, ...]) -> torch.Tensor:
     return torch.ones(shape, dtype=torch.uint8)
 
 
-IMAGES, NUMBERS = (2, 3, 4, 5), (0.1, 0.2, 0.3, 0.4, True)
+IMAGES, NUMBERS = (2, 3, 4, 5), (0.3, 0.4, True)
+
+
+def pairs(student: torch.Tensor, teacher: torch.Tensor, scales: torch.Tensor) -> tuple:
+    """The lists of a call about two layers, the second of which is given."""
+    return [torch.ones(IMAGES), student], [torch.ones(IMAGES), teacher], scales
+
+
 INT8_OPTIONS = (1.0, False, False, 0, 255, 0, *GEOMETRY.values())
 # operator, its tensors by name, and the call
 CALLS_WITH_STORAGE = [
@@ -156,14 +165,30 @@ CALLS_WITH_STORAGE = [
         dict(x=bytes_of(X), w=bytes_of(W), scale=torch.ones(8), offset=torch.ones(8), residual=bytes_of(GRAD_Y)),
         lambda f, t: f(*t, *INT8_OPTIONS),
     ),
+    (
+        "integrate_and_fire",
+        dict(x=torch.ones(2, 3, 4, 5), threshold=torch.ones(4, 5), initial=torch.ones(3, 4, 5)),
+        lambda f, t: f(*t, 1.0, 1.0, 1.0, True, False, True, True, True),
+    ),
     ("quantize", dict(x=torch.ones(X)), lambda f, t: f(*t, 0.1, 0, 255)),
-    ("_kernel_moments", dict(student=torch.ones(IMAGES), teacher=torch.ones(IMAGES)), lambda f, t: f(*t, *NUMBERS)),
+    (
+        "_kernel_moments",
+        {"student[1]": torch.ones(IMAGES), "teacher[1]": torch.ones(IMAGES), "scales": torch.ones(2, 2)},
+        lambda f, t: f(*pairs(*t), *NUMBERS),
+    ),
     (
         "_kernel_moments_grad",
-        dict(weights=torch.ones(7, 3), student=torch.ones(IMAGES), teacher=torch.ones(IMAGES)),
-        lambda f, t: f(*t, *NUMBERS),
+        {"student[1]": torch.ones(IMAGES), "teacher[1]": torch.ones(IMAGES), "scales": torch.ones(2, 2)}
+        | {"grad": torch.ones(2 * 7 * 6)},
+        lambda f, t: f([*t][3], *pairs(*[*t][:3]), *NUMBERS),
     ),
-    ("_abs_sum", dict(x=torch.ones(IMAGES)), lambda f, t: f(*t)),
+    ("_mean_abs", {"x[1]": torch.ones(IMAGES)}, lambda f, t: f([torch.ones(IMAGES), *t])),
+    (
+        "_match_rows",
+        {"mixed_a[0]": torch.ones(2, 3, 9), "mixed_c[0]": torch.ones(2, 3, 9)}
+        | {"w_a[0]": torch.ones(2, 3, 4), "w_c[0]": torch.ones(2, 3, 5)},
+        lambda f, t: f(*([tensor] for tensor in t), 1e-5),
+    ),
 ]
 
 
@@ -174,7 +199,9 @@ def test_storage_that_is_gone(name, tensors, call, share):
     call(op, tensors.values())
     for spoiled in tensors:
         given = [freed(t, share) if key == spoiled else t for key, t in tensors.items()]
-        with pytest.raises(RuntimeError, match=f"{name}: {spoiled}: expected a storage of [0-9]+ bytes or more, got "):
+        with pytest.raises(
+            RuntimeError, match=f"{name}: {re.escape(spoiled)}: expected a storage of [0-9]+ bytes or more, got "
+        ):
             call(op, given)
 
 

@@ -1,6 +1,7 @@
 """The reference definition itself: against the formulas written out as loops over single numbers, and by hand."""
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -86,3 +87,59 @@ def test_the_training_gradients_are_not_the_derivative():
         (x,),
         raise_exception=False,
     )
+
+
+# --- L_mid ---
+
+
+def test_moments_are_the_formula_and_its_derivative():
+    """Of single numbers: z of each pixel; and the gradient by differences, in float64."""
+    torch.manual_seed(0)
+    y, c = -torch.rand(2, 1, 1, 2, dtype=torch.float64), torch.rand(2, 2, 1, 2, dtype=torch.float64)
+    scales, centres = torch.tensor([[2.0], [-0.5]], dtype=torch.float64), (0.3, 1.1)
+    z = [
+        [math.exp(2 * y[n, 0, 0, p]) - 0.3, *(math.exp(-0.5 * c[n, k, 0, p]) - 1.1 for k in range(2))]
+        for n, p in itertools.product(range(2), range(2))
+    ]
+    second = [sum(pixel[j] * pixel[k] for pixel in z) / 4 for j, k in itertools.product(range(3), range(3))]
+    mean = [sum(pixel[k] for pixel in z) / 4 for k in range(3)]
+    found = reference.kernel_moments([y], [c], scales, *centres, True)
+    assert found.tolist() == pytest.approx([*second, *mean], rel=1e-12)
+    assert torch.autograd.gradcheck(
+        lambda y: reference.kernel_moments([y], [c], scales, *centres, True), y.requires_grad_()
+    )
+
+
+def test_the_gradient_above_the_clamp_is_the_one_at_it():
+    y, c, scales = torch.full((1, 1, 1, 1), 12.0), torch.zeros(1, 1, 1, 1), torch.ones(2, 1)
+    [grad] = reference.kernel_moments_grad(torch.tensor([0.0, 0, 0, 0, 1, 0]), [y], [c], scales, 0, 0, True)
+    assert grad.item() == pytest.approx(math.exp(10), rel=1e-6)
+
+
+def test_terms_of_l_mid_and_their_gradients_are_those_of_autograd():
+    """Two groups, one of them rectangular; some variances are negative, so clamped."""
+    torch.manual_seed(0)
+    eps, groups = 1e-5, []
+    for layers, rows, a, c in ((2, 3, 3, 4), (1, 2, 2, 2)):
+        cov = torch.randn(layers, a + c, a + c, dtype=torch.float64)
+        weights = (torch.randn(layers, rows, channels, dtype=torch.float64) for channels in (a, c))
+        groups.append([tensor.requires_grad_() for tensor in (cov + cov.mT, *weights)])
+    given = [(w_a @ cov[:, : w_a.size(2)], w_c @ cov[:, w_a.size(2) :], w_a, w_c) for cov, w_a, w_c in groups]
+    terms, variances, *gradients = reference.match_rows(*zip(*given, strict=True), eps)
+    expected, of_teacher = [], []
+    for layer, of_a, of_c in (one for group in groups for one in zip(*group, strict=True)):
+        weights = torch.block_diag(of_a, of_c)
+        cov, rows = weights @ layer @ weights.T, len(of_a)
+        assert (cov.diag() < 0).any()
+        var_a, var_c = (var.clamp(min=0) for var in cov.diag().split(rows))
+        correlation = cov[:rows, rows:].diag() / ((var_a + eps) * (var_c + eps)).sqrt()
+        expected.append((var_a / (var_a + eps) + var_c / (var_c + eps) - 2 * correlation).mean())
+        of_teacher.append(var_c.mean())
+    torch.testing.assert_close(terms, torch.stack(expected))
+    torch.testing.assert_close(variances, torch.stack(of_teacher))
+    for i, (cov, w_a, w_c) in enumerate(groups):
+        by_cov, *by_weights = torch.autograd.grad(sum(expected), (cov, w_a, w_c), retain_graph=True)
+        rows, *ours = gradients[3 * i : 3 * i + 3]
+        torch.testing.assert_close((w_a.mT @ rows).detach(), (by_cov + by_cov.mT)[:, : w_a.size(2)])
+        for a, b in zip(ours, by_weights, strict=True):
+            torch.testing.assert_close(a, b)

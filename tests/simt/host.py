@@ -4,6 +4,7 @@
     y = kernels.conv2d("forward", x, w, padding=(1, 1, 1, 1), order="random", seed=3)
     y = kernels.int8(x, w, *epilogue, *geometry, tile=2)
     y = kernels.quantize(x, scale, zero_point)
+    flat = kernels.moments(students, teachers, scales, centre_a, centre_c, exponential)
 
 Every call also takes what `_launch` takes: the device, the choice of a kernel, the order of threads, the poison.
 """
@@ -20,8 +21,13 @@ import torch
 
 from simt import builder
 
-PASSES = ("forward", "grad_x", "grad_w", "int8", "quantize")  # as simt_library.cpp numbers them
-CONV2D, INT8 = PASSES[:3], PASSES[3:]
+# as simt_library.cpp numbers them
+PASSES = (
+    *("forward", "grad_x", "grad_w", "int8", "quantize"),
+    *("moments", "moments_grad", "mean_abs", "match"),
+    "integrate_and_fire",
+)
+CONV2D, INT8, MOMENTS, NEURONS = PASSES[:3], PASSES[3:5], PASSES[5:9], PASSES[9:]
 ELEMENT_TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 INT8_OUTPUTS = (torch.int32, torch.float32, torch.uint8)
 PADDING = 4096  # bytes around every array that belong to no one, kPadding of executor.h
@@ -79,6 +85,61 @@ class QuantizeArgs(ctypes.Structure):
     ]
 
 
+class NeuronParameter(ctypes.Structure):
+    _fields_ = [("data", ctypes.c_void_p), ("stride", ctypes.c_int64 * 3)]
+
+
+class IntegrateAndFireArgs(ctypes.Structure):
+    _fields_ = [
+        ("T", ctypes.c_int64),
+        ("size", ctypes.c_int64 * 3),
+        ("type", ctypes.c_int),
+        ("x", ctypes.c_void_p),
+        ("x_step", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in ("spikes", "counts", "membrane")),
+        *((name, NeuronParameter) for name in ("threshold", "initial")),
+        *((name, ctypes.c_double) for name in ("decay", "gain", "fire")),
+        *((name, ctypes.c_bool) for name in ("subtract", "scaled")),
+    ]
+
+
+class MomentsArgs(ctypes.Structure):
+    _fields_ = [
+        ("N", ctypes.c_int64),
+        ("C", ctypes.c_int64 * 2),
+        *((name, ctypes.c_int64) for name in ("H", "W")),
+        ("type", ctypes.c_int * 2),
+        ("y", Operand * 2),
+        ("scale", ctypes.c_void_p * 2),
+        ("centre", ctypes.c_float * 2),
+        ("exponential", ctypes.c_bool),
+        *((name, ctypes.c_void_p) for name in ("out", "grad")),
+        ("grad_y", Operand),
+    ]
+
+
+class MeanAbsArgs(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("N", "C", "H", "W")),
+        ("type", ctypes.c_int),
+        ("x", Operand),
+        ("out", ctypes.c_void_p),
+    ]
+
+
+class MatchArgs(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("layers", "rows", "C_a", "C_c")),
+        ("eps", ctypes.c_float),
+        *((name, ctypes.c_void_p) for name in ("mixed_a", "mixed_c", "w_a", "w_c")),
+        *((name, ctypes.c_void_p) for name in ("terms", "var_c", "mix", "grad_w_a", "grad_w_c")),
+    ]
+
+
+class List(ctypes.Structure):
+    _fields_ = [("items", ctypes.c_void_p), ("count", ctypes.c_int64)]
+
+
 class Device(ctypes.Structure):
     _fields_ = [("capability", ctypes.c_int), ("multiprocessors", ctypes.c_int)]
 
@@ -87,7 +148,11 @@ class Choice(ctypes.Structure):
     _fields_ = [("tile", ctypes.c_int), ("layout", ctypes.c_int), ("formula", ctypes.c_int)]
 
 
-STRUCTS = (Conv2dProblem, Operand, Conv2dArgs, Int8Args, QuantizeArgs, Device, Choice)
+STRUCTS = (
+    *(Conv2dProblem, Operand, Conv2dArgs, Int8Args, QuantizeArgs),
+    *(NeuronParameter, IntegrateAndFireArgs),
+    *(MomentsArgs, MeanAbsArgs, MatchArgs, List, Device, Choice),
+)
 
 
 class Buffer:
@@ -119,6 +184,9 @@ class Buffer:
         """Tells the race checker, and the sanitizer, which bytes a kernel may touch."""
         elements = self.elements.data_ptr()
         library.c.simt_watch(self.name.encode(), self.data, self.bytes, self.writable, not self.writable, elements)
+
+    def operand(self) -> Operand:
+        return Operand(self.data, (*self.tensor.stride(), 0, 0, 0)[:4])
 
     def check(self) -> None:
         """Raises where a byte has changed that is not an element of the output."""
@@ -225,12 +293,127 @@ class Kernels(builder.Library):
         y = torch.empty(n, h, w, c, dtype=torch.uint8).permute(0, 3, 1, 2)
         return self._launch("quantize", args, {"x": x}, {"y": y}, **how)
 
+    def integrate_and_fire(
+        self, x, threshold, initial, decay, gain, fire, subtract, scaled, wanted=(True, True, True), **how
+    ) -> list[torch.Tensor]:
+        """The operator integrate_and_fire; raises KernelError if it goes wrong.
+
+        x is (T, *sizes), three sizes in the order of memory, of dense steps; threshold and initial have the strides
+        of an expanded tensor (*sizes). `wanted` says which of spikes, counts and membrane.
+        """
+        args = IntegrateAndFireArgs(x.shape[0], tuple(x.shape[1:]), ELEMENT_TYPES[x.dtype], x_step=x.stride(0))
+        args.decay, args.gain, args.fire, args.subtract, args.scaled = decay, gain, fire, subtract, scaled
+        buffers, wide = _Buffers(**how), torch.promote_types(x.dtype, torch.float32)
+        args.x = buffers.add("x", x).data
+        for name, parameter in (("threshold", threshold), ("initial", initial)):
+            if parameter is not None:
+                setattr(args, name, NeuronParameter(buffers.add(name, parameter).data, parameter.stride()))
+        results = []
+        for name, shape, dtype, want in zip(
+            ("spikes", "counts", "membrane"), (x.shape, *[x.shape[1:]] * 2), (x.dtype, wide, wide), wanted, strict=True
+        ):
+            if want:
+                results.append(buffers.add(name, torch.empty(shape, dtype=dtype), writable=True))
+                setattr(args, name, results[-1].data)
+        self._run("integrate_and_fire", args, buffers.all, **how)
+        return [result.tensor for result in results]
+
+    def moments(self, student, teacher, scales, centre_a, centre_c, exponential, **how) -> torch.Tensor:
+        """The operator _kernel_moments; raises KernelError if it goes wrong."""
+        layers = zip(student, teacher, strict=True)
+        sizes = [(d + 1) * d for d in (a.shape[1] + c.shape[1] for a, c in layers)]
+        buffers = _Buffers(**how)
+        out = buffers.add("out", torch.empty(sum(sizes)), writable=True)
+        items = self._moments_args(buffers, student, teacher, scales, (centre_a, centre_c), exponential)
+        for args, begin in zip(items, _begins(sizes), strict=True):
+            args.out = out.data + 4 * begin
+        self._run("moments", _list_of(items), buffers.all, **how)
+        return out.tensor
+
+    def moments_grad(
+        self, grad, student, teacher, scales, centre_a, centre_c, exponential, out=None, **how
+    ) -> list[torch.Tensor]:
+        """The operator _kernel_moments_grad; raises KernelError if it goes wrong.
+
+        `out` gives the strides of the results; without it they are channels_last where the students are.
+        """
+        buffers = _Buffers(**how)
+        flat = buffers.add("grad", grad)
+        items = self._moments_args(buffers, student, teacher, scales, (centre_a, centre_c), exponential)
+        sizes = [(sum(args.C) + 1) * sum(args.C) for args in items]
+        results = [
+            buffers.add(f"grad_y[{i}]", torch.empty_like(y) if out is None else out[i], writable=True)
+            for i, y in enumerate(student)
+        ]
+        for args, begin, result in zip(items, _begins(sizes), results, strict=True):
+            args.grad, args.grad_y = flat.data + 4 * begin, result.operand()
+        self._run("moments_grad", _list_of(items), buffers.all, **how)
+        return [result.tensor for result in results]
+
+    def mean_abs(self, x: list[torch.Tensor], **how) -> torch.Tensor:
+        """The operator _mean_abs; raises KernelError if it goes wrong."""
+        buffers = _Buffers(**how)
+        out = buffers.add("out", torch.empty(len(x)), writable=True)
+        items = [
+            MeanAbsArgs(*t.shape, ELEMENT_TYPES[t.dtype], buffers.add(f"x[{i}]", t).operand(), out.data + 4 * i)
+            for i, t in enumerate(x)
+        ]
+        self._run("mean_abs", _list_of(items), buffers.all, **how)
+        return out.tensor
+
+    def match(self, mixed_a, mixed_c, w_a, w_c, eps, **how) -> list[torch.Tensor]:
+        """The operator _match_rows, on contiguous tensors; raises KernelError if it goes wrong."""
+        buffers, layers = _Buffers(**how), [len(w) for w in w_a]
+        results = [buffers.add(name, torch.empty(sum(layers)), writable=True) for name in ("terms", "var_c")]
+        items = []
+        for i, tensors in enumerate(zip(mixed_a, mixed_c, w_a, w_c, strict=True)):
+            names = ("mixed_a", "mixed_c", "w_a", "w_c")
+            given = [buffers.add(f"{name}[{i}]", t).data for name, t in zip(names, tensors, strict=True)]
+            outputs = zip(("mix", "grad_w_a", "grad_w_c"), (tensors[0], *tensors[2:]), strict=True)
+            made = [buffers.add(f"{name}[{i}]", torch.empty_like(t), writable=True) for name, t in outputs]
+            means = [result.data + 4 * sum(layers[:i]) for result in results[:2]]
+            sizes = (*tensors[2].shape, tensors[3].shape[2])
+            items.append(MatchArgs(*sizes, eps, *given, *means, *(buffer.data for buffer in made)))
+            results += made
+        self._run("match", _list_of(items), buffers.all, **how)
+        return [result.tensor for result in results]
+
+    def _moments_args(self, buffers, student, teacher, scales, centres, exponential) -> list[MomentsArgs]:
+        of_layers, items = buffers.add("scales", scales.contiguous()), []
+        for i, (a, c) in enumerate(zip(student, teacher, strict=True)):
+            args = MomentsArgs(N=a.shape[0], H=a.shape[2], W=a.shape[3], exponential=exponential)
+            for half, (role, y) in enumerate((("student", a), ("teacher", c))):
+                args.C[half], args.type[half] = y.shape[1], ELEMENT_TYPES[y.dtype]
+                args.y[half] = buffers.add(f"{role}[{i}]", y).operand()
+                args.scale[half] = of_layers.data + 4 * (half * len(student) + i)
+                args.centre[half] = centres[half]
+            items.append(args)
+        return items
+
     def _launch(
         self,
         name: str,
         args: ctypes.Structure,
         inputs: dict[str, torch.Tensor],
         output: dict[str, torch.Tensor],
+        *,
+        poison: int = 0xFF,
+        **how,
+    ) -> torch.Tensor:
+        """Runs a pass on copies of its tensors, which become the members of `args` by their names."""
+        buffers = [Buffer(key, tensor, poison, False) for key, tensor in inputs.items()]
+        buffers += [Buffer(key, tensor, poison, True) for key, tensor in output.items()]
+        types = dict(args._fields_)
+        for buffer in buffers:
+            setattr(args, buffer.name, buffer.operand() if types[buffer.name] is Operand else buffer.data)
+        self._run(name, args, buffers, poison=poison, **how)
+        return buffers[-1].tensor
+
+    def _run(
+        self,
+        name: str,
+        args: ctypes.Structure,
+        buffers: list[Buffer],
         *,
         tile: int = -1,
         layout: int = -1,
@@ -240,15 +423,10 @@ class Kernels(builder.Library):
         order: str = "forward",
         seed: int = 1,
         poison: int = 0xFF,
-    ) -> torch.Tensor:
-        """Runs a pass on copies of its tensors; raises KernelError for an error, a finding or a write outside."""
+    ) -> None:
+        """Runs a pass on its buffers; raises KernelError for an error, a finding or a write outside."""
         self.configure(order, seed, poison)
-        buffers = [Buffer(key, tensor, poison, False) for key, tensor in inputs.items()]
-        buffers += [Buffer(key, tensor, poison, True) for key, tensor in output.items()]
-        types = dict(args._fields_)
         for buffer in buffers:
-            operand = Operand(buffer.data, (*buffer.tensor.stride(), 0, 0, 0)[:4])
-            setattr(args, buffer.name, operand if types[buffer.name] is Operand else buffer.data)
             buffer.watch(self)
         device, choice = Device(capability, multiprocessors), Choice(tile, layout, formula)
         error = self.c.simt_run(PASSES.index(name), ctypes.byref(args), device, choice)
@@ -257,7 +435,28 @@ class Kernels(builder.Library):
             raise KernelError("\n".join(messages))
         for buffer in buffers:
             buffer.check()
-        return buffers[-1].tensor
+
+
+class _Buffers:
+    """The buffers of a call with lists."""
+
+    def __init__(self, poison: int = 0xFF, **_):
+        self.poison, self.all = poison, []
+
+    def add(self, name: str, tensor: torch.Tensor, writable: bool = False) -> Buffer:
+        self.all.append(Buffer(name, tensor, self.poison, writable))
+        return self.all[-1]
+
+
+def _list_of(items: list[ctypes.Structure]) -> List:
+    array = (type(items[0]) * len(items))(*items)
+    found = List(ctypes.addressof(array), len(items))
+    found.array = array  # kept alive
+    return found
+
+
+def _begins(sizes: list[int]) -> list[int]:
+    return [sum(sizes[:i]) for i in range(len(sizes))]
 
 
 def channels_last(tensor: torch.Tensor) -> torch.Tensor:

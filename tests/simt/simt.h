@@ -160,6 +160,7 @@ inline void cp_async_wait() {
   simt::copy_async_wait(Pending);
 }
 
+inline uint32_t forgotten(uint32_t x) { return x; }
 inline unsigned thread_index() { return threadIdx.x; }
 
 inline uint32_t add_distances4(uint32_t a, uint32_t b, uint32_t c) {
@@ -168,6 +169,15 @@ inline uint32_t add_distances4(uint32_t a, uint32_t b, uint32_t c) {
     c += uint32_t(d < 0 ? -d : d);
   }
   return c;
+}
+
+inline uint32_t load_4_or_2(const void* global, bool four) {
+  return four ? *static_cast<const uint32_t*>(global) : *static_cast<const uint16_t*>(global);
+}
+inline float exp2_or_same(float x, bool power) {
+  if (!power) return x;
+  const float y = exp2f(x);
+  return y < 1.17549435e-38f ? 0 : y;  // a NaN compares false
 }
 
 inline float saturated_difference(float a, float b) {

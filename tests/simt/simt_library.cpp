@@ -15,7 +15,11 @@ namespace cuda {
 extern const Pass<Conv2dArgs> kForward __attribute__((weak)), kGradX __attribute__((weak)),
     kGradW __attribute__((weak));
 extern const Pass<Int8Args> kInt8 __attribute__((weak));
+extern const Pass<IntegrateAndFireArgs> kIntegrateAndFire __attribute__((weak));
 extern const Pass<QuantizeArgs> kQuantize __attribute__((weak));
+extern const Pass<List<MomentsArgs>> kMoments __attribute__((weak)), kMomentsGradient __attribute__((weak));
+extern const Pass<List<MeanAbsArgs>> kMeanAbs __attribute__((weak));
+extern const Pass<List<MatchArgs>> kMatch __attribute__((weak));
 }  // namespace cuda
 }  // namespace adderops
 
@@ -65,7 +69,12 @@ auto with_pass(int pass, const F& f) {
     case 1: return f(&cuda::kGradX);
     case 2: return f(&cuda::kGradW);
     case 3: return f(&cuda::kInt8);
-    default: return f(&cuda::kQuantize);
+    case 4: return f(&cuda::kQuantize);
+    case 5: return f(&cuda::kMoments);
+    case 6: return f(&cuda::kMomentsGradient);
+    case 7: return f(&cuda::kMeanAbs);
+    case 8: return f(&cuda::kMatch);
+    default: return f(&cuda::kIntegrateAndFire);
   }
 }
 
@@ -97,6 +106,12 @@ EXPORTED int simt_sizeof(const char* name) {
   ADDEROPS_SIZE(Conv2dArgs)
   ADDEROPS_SIZE(Int8Args)
   ADDEROPS_SIZE(QuantizeArgs)
+  ADDEROPS_SIZE(NeuronParameter)
+  ADDEROPS_SIZE(IntegrateAndFireArgs)
+  ADDEROPS_SIZE(MomentsArgs)
+  ADDEROPS_SIZE(MeanAbsArgs)
+  ADDEROPS_SIZE(MatchArgs)
+  if (!strcmp(name, "List")) return sizeof(List<MatchArgs>);
   ADDEROPS_SIZE(Device)
   ADDEROPS_SIZE(Choice)
 #undef ADDEROPS_SIZE

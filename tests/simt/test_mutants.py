@@ -14,10 +14,13 @@ import pytest
 import torch
 from cases import Inputs, assert_same, case, define, exact_inputs, random_inputs
 from ops import test_int8 as int8
+from ops.test_integrate_and_fire import assert_equal
 from tolerances import assert_within, tolerance
 
-from adderops import reference
+from adderops import _ops, reference
 from simt import builder, host
+from simt import test_integrate_and_fire as neurons
+from simt import test_moments as moments
 from simt.builder import ORDERS
 from simt.test_int8 import images
 from simt.test_passes import arranged, compute
@@ -39,6 +42,15 @@ SLIM = {
     ),
     "grad_w.cu": tuple(f"  if (f.tile == {i}) launch_tile<T, Tile{i}<T>>(args, f, stream);\n" for i in (0, 1, 2)),
     "int8.cu": tuple(f"    case {i}: launch<Tile{i}>(args, bytes, grid, stream); break;\n" for i in range(3)),
+    "moments.cu": tuple(
+        f"    launch<{side}, Layout::kStrided>(), launch<{side}, Layout::kChannelsLast>();\n"
+        for side in ("32, false", "128, false")
+    ),
+    "moments_grad.cu": tuple(
+        f"  launch_lists<Tile{i}, Layout::{layout}>(all, choice, {i}, &arena, stream);\n"
+        for i in (0, 2)
+        for layout in ("kStrided", "kChannelsLast")
+    ),
 }
 TILES = {"forward": 3, "grad_x": 2, "grad_w": 3}
 INT8_TILES = (3, 4)
@@ -186,6 +198,103 @@ def mutants():
         ("bytes written over those still read", "    __syncthreads();  // s_pixels", "    // s_pixels", EITHER),
         ("one pixel too many", "if (pixel >= count)", "if (pixel > count)", EITHER),
     )
+    yield from moments_mutants(on)
+    yield from neuron_mutants(on)
+
+
+def moments_mutants(on):
+    mirrored = "    layer.out[(int64_t)to_k * D + to_j] = mean;\n"
+    next_pixels = (
+        "    if (slab + 2 < slabs) find_pixels(slab + 2);  // in the places of this slab's pixels, which nobody reads\n"
+    )
+    both = "(layer.grad[(int64_t)k * D + c] + layer.grad[(int64_t)c * D + k])"
+    yield from on(
+        *("moments", "moments.cuh"),
+        ("no barrier between slabs", next_pixels + BARRIER, next_pixels, RACE),
+        ("one table of pixels for all slabs", "places = s_places[slab % 2]", "places = s_places[0]", EITHER),
+        ("the last pixels are not zeroed", "if (pixel >= pixels) s_slab", "if (pixel > pixels) s_slab", EITHER),
+        ("the last split is left out", "for (; i < count; ++i) sums[0]", "for (; i + 1 < count; ++i) sums[0]", VALUES),
+        ("the upper half is not mirrored", mirrored, "", VALUES),
+        ("the columns of another tile", "exponential, column * M::kSide", "exponential, row * M::kSide", VALUES),
+        ("a group is left out", "first < M::kGroups; first", "first + kAtOnce < M::kGroups; first", VALUES),
+        (
+            "sums of a group written over those still read (write after read)",
+            "      __syncthreads();\n    }\n#pragma unroll\n    for (int i = 0; i < kOwn; ++i) to[",
+            "    }\n#pragma unroll\n    for (int i = 0; i < kOwn; ++i) to[",
+            RACE,
+        ),
+        ("half of the sums of z", "i += M::kSide) total", "i += 2 * M::kSide) total", VALUES),
+    )
+    yield from on(
+        *("moments", "features.cuh"),
+        ("the exponent is not clamped", "x > limit ? limit : x", "x", VALUES),
+        ("the student's centre for both", "scale, f.centre,", "scale, y[0].centre,", VALUES),
+        ("padding is read", "first = wanted < last ? wanted : last;", "first = wanted;", EITHER),
+        ("halves are read as floats", "four = source.type == ElementType::kFloat32", "four = true", EITHER),
+    )
+    yield from on(
+        *("moments", "launch_lists.cuh"),
+        ("a quotient is one too small", "/ (uint64_t)d + 1)", "/ (uint64_t)d)", EITHER),
+    )
+    yield from on(
+        *("moments_grad", "moments_grad.cuh"),
+        ("cp.async not waited for", WAIT, "", EITHER),
+        ("the gradient is not symmetrised", both, both.replace("c * D + k", "k * D + c"), VALUES),
+        ("the row of the mean is left out", "+ bias[c];", ";", VALUES),
+        ("phi' is left out", "v *= feature_of", "feature_of", VALUES),
+        (
+            "rows written over those still read (write after read)",
+            f"first += kRows) {{\n{BARRIER}",
+            "first += kRows) {\n",
+            RACE,
+        ),
+        ("one pixel too many is stored", "|| pixel >= pixels", "|| pixel > pixels", EITHER),
+        ("one channel too many is stored", "if (c >= student.C", "if (c > student.C", EITHER),
+    )
+    yield from on(
+        *("mean_abs", "mean_abs.cuh"),
+        ("16 bytes that are not whole", "done = count / (16 / bytes) * (16 / bytes)", "done = count + 3", EITHER),
+        ("sums read before they are written", "= sum;\n  __syncthreads();\n", "= sum;\n", EITHER),
+    )
+    yield from on(
+        *("mean_abs", "mean_abs.cu"),
+        ("gaps are read", "x.dense = is_dense(args, count);", "x.dense = true;", EITHER),
+    )
+    yield from on(
+        *("match", "match.cuh"),
+        ("half of the lanes", "int lanes = 16;", "int lanes = 8;", VALUES),
+        ("the rows of another group", "rows + group.first + ", "rows + ", VALUES),
+        ("the gradient of another variance", "= g_c * mixed_c[C_a + i]", "= g_a * mixed_c[C_a + i]", VALUES),
+    )
+
+
+def neuron_mutants(on):
+    channel = "if (++b == args.size[1]) b = 0, ++a;"
+    yield from on(
+        *("integrate_and_fire", "integrate_and_fire.cuh"),
+        ("the last steps are left out", "for (; left; --left, x += args.x_step)", "for (; false;)", VALUES),
+        ("a group too far", "left >= kNeuronSteps; left", "left > 0; left", EITHER),
+        ("the halves of a word swapped", "[j / 2] >> j % 2 * 16", "[j / 2] >> (j + 1) % 2 * 16", VALUES),
+        ("spikes of the other half", "narrow.bits << j % 2 * 16", "narrow.bits << (j + 1) % 2 * 16", VALUES),
+        ("one vector too many", "if (first >= step) return", "if (first > step) return", EITHER),
+        ("two threads share a vector", "threadIdx.x) * Neurons", "threadIdx.x / 2 * 2) * Neurons", EITHER),
+        ("the place of a parameter stays", "if (++c < args.size[2]) continue;", "continue;", VALUES),
+        ("an image begins in the middle of a vector", channel, "++b;", EITHER),
+        ("membranes over counts", "membrane) + first + j, membranes", "counts) + first + j, membranes", EITHER),
+        ("the last neurons of a half are not stored", "j < kCount; j += 4", "j < 4; j += 4", VALUES),
+    )
+    yield from on(
+        *("integrate_and_fire", "integrate_and_fire.cu"),
+        ("vectors that are not aligned", "&& all % 16 == 0", "&& true", EITHER),
+        ("the last elements of a step", "kFloat64 && step % count == 0", "kFloat64", EITHER),
+        ("steps that are not aligned", "args.x_step % count == 0 &&", "true &&", EITHER),
+    )
+    yield from on(
+        *("integrate_and_fire", "../definition/integrate_and_fire.h"),
+        ("fires above the threshold only", "*u >= f.fire", "*u > f.fire", VALUES),
+        ("the threshold is not scaled", "f.fire * v", "v", VALUES),
+        ("the direct kernel scales counts", "count += fired;", "count += spike;", VALUES),
+    )
 
 
 MUTANTS = list(mutants())
@@ -253,6 +362,50 @@ def check_quantize(kernels: host.Kernels) -> None:
                 assert_same(kernels.quantize(x, 0.37, 100, order=order), reference.quantize(x, 0.37, 100), "")
 
 
+# Tiles of the sides 64 and 128, the latter several; ragged slabs of pixels; channels not in whole copies of a warp.
+MOMENTS_LAYERS = [((3, 21, 5, 9), 27), ((2, 75, 5, 7), 70)]
+
+
+def check_moments(kernels: host.Kernels, name: str) -> None:
+    for order, dtype in zip(ORDERS, (torch.float32, torch.float16, torch.float32), strict=True):
+        layout = "channels_last" if order == "reverse" else "contiguous"
+        student, teacher, scales = moments.make(layout, (dtype, torch.float32), MOMENTS_LAYERS)
+        how = {"order": order, "multiprocessors": 2, "tile": 1}
+        if name == "moments_grad":
+            moments.check_gradient(kernels, student, teacher, scales, True, MOMENTS_LAYERS, **how)
+            continue
+        student[0][1, 2, 3, 4] = 40.0  # an exponent to be clamped
+        moments.check_moments(kernels, student, teacher, scales, True, MOMENTS_LAYERS, **how)
+
+
+def check_means(kernels: host.Kernels) -> None:
+    xs = [torch.arange(-300.0, 301.0)[: n * 3].view(1, 3, 1, n) for n in (1, 7, 90)]
+    xs += [x[..., ::2] for x in xs]
+    for order in ORDERS:
+        for dtype in (torch.float32, torch.float16):
+            want = torch.stack([x.to(dtype).float().abs().sum() / x.numel() for x in xs])
+            assert torch.equal(kernels.mean_abs([x.to(dtype) for x in xs], order=order), want)
+
+
+def check_match(kernels: host.Kernels) -> None:
+    given = [list(lists) for lists in zip(*moments.groups(), strict=True)]
+    want = _ops.match_rows(*given, 1e-5)
+    for order in ORDERS:
+        for a, b in zip(kernels.match(*given, 1e-5, order=order), want, strict=True):
+            assert ((a - b).abs() <= 1e-6 * b.abs().max()).all()
+
+
+def check_neurons(kernels: host.Kernels) -> None:
+    neurons.check(kernels, dtypes=(torch.float32, torch.float16))
+    x, _ = neurons.inputs((6, 2, 4, 8), torch.float32)
+    gaps = torch.zeros(6, 64 + 3)[:, :64].unflatten(1, (2, 4, 8)).copy_(x)
+    unaligned = torch.zeros(6 * 64 + 1)[1:].view(x.shape).copy_(x)
+    constant = x[:1, :1, :3, :7].contiguous().expand(6, 1, 3, 7)
+    for current in (gaps, unaligned, constant):
+        options = (torch.full((1, 1, 1), 0.75).expand(current.shape[1:]), None, 1.0, 1.0, 1.0, True, True)
+        assert_equal(kernels.integrate_and_fire(current, *options), neurons.define(current, *options), x.dtype, "")
+
+
 def detector(kernels: host.Kernels, name: str, dtype=torch.float32, capability=90, tile=None) -> str | None:
     """Who objects: "values", "race", "executor"; None if none does."""
     try:
@@ -260,6 +413,14 @@ def detector(kernels: host.Kernels, name: str, dtype=torch.float32, capability=9
             check_int8(kernels)
         elif name == "quantize":
             check_quantize(kernels)
+        elif name == "mean_abs":
+            check_means(kernels)
+        elif name == "match":
+            check_match(kernels)
+        elif name == "integrate_and_fire":
+            check_neurons(kernels)
+        elif name in host.MOMENTS:
+            check_moments(kernels, name)
         else:
             check_conv2d(kernels, name, dtype, capability, tile)
     except AssertionError:

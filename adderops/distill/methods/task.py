@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
@@ -11,8 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from adderops.distill.distributed import global_mean
-from adderops.distill.networks import build_networks
+from adderops.distill.networks import arch_of, build_networks, load_weights
 from adderops.distill.options import parse_weights
+from adderops.models import create_model
 
 if TYPE_CHECKING:  # `config` needs the list of methods
     from adderops.distill.config import Config
@@ -118,11 +120,13 @@ class Task(nn.Module):
     text in --help.
 
     Class attributes:
-        roles: {role: 'cnn' or 'adder'} of the networks, in the order of the tables.  The role names files and columns
-            (student.pt, student_test_accuracy); with the seed, it decides the initial weights.
+        roles: {role: 'cnn', 'adder' or 'spiking'} of the networks, in the order of the tables.  The role names files
+            and columns (student.pt, student_test_accuracy); with the seed, it decides the initial weights.
         main: the role that the run is about: --initial, --bits, --ema, --rifle and the best test refer to it.
         label: name of the main network in tables; by default the name of the method.
         distills: whether the method takes the options of the distillation, as `config.distillation`; otherwise None.
+        spikes: whether it takes the options of spiking networks, as `config.spiking`; otherwise None.
+        arch: the architecture of the method, where it has only one.
         without_teacher: the method that runs instead under --teacher none, if there is one.
         extremes: {quantity of `diagnose`: min or max}: its extreme over the layers goes to log.csv, as var_yc_min.
 
@@ -150,6 +154,8 @@ class Task(nn.Module):
     main: str = "student"
     label: str = ""
     distills: ClassVar[bool] = False
+    spikes: ClassVar[bool] = False
+    arch: ClassVar[str | None] = None
     without_teacher: ClassVar[str | None] = None
     extremes: ClassVar[dict[str, Callable[[Sequence[float]], float]]] = {}
     layer_names: list[str]
@@ -164,8 +170,18 @@ class Task(nn.Module):
     @classmethod
     def build(cls, config: Config, data: Data, device: torch.device) -> Task:
         """Builds the networks of a configuration, for the images and classes of a data set, and the task."""
-        networks = build_networks(config, cls.roles, cls.main, data, device)
+        networks = build_networks(config, cls, data, device)
         return cls(networks, LabelLoss.build(config, data)).to(device)
+
+    @classmethod
+    def network(
+        cls, config: Config, role: str, in_channels: int, num_classes: int, initial: Path | None = None
+    ) -> nn.Module:
+        """Builds a network of the method, untrained, or with the weights of a file, except for another classifier."""
+        network = create_model(arch_of(config, role), cls.roles[role], in_channels, num_classes)
+        if initial is not None:
+            load_weights(network, initial, any_classifier=True)
+        return network
 
     def forward(self, images: Tensor, labels: Tensor) -> Losses:
         """Returns the losses of a batch; by default each network trains on the labels alone.
@@ -183,6 +199,7 @@ class Task(nn.Module):
         return {}
 
 
+KINDS = ("cnn", "adder", "spiking")
 METHODS: dict[str, type[Task]] = {}
 
 
@@ -193,22 +210,22 @@ def register_method(name: str) -> Callable[[T], T]:
         name: of the method.
 
     Raises:
-        ValueError: the name is taken, `main` is not in `roles`, or a kind is neither 'cnn' nor 'adder'.
+        ValueError: the name is taken, `main` is not in `roles`, or a kind is none of 'cnn', 'adder', 'spiking'.
 
     >>> @register_method("nothing")
     ... class Nothing(Task):
     ...     roles = {"student": "linear"}
     Traceback (most recent call last):
-    ValueError: Nothing: roles: expected 'student' among them, each 'cnn' or 'adder', got {'student': 'linear'}
+    ValueError: Nothing: roles: expected 'student' among them, each of cnn, adder, spiking, got {'student': 'linear'}
     """
 
     def register(task: T) -> T:
         if name in METHODS or name == COMPARE:
             raise ValueError(f"register_method: expected a new name, got {name!r}, which is taken")
         roles: Any = getattr(task, "roles", {})
-        if task.main not in roles or not set(roles.values()) <= {"cnn", "adder"}:
+        if task.main not in roles or not set(roles.values()) <= set(KINDS):
             raise ValueError(
-                f"{task.__name__}: roles: expected {task.main!r} among them, each 'cnn' or 'adder', got {roles}"
+                f"{task.__name__}: roles: expected {task.main!r} among them, each of {', '.join(KINDS)}, got {roles}"
             )
         task.label = task.label or name
         METHODS[name] = task
@@ -228,3 +245,8 @@ def method_names() -> tuple[str, ...]:
 def distilling_methods() -> tuple[str, ...]:
     """Returns the choices of --method for which the options of the distillation have an effect."""
     return (*(name for name, task in METHODS.items() if task.distills), COMPARE)
+
+
+def spiking_methods() -> tuple[str, ...]:
+    """Returns the choices of --method for which the options of spiking networks have an effect."""
+    return tuple(name for name, task in METHODS.items() if task.spikes)

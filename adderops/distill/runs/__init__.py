@@ -16,8 +16,9 @@ class Command(NamedTuple):
 
 COMMANDS = {
     "eval": Command("evaluate", "test the saved networks of a finished run again"),
-    "compare": Command("compare", "print a table, statistics over seeds, and curves of several runs, finished or not"),
+    "compare": Command("compare", "print results, costs and statistics of several runs, finished or not; draw curves"),
     "export": Command("export", "write a network of a finished run as a state_dict, torch.export program or ONNX file"),
-    "quantize": Command("quantize", "convert the student of a finished run to an int8 network, test it and time it"),
+    "quantize": Command("quantize", "convert a network of a finished run to int8, test it and time it"),
+    "spike": Command("spike", "make the CNN of a finished run a spiking network, without training, and test it"),
     "report": Command("report", "write report.html with its figures: curves, distillation, weights, operations"),
 }

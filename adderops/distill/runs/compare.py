@@ -1,9 +1,11 @@
-"""`compare RUN RUN ...`: a table of several runs, statistics over seeds, and their curves."""
+"""`compare RUN RUN ...`: a table of several runs, the costs of their networks, statistics over seeds, and curves."""
 
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from adderops.atomic import write_atomically
 from adderops.distill.checkpoint import write_csv
@@ -24,7 +26,20 @@ paired by seed, with its 95 % confidence interval (Student's t)"""
 class Options(CommandOptions):
     folders: tuple[Path, ...] = run_folder("run folders, or those of --method compare", nargs="+")
     plot: Path | None = option(None, "draw the curves of the test accuracy", type=Path, metavar="FILE.png")
+    costs: bool | None = option(
+        None,
+        "count operations per image, and time the networks (default: if all runs are finished, on the same images)",
+        type=bool,
+    )
+    trade_off: Path | None = option(
+        None, "draw the accuracy over the energy of the operations", type=Path, metavar="FILE.png"
+    )
     csv: Path | None = option(None, "write the table of runs, with all options", type=Path, metavar="FILE")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.trade_off is not None and self.costs is False:
+            raise ValueError("--trade-off: expected --costs with it, got --no-costs, so it has no points")
 
 
 def run(options: Options) -> None:
@@ -36,16 +51,43 @@ def run(options: Options) -> None:
     rows = [row for run in runs for row in run.results()]
     differing = differing_options([run.config for run in runs])
     by = ["method", *(name for name in differing if name not in ("method", "seed")), "network"]
-    print(_runs_table(runs, rows, by))
+    print(_runs_table(runs, rows, by), flush=True)
     if options.csv:
         write_csv(options.csv, rows)
     if options.plot:
         from adderops.distill.runs.figures import draw_comparison, png  # needs matplotlib
 
         write_atomically(options.plot, png(draw_comparison(runs, by)))
+    if options.costs is not False:
+        _print_costs(options, runs, by[:-1])
     finished = [row for row in rows if row["finished"]]
     if any(len(group) > 1 for group in group_rows(finished, by).values()):
         print(f"\n{MEANS}\n\n{_seeds_table(finished, by)}")
+
+
+def _print_costs(options: Options, runs: list[RunFolder], by: list[str]) -> None:
+    """Prints the costs of the networks; by default only if that needs nothing that the other tables do not need."""
+    from adderops.distill.runs.costs import cost_rows, costs_table, why_not
+
+    wanted = options.costs or options.trade_off is not None
+    if reason := why_not(runs):
+        if wanted:
+            raise ValueError(reason)
+        return
+    torch.set_num_threads(runs[0].config.threads)
+    try:
+        data = runs[0].load_data()
+        costs, notes = cost_rows(runs, data, by)
+    except (FileNotFoundError, ModuleNotFoundError, ValueError) as error:
+        if wanted:
+            raise
+        print(f"\nno costs: {error}")
+        return
+    print(f"\n{costs_table(costs, notes, data, runs[0].tested_on)}")
+    if options.trade_off is not None:
+        from adderops.distill.runs.figures import draw_trade_off, png  # needs matplotlib
+
+        write_atomically(options.trade_off, png(draw_trade_off(costs)))
 
 
 def _run_folders(folder: Path) -> list[Path]:

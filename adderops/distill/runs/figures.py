@@ -13,6 +13,7 @@ from adderops.distill.checkpoint import LOG_COLUMNS
 from adderops.distill.runs.folder import LAYER_COLUMNS, RunFolder
 from adderops.distill.runs.paired import group_rows
 from adderops.distill.runs.weights import fit_gaussian, fit_laplace, layer_weights
+from adderops.distill.speed import COLUMNS as SPEED_COLUMNS
 
 try:
     from matplotlib import colormaps
@@ -30,6 +31,7 @@ LAYER_TITLES = {
     "gradient_ratio": "gradient of L_mid / of the other losses",
     "var_yc": "variance of y_c",
 }
+SPEED_TITLES = dict(zip(SPEED_COLUMNS, ("time / speed limit", "curvature", "unevenness of speed"), strict=True))
 LEGEND_LINES = 10  # more lines than these get a colour bar
 BINS = 80  # of the histograms, from -4 to 4 standard deviations
 
@@ -80,7 +82,25 @@ def _loss_terms(run: RunFolder) -> dict[str, str]:
     labels["l_mid"] = "L_mid"
     others = {"lr", *LOG_COLUMNS, *(f"{role}_ce" for role in run.task.roles if role != main)}
     others |= {column for column in run.rows[0] if column.endswith(("_accuracy", "_test_loss", "_max", "_min"))}
+    others |= {f"{role}_{column}" for role in run.task.roles for column in SPEED_COLUMNS}
     return {column: labels.get(column, column) for column in run.rows[0] if column not in others}
+
+
+def has_speed(run: RunFolder) -> bool:
+    """Whether the run has logged how far it is from its speed limit; older versions did not."""
+    return any(f"{name}_{SPEED_COLUMNS[0]}" in run.rows[0] for name in run.networks)
+
+
+def draw_speed(run: RunFolder) -> Figure:
+    """How far the networks in training are from their speed limit, over the epochs, and the two factors of it."""
+    figure = Figure(figsize=(13, 4), layout="constrained")
+    for axes, (column, title) in zip(figure.subplots(1, len(SPEED_TITLES)), SPEED_TITLES.items(), strict=True):
+        for name in run.networks:
+            if f"{name}_{column}" in run.rows[0]:
+                color = _color(name, run.networks)
+                _line(axes, run.curve("epoch"), run.curve(f"{name}_{column}"), "-", color=color, label=name)
+        _finish(axes, title, log=True)
+    return figure
 
 
 def draw_layers(run: RunFolder) -> Figure:

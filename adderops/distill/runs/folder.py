@@ -19,7 +19,7 @@ from adderops.distill.methods import METHODS, Distillation, Task
 from adderops.distill.methods.task import COMPARE
 from adderops.distill.networks import arch_of
 from adderops.distill.runs.older import facts_of_images, sizes_of_network
-from adderops.models import create_model, mark_adder_weights
+from adderops.models import mark_adder_weights
 from adderops.quant import Scheme, insert
 
 COMPARED = ("pkkd", "plain")  # the methods that --method compare trains, in this order
@@ -160,7 +160,7 @@ class RunFolder:
         facts = self._facts if self.records_data else None
         with reading(path, f"a state_dict of {arch}", "another"):
             sizes = (facts["channels"], facts["num_classes"]) if facts else sizes_of_network(arch, state)
-            network = create_model(arch, self.kind(name), *sizes)
+            network = self.task.network(self.config, role, *sizes)
             if self.config.bits is not None and role == self.task.main:
                 network = insert(network, Scheme(self.config.bits))
             network.load_state_dict(mark_adder_weights(state, network))  # older runs saved no marks

@@ -11,12 +11,14 @@ from torch import nn
 
 from adderops.atomic import write_atomically
 from adderops.distill.options import option
+from adderops.distill.runs import microcontroller
 from adderops.distill.runs.command import CommandOptions, run_folder
+from adderops.distill.runs.costs import COUNTED
 from adderops.distill.runs.folder import RunFolder
 from adderops.distill.runs.tables import KINDS, html_table, outcome, shown
 from adderops.distill.runs.weights import fit_gaussian, fit_laplace, layer_weights
 from adderops.models import create_model
-from adderops.operations import count_operations, energy
+from adderops.operations import LayerOperations, count_operations, count_spiking_operations, energy
 
 STYLE = """\
 body { font: 15px/1.45 system-ui, sans-serif; max-width: 76em; margin: 2em auto; padding: 0 1em; color: #222; }
@@ -24,6 +26,13 @@ h2 { margin-top: 2em; } img { max-width: 100%; } pre { background: #f4f4f4; padd
 table { border-collapse: collapse; } th, td { padding: .15em .8em; text-align: right; border-bottom: 1px solid #ddd; }
 th:first-child, td:first-child { text-align: left; }"""
 
+SPEED = (
+    "Time is the sum of the learning rates. The speed limit is the least time in which the weights get as far from "
+    "where they began with the same action, the sum of |step|^2 / learning rate: on a straight line at constant speed. "
+    "Time over it is curvature, (length of the path / straight distance)^2, times unevenness of speed; both are at "
+    "least 1. Noise shows as curvature: n equal steps in random directions have about n. Source: Speed Limits for Deep "
+    "Learning, arXiv 2307.14653."
+)
 LAYERS = (
     "Per layer, in the last step of each epoch. If the variance of y_c falls to 0, the features have become constant; "
     "if the ratio of gradients is far above 1, the match drowns out the other losses."
@@ -42,6 +51,12 @@ OPERATIONS = (
     "the network were computed in it."
 )
 
+SPIKES_TITLE = "Spikes per layer"
+SPIKES = (
+    "Means over {} {} images. A spike adds one weight to each output that it reaches; neurons add to their membrane in "
+    "each time step, and once more for each spike."
+)
+
 
 @dataclass(frozen=True)
 class Options(CommandOptions):
@@ -57,16 +72,26 @@ def run(options: Options) -> None:
 def write_report(run: RunFolder, folder: Path) -> Path:
     """Writes report.html, which holds its figures, and the figures as PNG files next to it; returns its path.
 
-    Parts without data are left out: the match of layers if none were matched, weights and operations if the run is not
-    finished.
+    Parts without data are left out: the speed limit of a run of an older version, the match of layers if none were
+    matched, weights and operations if the run is not finished.
 
     Raises:
         ValueError, FileNotFoundError: the weights of a finished run are damaged or missing.
     """
-    from adderops.distill.runs.figures import draw_accuracy, draw_layers, draw_losses, draw_weights, png
+    from adderops.distill.runs.figures import (
+        draw_accuracy,
+        draw_layers,
+        draw_losses,
+        draw_speed,
+        draw_weights,
+        has_speed,
+        png,
+    )
 
     networks = {role: run.network(role) for role in run.task.roles if run.finished and role in run.networks}
     figures = {"accuracy": png(draw_accuracy(run)), "losses": png(draw_losses(run))}
+    if has_speed(run):
+        figures["speed"] = png(draw_speed(run))
     if run.layers:
         figures["layers"] = png(draw_layers(run))
     if networks:
@@ -85,11 +110,13 @@ def _page(run: RunFolder, figures: Mapping[str, bytes], networks: Mapping[str, n
         _figure("Accuracy", figures["accuracy"], f"On the {kind} images, and on the training images as augmented."),
         _figure("Losses", figures["losses"], f"Means over the {kind} images, and over the training images per epoch."),
     ]
+    if "speed" in figures:
+        parts.append(_figure("Speed limit", figures["speed"], SPEED))
     if "layers" in figures:
         parts.append(_figure("Match of the layers", figures["layers"], LAYERS))
     if "weights" in figures:
         parts += [_figure("Weights", figures["weights"], WEIGHTS), _fits(networks)]
-        parts.append(_operations(run))
+        parts += [_operations(run), *_spikes(run, networks), _microcontroller(run)]
     body = "\n".join([*parts, _configuration(run)])
     return (
         f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{title}</title>\n'
@@ -139,8 +166,11 @@ def _operations(run: RunFolder) -> str:
         return _section(OPERATIONS_TITLE, "", f"Not counted, because the size of the images is not known: {error}")
     rows = []
     for kind, label in KINDS.items():
-        with torch.device("meta"):
-            model = create_model(run.config.arch, kind, shape[0], classes)
+        try:
+            with torch.device("meta"):
+                model = create_model(run.config.arch, kind, shape[0], classes)
+        except ValueError:  # an architecture without adder layers
+            continue
         counted = count_operations(model, (1, *shape))
         numbers = {
             "multiplications": counted.multiplications,
@@ -150,6 +180,45 @@ def _operations(run: RunFolder) -> str:
         }
         rows.append({"network": label, **{title: f"{number:,.0f}" for title, number in numbers.items()}})
     return _section(OPERATIONS_TITLE, html_table(rows), OPERATIONS)
+
+
+def _spikes(run: RunFolder, networks: Mapping[str, nn.Module]) -> list[str]:
+    """A section for each spiking network: the rates of its neurons, and the operations of its layers."""
+    spiking = [name for name in networks if run.kind(name) == "spiking"]
+    if not spiking:
+        return []
+    try:
+        test = run.load_data().test
+    except (FileNotFoundError, ValueError) as error:
+        return [_section(SPIKES_TITLE, "", f"Not counted, because the images are missing: {error}")]
+    sections = []
+    for name in spiking:
+        [(images, _)] = test.batches([torch.arange(min(COUNTED, len(test)))])
+        counted = count_spiking_operations(networks[name], images)
+        total = LayerOperations("total", "", counted.multiplications, counted.additions)
+        rows = [
+            {
+                "layer": f"{name} {row.name}",
+                "type": row.layer,
+                "spikes per neuron and step": shown(counted.rates.get(row.name)),
+                "multiplications": f"{row.multiplications:,}",
+                "additions": f"{row.additions:,}",
+            }
+            for row in (*counted.layers, total)
+        ]
+        sections.append(_section(SPIKES_TITLE, html_table(rows), SPIKES.format(len(images), run.tested_on)))
+    return sections
+
+
+def _microcontroller(run: RunFolder) -> str:
+    """Both kinds in int8 on a small processor; a line with the reason if the architecture does not become C."""
+    title = "On a microcontroller"
+    try:
+        rows = microcontroller.rows_of(run.config.arch, run.input_shape(), run.num_classes())
+    except (FileNotFoundError, ValueError, RuntimeError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        return _section(title, "", f"No numbers for {run.config.arch}: {reason}")
+    return _section(title, html_table(rows), microcontroller.CAPTION)
 
 
 def _configuration(run: RunFolder) -> str:

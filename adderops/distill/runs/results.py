@@ -24,13 +24,13 @@ def rows_of(summaries: Sequence[dict[str, Any]], costs: Mapping[str, dict[str, f
     rows = []
     for label, results in _results(summaries).items():
         mean, deviation = mean_and_deviation([result["accuracy"] for result in results])
-        uncertainty = _standard_error(results[0]) if deviation is None else deviation
+        uncertainty = standard_error(results[0]) if deviation is None else deviation
         row = {"network": label, "seeds": len(results), "accuracy": mean, "uncertainty": uncertainty}
         rows.append(row | costs.get(label, {}))
     return rows
 
 
-def _labels(methods: Sequence[str]) -> dict[tuple[str, str], str]:
+def labels_of(methods: Sequence[str]) -> dict[tuple[str, str], str]:
     """Returns what the table calls each network, by method and name, in the order of the rows.
 
     CNNs come first, then the networks of methods without a distillation, then those with one, then int8.
@@ -52,7 +52,7 @@ def _labels(methods: Sequence[str]) -> dict[tuple[str, str], str]:
 def _results(summaries: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     """Returns seed, accuracy and number of test images of all runs that have a network, by its label."""
     found: dict[str, list[dict[str, Any]]] = {}
-    for (method, network), label in _labels([summary["method"] for summary in summaries]).items():
+    for (method, network), label in labels_of([summary["method"] for summary in summaries]).items():
         for summary in summaries:
             accuracy = summary.get(f"{network}_test_accuracy")
             if summary["method"] == method and accuracy is not None:
@@ -61,7 +61,7 @@ def _results(summaries: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, An
     return found
 
 
-def _standard_error(result: dict[str, Any]) -> float:
+def standard_error(result: dict[str, Any]) -> float:
     """Returns the standard error of an accuracy; two hits and two misses are added, so that it is not 0 at 100 %."""
     images = result["images"] + 4
     share = (result["accuracy"] * result["images"] + 2) / images
@@ -80,7 +80,7 @@ def _differences(summaries: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             continue
         difference = paired_difference(results[label], results[other], "accuracy")
         if difference["low"] is None:
-            half = 1.96 * sum(_standard_error(results[name][0]) ** 2 for name in (label, other)) ** 0.5
+            half = 1.96 * sum(standard_error(results[name][0]) ** 2 for name in (label, other)) ** 0.5
             middle = difference["difference"]
             difference |= {"low": middle - half, "high": middle + half}
         found.append({"title": title, **difference})

@@ -51,9 +51,9 @@ def layer_weights(network: nn.Module) -> dict[str, dict[str, Tensor]]:
     The kinds are 'first convolution', 'convolutions' and 'adder layers' after it, and 'classifier'.
     """
     inner = matched_layers(network).items()
-    first = next((name, layer) for name, layer in network.named_modules() if isinstance(layer, nn.Conv2d))
+    convolutions = [(name, layer) for name, layer in network.named_modules() if isinstance(layer, nn.Conv2d)]
     kinds = [
-        ("first convolution", *first),
+        *(("first convolution", *first) for first in convolutions[:1]),  # a multilayer perceptron has none
         *(("adder layers" if isinstance(layer, AdderConv2d) else "convolutions", name, layer) for name, layer in inner),
         ("classifier", *classifier(network)),
     ]

@@ -27,6 +27,9 @@ ALWAYS_INLINE vf load(const float* p) { return _mm256_loadu_ps(p); }
 ALWAYS_INLINE void store(float* p, vf v) { _mm256_storeu_ps(p, v); }
 ALWAYS_INLINE vf load_n(const float* p, int64_t n) { return _mm256_maskload_ps(p, lanes_below(n)); }
 ALWAYS_INLINE void store_n(float* p, vf v, int64_t n) { _mm256_maskstore_ps(p, lanes_below(n), v); }
+ALWAYS_INLINE void stream(float* p, vf v) { _mm256_stream_ps(p, v); }
+ALWAYS_INLINE void fence() { _mm_sfence(); }
+ALWAYS_INLINE vi widened(const uint16_t* p) { return (vi)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)); }
 
 ALWAYS_INLINE vf minimum(vf a, vf b) { return _mm256_min_ps(a, b); }
 ALWAYS_INLINE vf fused(vf a, vf b, vf c) { return _mm256_fmadd_ps(a, b, c); }

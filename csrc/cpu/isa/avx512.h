@@ -23,6 +23,9 @@ ALWAYS_INLINE vf load(const float* p) { return _mm512_loadu_ps(p); }
 ALWAYS_INLINE void store(float* p, vf v) { _mm512_storeu_ps(p, v); }
 ALWAYS_INLINE vf load_n(const float* p, int64_t n) { return _mm512_maskz_loadu_ps((__mmask16)((1u << n) - 1), p); }
 ALWAYS_INLINE void store_n(float* p, vf v, int64_t n) { _mm512_mask_storeu_ps(p, (__mmask16)((1u << n) - 1), v); }
+ALWAYS_INLINE void stream(float* p, vf v) { _mm512_stream_ps(p, v); }
+ALWAYS_INLINE void fence() { _mm_sfence(); }
+ALWAYS_INLINE vi widened(const uint16_t* p) { return (vi)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)); }
 
 ALWAYS_INLINE vf minimum(vf a, vf b) { return _mm512_min_ps(a, b); }
 ALWAYS_INLINE vf fused(vf a, vf b, vf c) { return _mm512_fmadd_ps(a, b, c); }

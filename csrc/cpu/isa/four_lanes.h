@@ -28,6 +28,12 @@ ALWAYS_INLINE vf load_n(const float* p, int64_t n) {
 ALWAYS_INLINE void store_n(float* p, vf v, int64_t n) {
   for (int64_t i = 0; i < n; ++i) p[i] = v[i];
 }
+ALWAYS_INLINE vi widened(const uint16_t* p) {
+  typedef uint16_t vh __attribute__((vector_size(8)));
+  vh v;
+  __builtin_memcpy(&v, p, sizeof(v));
+  return __builtin_convertvector(v, vi);
+}
 
 ALWAYS_INLINE vf accumulate(vf sum, vf v) { return sum + v; }
 template <bool Multiplier>

@@ -10,6 +10,9 @@ namespace {
 constexpr int kRegisters = 16;
 constexpr int kRun = 4;
 
+ALWAYS_INLINE void stream(float* p, vf v) { store(p, v); }
+ALWAYS_INLINE void fence() {}
+
 ALWAYS_INLINE vf minimum(vf a, vf b) { return a < b ? a : b; }
 ALWAYS_INLINE vf fused(vf a, vf b, vf c) { return a * b + c; }
 ALWAYS_INLINE vf minimum_of(const float* p, vf b) { return minimum(splat(*p), b); }

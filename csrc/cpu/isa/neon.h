@@ -12,6 +12,9 @@ namespace {
 constexpr int kRegisters = 32;
 constexpr int kRun = 4;
 
+ALWAYS_INLINE void stream(float* p, vf v) { store(p, v); }
+ALWAYS_INLINE void fence() {}
+
 ALWAYS_INLINE vf minimum(vf a, vf b) { return (vf)vminq_f32((float32x4_t)a, (float32x4_t)b); }
 ALWAYS_INLINE vf fused(vf a, vf b, vf c) { return (vf)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b); }
 ALWAYS_INLINE vf minimum_of(const float* p, vf b) { return minimum(splat(*p), b); }

@@ -11,6 +11,9 @@ namespace {
 constexpr int kRegisters = 16;
 constexpr int kRun = 8;  // psadbw sums to every 64 bits
 
+ALWAYS_INLINE void stream(float* p, vf v) { _mm_stream_ps(p, v); }
+ALWAYS_INLINE void fence() { _mm_sfence(); }
+
 ALWAYS_INLINE vf minimum(vf a, vf b) { return _mm_min_ps(a, b); }
 ALWAYS_INLINE vf fused(vf a, vf b, vf c) { return a * b + c; }
 ALWAYS_INLINE vf minimum_of(const float* p, vf b) { return minimum(splat(*p), b); }

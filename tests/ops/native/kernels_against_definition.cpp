@@ -72,22 +72,36 @@ bool check(const char* isa, const char* name, cpu::Pass<Conv2dArgs> pass, cpu::P
   return true;
 }
 
-// Moments of two layers of the shape of x, their gradient and sum |x|, against loops in double.  Exact without
-// exponential; with it within what its polynomial and the rounding of a sum of a few hundred numbers allow.
+// Moments of two layers of the shape of x, their gradient and mean |x|, against loops in double.  Exact without
+// exponential, the means but for their division; with it within what its polynomial and the rounding of a sum of a few
+// hundred numbers allow.
 bool check_moments(const cpu::Kernels& kernels, const Conv2dProblem& p, const Tensor& student, const Tensor& teacher,
-                   const std::vector<float>& weights, bool exponential) {
+                   const std::vector<float>& grad, bool exponential) {
   const int64_t C = p.C_in, D = 2 * C, pixels = p.N * p.H * p.W;
   Tensor out = student;
   out.operand.data = out.data.data();
-  std::vector<float> mean(D), second(D * D), sums(p.N);
-  MomentsArgs args{p.N,         C,           p.H,         p.W,         student.operand, teacher.operand, out.operand,
-                   {1.f, -.5f}, {.25f, 1.f}, exponential, mean.data(), second.data(),   weights.data()};
+  std::vector<float> moments(D * D + D);
+  const float *second = moments.data(), *mean = second + D * D;
+  float scales[] = {1.f, -.5f}, mean_abs = 0;
+  const MomentsArgs args{p.N,
+                         {C, C},
+                         p.H,
+                         p.W,
+                         {ElementType::kFloat32, ElementType::kFloat32},
+                         {student.operand, teacher.operand},
+                         {scales, scales + 1},
+                         {.25f, 1.f},
+                         exponential,
+                         moments.data(),
+                         grad.data(),
+                         out.operand};
   run(kernels.moments, args);
+  if (!exponential) scales[0] = static_cast<float>(pixels);  // divided by them, it is 1
   run(kernels.moments_gradient, args);
-  args.mean = sums.data();
-  run(kernels.abs_sum, args);
+  run(kernels.mean_abs, MeanAbsArgs{p.N, C, p.H, p.W, ElementType::kFloat32, student.operand, &mean_abs});
 
-  std::vector<double> z(pixels * D), expected_sums(p.N);
+  std::vector<double> z(pixels * D);
+  double expected_abs = 0;
   auto at = [](const Tensor& t, int64_t n, int64_t c, int64_t h, int64_t w) {
     const int64_t* s = t.operand.stride;
     return static_cast<double>(t.data[n * s[0] + c * s[1] + h * s[2] + w * s[3]]);
@@ -100,11 +114,11 @@ bool check_moments(const cpu::Kernels& kernels, const Conv2dProblem& p, const Te
       for (int64_t w = 0; w < p.W; ++w, ++q)
         for (int64_t c = 0; c < C; ++c) {
           const double a = at(student, n, c, h, w), b = -.5 * at(teacher, n, c, h, w);
-          expected_sums[n] += std::abs(a);
+          expected_abs += std::abs(a);
           z[q * D + c] = (exponential ? std::exp(a) : a) - .25;
           z[q * D + C + c] = (exponential ? std::exp(b) : b) - 1.;
         }
-  for (int64_t n = 0; n < p.N; ++n) expect(sums[n], expected_sums[n], 0);
+  expect(mean_abs, static_cast<float>(expected_abs / static_cast<double>(pixels * C)), 0);
   const float inverse = 1.f / static_cast<float>(pixels);
   for (int64_t j = 0; j < D; ++j)
     for (int64_t k = 0; k < D; ++k) {
@@ -122,13 +136,14 @@ bool check_moments(const cpu::Kernels& kernels, const Conv2dProblem& p, const Te
     for (int64_t h = 0; h < p.H; ++h)
       for (int64_t w = 0; w < p.W; ++w, ++q)
         for (int64_t c = 0; c < C; ++c) {
-          double sum = weights[D * C + c], size = std::abs(sum);
+          double sum = grad[D * D + c], size = std::abs(sum);
           for (int64_t j = 0; j < D; ++j) {
-            sum += weights[j * C + c] * z[q * D + j];
-            size += std::abs(weights[j * C + c]) * (std::abs(z[q * D + j]) + 1);
+            const double weight = grad[j * D + c] + grad[c * D + j];
+            const double y = z[q * D + j], feature = exponential || j >= C ? y : (y + .25) * pixels - .25;
+            sum += weight * feature, size += std::abs(weight) * (std::abs(feature) + 1);
           }
-          const double slope = exponential ? z[q * D + c] + .25 : 1;
-          expect(at(out, n, c, h, w), sum * slope, exponential ? 4e-6 * size * (slope + 1) : 0);
+          const double slope = exponential ? z[q * D + c] + .25 : pixels;
+          expect(at(out, n, c, h, w) * pixels, sum * slope, exponential ? 4e-6 * size * (slope + 1) : 0);
         }
   if (!right)
     std::printf("%s moments: N %d, C %d, %dx%d, exponential %d\n", kernels.name, int(p.N), int(C), int(p.H), int(p.W),
@@ -202,6 +217,29 @@ bool check_quantize(const cpu::Kernels& kernels, const Conv2dProblem& p, const T
   return got == expected;
 }
 
+// Neurons against the definition: 1 to 9 steps, thresholds of each channel, and a state.
+bool check_neurons(const cpu::Kernels& kernels, const Conv2dProblem& p, Random* random) {
+  const int64_t T = 1 + random->below(9), neurons = p.N * p.C_in * p.H * p.W;
+  std::vector<float> x(T * neurons), threshold(p.C_in), initial(neurons);
+  for (std::vector<float>* values : {&x, &threshold, &initial})
+    for (float& value : *values) value = float(random->below(13) - 4) / 4;
+  IntegrateAndFireArgs args{T, {p.N, p.C_in, p.H * p.W}, ElementType::kFloat32, x.data(), neurons};
+  args.threshold = {threshold.data(), {0, 1, 0}};
+  args.initial = {initial.data(), {p.C_in * p.H * p.W, p.H * p.W, 1}};
+  args.decay = 0.5, args.gain = args.fire = 1, args.subtract = random->below(2), args.scaled = random->below(2);
+  const auto results = [&](cpu::Pass<IntegrateAndFireArgs> pass) {
+    std::vector<float> spikes(T * neurons + kGuard, 7), counts(neurons + kGuard, 7), membrane(neurons + kGuard, 7);
+    args.spikes = spikes.data(), args.counts = counts.data(), args.membrane = membrane.data();
+    run(pass, args);
+    spikes.insert(spikes.end(), counts.begin(), counts.end());
+    spikes.insert(spikes.end(), membrane.begin(), membrane.end());
+    return spikes;
+  };
+  const bool right = results(kernels.integrate_and_fire) == results(cpu::kDefinitionKernels.integrate_and_fire);
+  if (!right) std::printf("%s integrate_and_fire: T %d, %d neurons\n", kernels.name, int(T), int(neurons));
+  return right;
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -223,8 +261,8 @@ int main(int argc, char** argv) {
 
     Tensor x({p.N, p.C_in, p.H, p.W}, random.below(2)), w({p.C_out, p.C_in / p.groups, p.KH, p.KW}, random.below(2));
     Tensor y({p.N, p.C_out, p.OH, p.OW}, random.below(2)), bias({1, p.C_out, 1, 1}, false);
-    Tensor teacher({p.N, p.C_in, p.H, p.W}, random.below(2)), weights({1, 2 * p.C_in + 1, p.C_in, 1}, false);
-    for (Tensor* t : {&x, &w, &y, &bias, &teacher, &weights}) t->fill(&random);
+    Tensor teacher({p.N, p.C_in, p.H, p.W}, random.below(2)), grad({1, 2 * p.C_in + 1, 2 * p.C_in, 1}, false);
+    for (Tensor* t : {&x, &w, &y, &bias, &teacher, &grad}) t->fill(&random);
     Conv2dArgs forward{p, ElementType::kFloat32, x.operand, w.operand, {}, {}, bias.data.data()};
     Conv2dArgs backward{p, ElementType::kFloat32, x.operand, w.operand, y.operand, {}, nullptr};
     for (int k = 0; k < count; ++k) {
@@ -232,9 +270,10 @@ int main(int argc, char** argv) {
       failed += !check(kernels.name, "forward", kernels.forward, definition.forward, forward, y);
       failed += !check(kernels.name, "grad_x", kernels.grad_x, definition.grad_x, backward, x);
       failed += !check(kernels.name, "grad_w", kernels.grad_w, definition.grad_w, backward, w);
-      failed += !check_moments(kernels, p, x, teacher, weights.data, i % 2);
+      failed += !check_moments(kernels, p, x, teacher, grad.data, i % 2);
       failed += !check_int8(kernels, p, &random);
       failed += !check_quantize(kernels, p, x, &random);
+      failed += !check_neurons(kernels, p, &random);
     }
   }
   for (int k = 0; k < count; ++k) std::printf("%s ", all[k]->name);

@@ -1,0 +1,176 @@
+"""What the networks of finished runs cost per image: operations, energy and time, with the accuracy beside them."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from adderops.distill.data import Data
+from adderops.distill.data.facts import differences
+from adderops.distill.runs.folder import RunFolder
+from adderops.distill.runs.onnxruntime_int8 import OnnxNetwork
+from adderops.distill.runs.paired import group_rows, mean_and_deviation
+from adderops.distill.runs.quantize import FILE, FILE_OF_CNN, images_per_second
+from adderops.distill.runs.results import labels_of, standard_error
+from adderops.distill.runs.spike import FACTS, load_spiking, spiking_facts
+from adderops.distill.runs.tables import percent, text_table
+from adderops.operations import Operations, count_operations, count_spiking_operations, energy
+from adderops.quant import load
+from adderops.spiking import sites
+
+COUNTED, TIMED_BATCH = 500, 64  # images
+COSTS = """\
++-: standard deviation over the seeds, of one seed the standard error from the number of images
+mult., add.: millions per image, |x - w| is two additions; those of spikes: means over {} {} images, with membranes
+uJ: their energy in 45 nm circuits (Horowitz, ISSCC 2014), in float32, of int8 networks in int8
+in int8: the same as if all operations were in int8, the additions of spiking networks included
+images/s: batches of {} on the CPU, threads: {}"""
+
+
+@dataclass(frozen=True)
+class Network:
+    """A network that a run left.
+
+    Attributes:
+        label: what tables call it.
+        accuracy: on the run's test images.
+        network: the network itself.
+        trained: the network in floats whose operations and parameters it has: itself, or what it was quantized from.
+        precision: of its layers; of a quantized network with `float_ends` not of the first convolution and classifier.
+    """
+
+    label: str
+    accuracy: float
+    network: nn.Module
+    trained: nn.Module
+    precision: str = "float32"
+    float_ends: bool = False
+
+    def count(self, images: Tensor) -> dict[str, float]:
+        """Returns the columns of the operations; those of a spiking network are means over the images."""
+        spikes = any(site.steps for site in sites(self.trained).values())
+        counted = (count_spiking_operations if spikes else count_operations)(self.trained, images)
+        ends = [layer for layer in counted.layers if self.float_ends and not layer.layer.startswith("Adder")]
+        inner = [layer for layer in counted.layers if layer not in ends]
+        return {
+            "multiplications": counted.multiplications,
+            "additions": counted.additions,
+            "picojoules": energy(Operations(tuple(inner)), self.precision) + energy(Operations(tuple(ends))),
+            "picojoules_in_int8": energy(counted, "int8"),
+            "parameters": sum(parameter.numel() for parameter in self.trained.parameters()),
+        }
+
+
+def networks_of(run: RunFolder) -> list[Network]:
+    """Returns the networks of a finished run: those that it trained, each before what `quantize`, `spike` made of it.
+
+    A quantized network of an older version, without its accuracy in the file, is left out.
+    """
+    labels = {name: label for (_, name), label in labels_of([run.config.method]).items()}  # CNNs first
+    found = []
+    for row in run.results():
+        name, label = row["network"], labels[row["network"]]
+        if run.config.spiking is not None and run.kind(name) == "spiking":
+            label += f", {run.config.spiking.steps} steps"
+        network = run.network(name)
+        found.append((name, Network(label, row["test_accuracy"], network, network)))
+    adder, cnn = (run.path / "export" / name for name in (FILE, FILE_OF_CNN))
+    quantized: list[tuple[nn.Module, Mapping[str, Any], str, bool]] = []
+    if adder.is_file():
+        integer, known = load(adder)
+        float_ends, kind = known["scheme"]["ends"] == "float", f"int{known['scheme']['bits']}"
+        quantized.append((integer, known["facts"], kind + ", ends in float32" * float_ends, float_ends))
+    if cnn.is_file():
+        onnx = OnnxNetwork(cnn.read_bytes())
+        quantized.append((onnx, onnx.facts, "int8", False))
+    for network, facts, kind, float_ends in quantized:
+        if "test_accuracy" in facts:
+            name, accuracy = facts["weights"], float(facts["test_accuracy"])
+            label = labels[name.removesuffix("_best")] + ", best" * name.endswith("_best") + f", {kind}"
+            found.append((name, Network(label, accuracy, network, run.network(name), "int8", float_ends)))
+    for facts_file in sorted(run.path.glob(f"spiking/*/{FACTS}")):
+        facts, network = spiking_facts(facts_file.parent), load_spiking(facts_file.parent)
+        label = f"spiking, {facts['steps']} steps, {facts['calibrate']}"
+        found.append((facts["network"].split()[0], Network(label, facts["spiking_accuracy"], network, network)))
+    return [one for _, one in sorted(found, key=lambda item: list(labels).index(item[0].removesuffix("_best")))]
+
+
+def why_not(runs: Sequence[RunFolder]) -> str:
+    """Returns why the networks of some runs have no common table of costs; '' if they have one."""
+    for run in runs:
+        if not (run.finished and run.records_data):
+            lacks = "data.json" if run.finished else "summary.json"
+            return f"{run.path}: expected a finished run, got one without a {lacks}"
+        if found := differences(runs[0].data, run.data):
+            return f"{run.path}: expected the images of {runs[0].path}, got others: {'; '.join(found)}"
+    return ""
+
+
+def cost_rows(runs: Sequence[RunFolder], data: Data, by: Sequence[str]) -> tuple[list[dict[str, Any]], list[str]]:
+    """Returns one row per network, and a note on each that could not be counted.
+
+    Networks of runs that differ in the seed alone share a row: their accuracy is a mean with its standard deviation,
+    their operations are means, and the first of them is timed.
+
+    Args:
+        runs: finished, on the same images.
+        data: these images.
+        by: options in which runs differ, apart from the seed; they follow the label where it is not enough.
+    """
+    images, timed = (
+        torch.cat([x for x, _ in data.test.batches([torch.arange(count) % len(data.test)])])
+        for count in (min(COUNTED, len(data.test)), TIMED_BATCH)
+    )
+    found = [run.config.flat() | {"network": one.label, "of": one} for run in runs for one in networks_of(run)]
+    groups = group_rows(found, ["network", *by])
+    names = {key: _name(key, list(groups), by) for key in groups}
+    speeds = images_per_second({names[key]: group[0]["of"].network for key, group in groups.items()}, timed)
+    rows, notes = [], []
+    for key, group in groups.items():
+        accuracy, deviation = mean_and_deviation([row["of"].accuracy for row in group])
+        error = standard_error({"accuracy": accuracy, "images": len(data.test)}) if deviation is None else deviation
+        row = {"network": names[key], "seeds": len(group), "accuracy": accuracy, "uncertainty": error}
+        rows.append(row | {"images_per_second": speeds[names[key]]})
+        try:
+            counts = [one["of"].count(images) for one in group]
+        except (ValueError, RuntimeError) as reason:  # a network of others
+            notes.append(f"{names[key]}: not counted: {reason}")
+            continue
+        rows[-1] |= {column: sum(count[column] for count in counts) / len(counts) for column in counts[0]}
+    return rows, notes
+
+
+def _name(key: tuple[Any, ...], keys: Sequence[tuple[Any, ...]], by: Sequence[str]) -> str:
+    """Returns a label, with the options that tell it from the same label of other runs."""
+    same = list(zip(*(other for other in keys if other[0] == key[0]), strict=True))
+    told = [
+        f"{name} {value}"
+        for name, value, values in zip(by, key[1:], same[1:], strict=True)
+        if len(set(values)) > 1 and value is not None
+    ]
+    return ", ".join([key[0], *told])
+
+
+def costs_table(rows: Sequence[dict[str, Any]], notes: Sequence[str], data: Data, tested_on: str) -> str:
+    """Returns the table of `cost_rows` with its notes."""
+    table = [
+        {
+            "network": row["network"],
+            "accuracy, %": percent(row["accuracy"], row["uncertainty"]),
+            "mult.": _shown(row, "multiplications", 1e6, ".3g"),
+            "add.": _shown(row, "additions", 1e6, ".3g"),
+            "uJ": _shown(row, "picojoules", 1e6, ".3g"),
+            "in int8": _shown(row, "picojoules_in_int8", 1e6, ".3g"),
+            "images/s": f"{row['images_per_second']:.0f}",
+            "parameters": _shown(row, "parameters", 1, ",.0f"),
+        }
+        for row in rows
+    ]
+    caption = COSTS.format(min(COUNTED, len(data.test)), tested_on, TIMED_BATCH, torch.get_num_threads())
+    return "\n\n".join([text_table(table), "\n".join([*notes, caption])])
+
+
+def _shown(row: dict[str, Any], column: str, unit: float, form: str) -> str:
+    return format(row[column] / unit, form) if column in row else "-"
