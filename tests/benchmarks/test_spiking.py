@@ -11,8 +11,9 @@ from harness import report
 def test_end_to_end(installed, tmp_path, set_threads, monkeypatch, capsys):
     set_threads(1)
     if not installed:
-        monkeypatch.setitem(sys.modules, "spikingjelly", None)
-        monkeypatch.setitem(sys.modules, "snntorch", None)
+        peers = ("spikingjelly", "snntorch")
+        for name in [*peers, *(name for name in sys.modules if name.startswith(tuple(f"{peer}." for peer in peers)))]:
+            monkeypatch.setitem(sys.modules, name, None)
     shapes = [(3, 2, 4, 5, 5), (2, 1, 3, 4, 4)]
     result = bench_spiking.main(
         ["--threads", "1", "--seconds", "0.2", "--new-pages", "--csv", str(tmp_path / "r.csv")], shapes
