@@ -24,12 +24,13 @@ COMMON = "--data fashion-mnist --lr-per-step --threads 1 --device cpu"
 STEPS = (8, 16, 32)  # of the conversions
 CALIBRATIONS = ("none", "light", "advanced")
 # Epochs of each network, and of its spiking methods, which cost T times as much.
-NETWORKS = {"lenet5": (15, 15), "resnet20": (5, 2)}
+NETWORKS = {"lenet5": (10, 5), "resnet20": (5, 1)}
+# Where the recipe's rate is for hundreds of epochs, another rate or batch: chosen on the digits.
 SPIKING = {
     "dsr": "--steps 8",
-    "proxy": "--steps 8",
-    "snn2ann": "--steps 8",
-    "joint": "--steps 4",
+    "proxy": "--steps 8 --lr 2e-3",
+    "snn2ann": "--steps 8 --batch-size 64",
+    "joint": "--steps 4 --batch-size 128 --momentum 0.9",
     "surrogate": "--steps 8",
 }
 
