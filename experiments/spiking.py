@@ -103,7 +103,7 @@ def main() -> None:
     parser.add_argument("task", choices=("run", "table", "list"))
     parser.add_argument("names", nargs="*", choices=[[], *commands()], metavar="NAME")
     parser.add_argument("--runs", type=Path, default=Path("runs/spiking"))
-    options = parser.parse_args()
+    options = parser.parse_intermixed_args()  # names may follow --runs
     if options.task == "run":
         train(options.runs, options.names)
     elif options.task == "table":
