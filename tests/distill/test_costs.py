@@ -15,6 +15,7 @@ from adderops.distill.runs import costs
 from adderops.distill.runs.costs import cost_rows, networks_of, why_not
 from adderops.distill.runs.folder import RunFolder
 from adderops.distill.runs.onnxruntime_int8 import OnnxNetwork
+from adderops.distill.runs.results import standard_error
 from adderops.operations import count_spiking_operations, energy
 from distill.runs import error_of, written_run
 
@@ -124,6 +125,16 @@ def test_a_cnn_made_spiking_has_a_row(runs, data, tmp_path):
     accuracy = evaluate({"it": spiking.network}, data.test, torch.device("cpu"))["it_test_accuracy"]
     [(images, _)] = data.test.batches([torch.arange(4)])
     assert spiking.accuracy == accuracy and spiking.count(images)["multiplications"] == ENDS
+
+
+def test_a_network_tested_on_few_images_says_so(runs, data, tmp_path):
+    folder = Path(shutil.copytree(runs["cnn"].path, tmp_path / "run"))
+    assert main(["spike", str(folder), "--steps", "2", "--images", "16", "--test-images", "7"]) == 0
+    run = RunFolder.load(folder)
+    rows, _ = cost_rows([run], data, [])
+    assert [row["network"] for row in rows] == ["CNN", "spiking, 2 steps, advanced, 7 images"]
+    for row, images in zip(rows, (len(data.test), 7), strict=True):
+        assert row["uncertainty"] == standard_error({"accuracy": row["accuracy"], "images": images})
 
 
 def test_labels_of_several_runs_are_told_apart():

@@ -46,7 +46,7 @@ def test_a_second_call_writes_the_same_bytes(run, capsys):
     assert written[0] == written[1] and set(written[0]) == {"network.pt", "spiking.json"}
     facts = spiking_facts(folder)
     assert facts["network"].startswith("teacher of ")  # of a run about an adder network
-    assert facts["tested_on"] == "7 test images"
+    assert facts["test_images"] == 7
     assert 7 * facts["spiking_accuracy"] == pytest.approx(round(7 * facts["spiking_accuracy"]))
 
 

@@ -36,6 +36,7 @@ class Network:
     Attributes:
         label: what tables call it.
         accuracy: on the run's test images.
+        images: number of test images, if not all.
         network: the network itself.
         trained: the network in floats whose operations and parameters it has: itself, or what it was quantized from.
         precision: of its layers; of a quantized network with `float_ends` not of the first convolution and classifier.
@@ -47,6 +48,7 @@ class Network:
     trained: nn.Module
     precision: str = "float32"
     float_ends: bool = False
+    images: int | None = None
 
     def count(self, images: Tensor) -> dict[str, float]:
         """Returns the columns of the operations; those of a spiking network are means over the images."""
@@ -93,7 +95,8 @@ def networks_of(run: RunFolder) -> list[Network]:
     for facts_file in sorted(run.path.glob(f"spiking/*/{FACTS}")):
         facts, network = spiking_facts(facts_file.parent), load_spiking(facts_file.parent)
         label = f"spiking, {facts['steps']} steps, {facts['calibrate']}"
-        found.append((facts["network"].split()[0], Network(label, facts["spiking_accuracy"], network, network)))
+        one = Network(label, facts["spiking_accuracy"], network, network, images=facts["test_images"])
+        found.append((facts["network"].split()[0], one))
     return [one for _, one in sorted(found, key=lambda item: list(labels).index(item[0].removesuffix("_best")))]
 
 
@@ -123,14 +126,19 @@ def cost_rows(runs: Sequence[RunFolder], data: Data, by: Sequence[str]) -> tuple
         torch.cat([x for x, _ in data.test.batches([torch.arange(count) % len(data.test)])])
         for count in (min(COUNTED, len(data.test)), TIMED_BATCH)
     )
-    found = [run.config.flat() | {"network": one.label, "of": one} for run in runs for one in networks_of(run)]
+
+    def label(one: Network) -> str:
+        return one.label if one.images in (None, len(data.test)) else f"{one.label}, {one.images} images"
+
+    found = [run.config.flat() | {"network": label(one), "of": one} for run in runs for one in networks_of(run)]
     groups = group_rows(found, ["network", *by])
     names = {key: _name(key, list(groups), by) for key in groups}
     speeds = images_per_second({names[key]: group[0]["of"].network for key, group in groups.items()}, timed)
     rows, notes = [], []
     for key, group in groups.items():
         accuracy, deviation = mean_and_deviation([row["of"].accuracy for row in group])
-        error = standard_error({"accuracy": accuracy, "images": len(data.test)}) if deviation is None else deviation
+        tested = group[0]["of"].images or len(data.test)
+        error = standard_error({"accuracy": accuracy, "images": tested}) if deviation is None else deviation
         row = {"network": names[key], "seeds": len(group), "accuracy": accuracy, "uncertainty": error}
         rows.append(row | {"images_per_second": speeds[names[key]]})
         try:

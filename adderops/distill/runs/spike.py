@@ -83,14 +83,14 @@ def run(options: Options) -> None:
         "steps": options.steps,
         "calibrate": options.calibrate,
         "images": len(images),
-        "tested_on": f"{count} {run.tested_on} images",
+        "test_images": count,
         **tested,
         "command": _command(options),
     }
     (folder / FACTS).unlink(missing_ok=True)  # it never describes another network
     save_tensors(folder / NETWORK, network.cpu().state_dict())
     write_json(folder / FACTS, facts)
-    print(f"{run.title}: {facts['tested_on']}\n{text_table(rows)}\n{folder}")
+    print(f"{run.title}: {count} {run.tested_on} images\n{text_table(rows)}\n{folder}")
 
 
 def load_spiking(folder: Path) -> nn.Module:
@@ -121,7 +121,7 @@ def spiking_facts(folder: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"{folder}: expected a folder that `spike` wrote, got one without {FACTS}")
     with reading(path, f"a {FACTS} as this program writes it"):
         facts: dict[str, Any] = json.loads(path.read_text())
-        for name in ("arch", "shape", "num_classes", "steps", "spiking_accuracy"):
+        for name in ("arch", "shape", "num_classes", "steps", "spiking_accuracy", "test_images"):
             facts[name]
     return facts
 
