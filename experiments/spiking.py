@@ -1,7 +1,7 @@
 """CNN, adder network and spiking networks on Fashion-MNIST: the runs behind docs/spiking.md.
 
     python experiments/spiking.py run --runs FOLDER [NAME ...]     trains what is missing (hours); a stopped run resumes
-    python experiments/spiking.py table --runs FOLDER              results/spiking.{md,csv,png} from the finished runs
+    python experiments/spiking.py table --runs FOLDER              results/spiking-ARCH.{md,csv,png} of the finished runs
     python experiments/spiking.py list                             the commands
 
 Every run is one command of `python -m adderops.distill`; `list` prints them all.  Several processes may work on one
@@ -23,27 +23,34 @@ RESULTS = Path(__file__).parent / "results"
 COMMON = "--data fashion-mnist --lr-per-step --threads 1 --device cpu"
 STEPS = (8, 16, 32)  # of the conversions
 CALIBRATIONS = ("none", "light", "advanced")
-# Epochs of each network, and of its spiking methods, which cost T times as much.
-NETWORKS = {"lenet5": (10, 5), "resnet20": (5, 1)}
+# Of each network: epochs, epochs of the spiking methods and their steps, options of training, of conversion.
+NETWORKS = {
+    "lenet5": (10, 5, 8, "", ""),
+    "resnet20": (3, 1, 4, "", "--test-images 2000"),
+    "vgg_small": (3, 0, 0, "--train-images 12000", "--test-images 500 --images 256"),
+}
 # Where the recipe's rate is for hundreds of epochs, another rate or batch: chosen on the digits.
 SPIKING = {
-    "dsr": "--steps 8",
-    "proxy": "--steps 8 --lr 2e-3",
-    "snn2ann": "--steps 8 --batch-size 64",
-    "joint": "--steps 4 --batch-size 128 --momentum 0.9",
-    "surrogate": "--steps 8",
+    "dsr": "",
+    "proxy": "--lr 2e-3",
+    "snn2ann": "--batch-size 64",
+    "joint": "--batch-size 128 --momentum 0.9",
+    "surrogate": "",
 }
+JOINT_STEPS = 4  # it goes back through all steps
 
 
 def commands() -> dict[str, str]:
     """Returns the options of each training by the name of its run, cheap ones first."""
     found = {}
-    for arch, (epochs, of_spiking) in NETWORKS.items():
-        for method in ("cnn", "plain", "pkkd"):
-            found[f"{arch}-{method}"] = f"--method {method} --arch {arch} --epochs {epochs} {COMMON}"
-        for method, options in SPIKING.items():
-            found[f"{arch}-{method}"] = f"--method {method} --arch {arch} --epochs {of_spiking} {options} {COMMON}"
-    found["vgg_small-cnn"] = f"--method cnn --arch vgg_small --epochs 2 {COMMON}"
+    for arch, (epochs, of_spiking, steps, of_training, _) in NETWORKS.items():
+        methods = {method: f"--epochs {epochs}" for method in ("cnn", "plain", "pkkd")[: 3 if of_spiking else 1]}
+        for method, options in SPIKING.items() if of_spiking else ():
+            methods[method] = f"--epochs {of_spiking} --steps {JOINT_STEPS if method == 'joint' else steps} {options}"
+        for method, options in methods.items():
+            words = f"--method {method} --arch {arch} {options} {of_training} {COMMON}"
+            found[f"{arch}-{method}"] = " ".join(words.split())
+    found["mlp-desire"] = "--recipe desire-fashion-mnist-mlp --epochs 60 --schedule cosine --threads 1 --device cpu"
     return found
 
 
@@ -68,13 +75,14 @@ def _after(name: str, folder: Path) -> list[list[str]]:
     """Returns the commands on a finished run whose results are missing."""
     arch, method = name.split("-")
     missing: list[list[str]] = []
-    if method in ("cnn", "pkkd") and arch in NETWORKS and not list(folder.glob("export/int8.*")):
+    if method in ("cnn", "pkkd") and not list(folder.glob("export/int8.*")):
         missing.append(["quantize", str(folder)])
     if method == "cnn":
         for steps in STEPS:
             for calibration in CALIBRATIONS:
                 if not (folder / "spiking" / f"teacher-{steps}-{calibration}" / "spiking.json").exists():
                     missing.append(["spike", str(folder), "--steps", str(steps), "--calibrate", calibration])
+                    missing[-1] += NETWORKS[arch][-1].split()
     return missing
 
 
@@ -83,19 +91,16 @@ def _run(words: list[str]) -> int:
 
 
 def table(runs: Path) -> None:
-    """Writes the tables that `compare` prints, one per architecture."""
-    parts = []
-    for arch in NETWORKS:
+    """Writes what `compare` prints, one file per architecture with finished runs; other files stay."""
+    for arch in (*NETWORKS, "mlp"):
         folders = [str(runs / name) for name in commands() if name.startswith(f"{arch}-")]
         finished = [folder for folder in folders if (Path(folder) / "summary.json").exists()]
         if not finished:
             continue
-        text = io.StringIO()
-        files = ["--csv", str(RESULTS / f"spiking-{arch}.csv"), "--trade-off", str(RESULTS / f"spiking-{arch}.png")]
+        text, files = io.StringIO(), {suffix: RESULTS / f"spiking-{arch}.{suffix}" for suffix in ("csv", "png", "md")}
         with contextlib.redirect_stdout(text):
-            distill(["compare", *finished, *files])
-        parts.append(f"## {arch}\n\n```\n{text.getvalue()}```\n")
-    write_atomically(RESULTS / "spiking.md", "\n".join(["# CNN, adder and spiking networks\n", *parts]).encode())
+            distill(["compare", *finished, "--csv", str(files["csv"]), "--trade-off", str(files["png"])])
+        write_atomically(files["md"], f"# {arch}\n\n```\n{text.getvalue()}```\n".encode())
 
 
 def main() -> None:
