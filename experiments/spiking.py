@@ -1,7 +1,7 @@
 """CNN, adder network and spiking networks on Fashion-MNIST: the runs behind docs/spiking.md.
 
     python experiments/spiking.py run --runs FOLDER [NAME ...]     trains what is missing (hours); a stopped run resumes
-    python experiments/spiking.py table --runs FOLDER              results/spiking-ARCH.{md,csv,png} of the finished runs
+    python experiments/spiking.py table --runs FOLDER              results/spiking-ARCH.{md,csv,png}, of finished runs
     python experiments/spiking.py list                             the commands
 
 Every run is one command of `python -m adderops.distill`; `list` prints them all.  Several processes may work on one
