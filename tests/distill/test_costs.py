@@ -140,7 +140,19 @@ def test_a_network_tested_on_few_images_says_so(runs, data, tmp_path):
 def test_labels_of_several_runs_are_told_apart():
     keys = [("CNN", "pkkd", 0.5, 3), ("CNN", "pkkd", 0.1, 3), ("CNN", "cnn", None, 3), ("adder", "pkkd", 0.5, 3)]
     names = [costs._name(key, keys, ["method", "beta", "epochs"]) for key in keys]
-    assert names == ["CNN, method pkkd, beta 0.5", "CNN, method pkkd, beta 0.1", "CNN, method cnn", "adder"]
+    assert names == ["CNN, beta 0.5", "CNN, beta 0.1", "CNN, method cnn", "adder"]
+    keys = [("CNN", "pkkd", 0.5), ("CNN", "pkkd", 0.1), ("CNN", "joint", 0.5)]  # no option is enough for the first
+    names = [costs._name(key, keys, ["method", "beta"]) for key in keys]
+    assert names == ["CNN, method pkkd, beta 0.5", "CNN, beta 0.1", "CNN, method joint"]
+
+
+def test_conversions_are_in_the_order_of_their_steps(runs, tmp_path):
+    folder = Path(shutil.copytree(runs["cnn"].path, tmp_path / "run"))
+    for steps, calibration in ((10, "none"), (2, "advanced"), (2, "none")):
+        words = ["--steps", str(steps), "--calibrate", calibration, "--images", "16", "--test-images", "4"]
+        assert main(["spike", str(folder), *words]) == 0
+    labels = [one.label.split(", ", 1)[-1] for one in networks_of(RunFolder.load(folder))]
+    assert labels == ["CNN", "2 steps, none", "2 steps, advanced", "10 steps, none"]
 
 
 def test_what_cannot_be_counted_has_a_note(runs, data, monkeypatch, capsys):

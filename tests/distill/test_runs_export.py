@@ -100,7 +100,7 @@ def test_export_of_a_network_that_spike_wrote(run, tmp_path, capsys):
     torch.save(network.state_dict(), folder / NETWORK)
     title = RunFolder.load(run).title
     facts = {"arch": "lenet5", "shape": [1, 32, 32], "num_classes": 4, "steps": 4}
-    facts |= {"spiking_accuracy": 0.5, "test_images": 8}
+    facts |= {"calibrate": "none", "spiking_accuracy": 0.5, "test_images": 8}
     (folder / FACTS).write_text(json.dumps({**facts, "network": f"teacher of {title}"}))
     command = ["export", str(run), "--format", "state_dict", "--spiking", str(folder)]
     assert main(command) == 0

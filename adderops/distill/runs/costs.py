@@ -19,6 +19,7 @@ from adderops.distill.runs.tables import percent, text_table
 from adderops.operations import Operations, count_operations, count_spiking_operations, energy
 from adderops.quant import load
 from adderops.spiking import sites
+from adderops.spiking.calibration import CALIBRATIONS
 
 COUNTED, TIMED_BATCH = 500, 64  # images
 COSTS = """\
@@ -92,8 +93,11 @@ def networks_of(run: RunFolder) -> list[Network]:
             name, accuracy = facts["weights"], float(facts["test_accuracy"])
             label = labels[name.removesuffix("_best")] + ", best" * name.endswith("_best") + f", {kind}"
             found.append((name, Network(label, accuracy, network, run.network(name), "int8", float_ends)))
-    for facts_file in sorted(run.path.glob(f"spiking/*/{FACTS}")):
-        facts, network = spiking_facts(facts_file.parent), load_spiking(facts_file.parent)
+    converted = [(spiking_facts(file.parent), file.parent) for file in run.path.glob(f"spiking/*/{FACTS}")]
+    for facts, folder in sorted(
+        converted, key=lambda one: (one[0]["steps"], list(CALIBRATIONS).index(one[0]["calibrate"]))
+    ):
+        network = load_spiking(folder)
         label = f"spiking, {facts['steps']} steps, {facts['calibrate']}"
         one = Network(label, facts["spiking_accuracy"], network, network, images=facts["test_images"])
         found.append((facts["network"].split()[0], one))
@@ -151,13 +155,11 @@ def cost_rows(runs: Sequence[RunFolder], data: Data, by: Sequence[str]) -> tuple
 
 
 def _name(key: tuple[Any, ...], keys: Sequence[tuple[Any, ...]], by: Sequence[str]) -> str:
-    """Returns a label, with the options that tell it from the same label of other runs."""
-    same = list(zip(*(other for other in keys if other[0] == key[0]), strict=True))
-    told = [
-        f"{name} {value}"
-        for name, value, values in zip(by, key[1:], same[1:], strict=True)
-        if len(set(values)) > 1 and value is not None
-    ]
+    """Returns a label, with the options that tell it from the same label of other runs: one, if one can."""
+    others = [other[1:] for other in keys if other[0] == key[0] and other != key]
+    differing = [i for i in range(len(by)) if any(other[i] != key[1:][i] for other in others)]
+    alone = [i for i in differing if key[1:][i] is not None and all(other[i] != key[1:][i] for other in others)]
+    told = [f"{by[i]} {key[1:][i]}" for i in alone[:1] or differing if key[1:][i] is not None]
     return ", ".join([key[0], *told])
 
 

@@ -121,7 +121,16 @@ def spiking_facts(folder: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"{folder}: expected a folder that `spike` wrote, got one without {FACTS}")
     with reading(path, f"a {FACTS} as this program writes it"):
         facts: dict[str, Any] = json.loads(path.read_text())
-        for name in ("arch", "shape", "num_classes", "steps", "spiking_accuracy", "test_images"):
+        for name in (
+            "network",
+            "arch",
+            "shape",
+            "num_classes",
+            "steps",
+            "calibrate",
+            "spiking_accuracy",
+            "test_images",
+        ):
             facts[name]
     return facts
 
