@@ -117,7 +117,9 @@ class _Shared:
         needs={"method": (COMPARE,)},
     )
     initial: str | None = _networks(
-        None, "state_dict with the initial weights of the main network (fine-tuning)", type=str
+        None,
+        "state_dict with the initial weights of the main network (fine-tuning); for a spiking network also a CNN's",
+        type=str,
     )
     bits: int | None = _networks(
         None,

@@ -7,7 +7,7 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from adderops import AdderConv2d
-from adderops.distill import Interrupted, train, trainer
+from adderops.distill import METHODS, Interrupted, train, trainer
 from adderops.distill.schedule import cosine
 from adderops.models import create_model, lenet5
 from distill.runs import assert_same_state, build_task, keep_tasks, rows_of
@@ -116,6 +116,28 @@ def test_initial_weights_are_those_of_the_file(config, data, tmp_path):
     torch.save({f"module.{name}": value for name, value in state.items()}, tmp_path / "w.pt")
     task = build_task(replace(config, initial=str(tmp_path / "w.pt")))
     assert_same_state(dict(task.networks["student"].state_dict()), dict(state))
+
+
+@pytest.mark.parametrize("method, arch", [("dsr", "lenet5"), ("desire", "mlp")])
+def test_a_spiking_network_begins_with_another_or_with_a_cnn(config, tmp_path, method, arch):
+    config, path = replace(config, method=method, arch=arch, steps=6, threshold=1.0).resolve(), tmp_path / "w.pt"
+
+    def state(initial=None):
+        return METHODS[method].network(config, "student", 1, 4, initial).state_dict()
+
+    spiking = {name: value + 1 for name, value in state().items()}
+    torch.save(spiking, path)
+    assert_same_state(dict(state(path)), spiking)
+
+    cnn = create_model(arch, "cnn", 1, 4).state_dict()
+    torch.save(cnn, path)
+    started = state(path)
+    assert all(torch.equal(started[name], value) for name, value in cnn.items())
+    assert started["spikes.1.neuron.threshold"] == 1
+
+    torch.save({name: value for name, value in cnn.items() if name != "fc.weight"}, path)
+    with pytest.raises(ValueError, match='Missing key.*"fc.weight"'):
+        state(path)
 
 
 @pytest.mark.parametrize(

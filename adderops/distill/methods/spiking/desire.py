@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from adderops.distill.distributed import global_mean
-from adderops.distill.methods.spiking.task import Spiking, SpikingTask
+from adderops.distill.methods.spiking.task import Spiking, SpikingTask, load_initial
 from adderops.distill.methods.task import Losses, Task, register_method
-from adderops.distill.networks import arch_of, load_weights
+from adderops.distill.networks import arch_of
 from adderops.models import MLP, create_model
 from adderops.spiking import IntegrateAndFire, Spikes
 
@@ -175,9 +175,10 @@ class DesireTask(SpikingTask):
         mlp = create_model(arch, "cnn", in_channels, num_classes)
         if not isinstance(mlp, MLP):
             raise ValueError(f"arch: expected mlp for the method desire, got {arch}")
+        network = DesireNetwork(mlp, config.spiking)
         if initial is not None:
-            load_weights(mlp, initial, any_classifier=True)
-        return DesireNetwork(mlp, config.spiking)
+            load_initial(network, mlp, initial)
+        return network
 
     def forward(self, images: Tensor, labels: Tensor) -> Losses:
         network, count = self.networks["student"], len(images)

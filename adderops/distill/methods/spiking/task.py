@@ -109,9 +109,25 @@ class SpikingTask(Task):
             return super().network(config, role, in_channels, num_classes, initial)
         assert config.spiking is not None
         cnn = create_model(arch_of(config, role), "cnn", in_channels, num_classes)
+        network = spiking(cnn, config.spiking.steps, cls.neuron(config.spiking))
         if initial is not None:
-            load_weights(cnn, initial, any_classifier=True)
-        return spiking(cnn, config.spiking.steps, cls.neuron(config.spiking))
+            load_initial(network, cnn, initial)
+        return network
+
+
+def load_initial(network: nn.Module, cnn: nn.Module, path: Path) -> None:
+    """Loads the file of a spiking network, or of its CNN: then the neurons stay as they are."""
+    own = network.state_dict()
+    neurons = {name: value for name, value in own.items() if name not in cnn.state_dict()}
+
+    def complete(_: nn.Module, state: dict[str, Tensor], *__: object) -> None:
+        state.update({name: value for name, value in neurons.items() if name not in state})
+
+    hook = network.register_load_state_dict_pre_hook(complete)
+    try:
+        load_weights(network, path, any_classifier=True)
+    finally:
+        hook.remove()
 
 
 def cnn_logits(network: nn.Module, images: Tensor) -> Tensor:
