@@ -25,6 +25,7 @@ try:
 except ModuleNotFoundError as missing:
     raise ModuleNotFoundError("figures need matplotlib: install the extra `adderops[distill]`") from missing
 
+MARKERS = "osD^v*"
 COLORS = {"student": "#1f77b4", "student_ema": "#17becf", "teacher": "#d95f02", "teacher_ema": "#e6ab02"}
 LAYER_TITLES = {
     "l_mid": "L_mid",
@@ -175,18 +176,17 @@ def draw_weights(networks: Mapping[str, nn.Module]) -> Figure:
 
 def draw_trade_off(rows: Sequence[Mapping[str, Any]]) -> Figure:
     """Accuracy over the energy of the arithmetic per image: one point per row of a comparison, with its uncertainty."""
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    points = [row for row in rows if "picojoules" in row]
+    figure = Figure(figsize=(10, max(4.5, 0.22 * len(points))), layout="constrained")
     axes = figure.subplots()
-    for i, row in enumerate(row for row in rows if "picojoules" in row):
-        accuracy, uncertainty = 100 * row["accuracy"], 100 * row["uncertainty"]
-        axes.errorbar(
-            row["picojoules"] / 1e6, accuracy, uncertainty, fmt="o", capsize=4, color=f"C{i}", label=row["network"]
-        )
+    for i, row in enumerate(points):  # ten colours, then the next marker
+        style = {"fmt": MARKERS[i // 10 % len(MARKERS)], "color": f"C{i % 10}", "capsize": 4, "label": row["network"]}
+        axes.errorbar(row["picojoules"] / 1e6, 100 * row["accuracy"], 100 * row["uncertainty"], **style)
     axes.set_xscale("log")
     axes.margins(x=0.15, y=0.15)
     axes.set(xlabel="energy of the arithmetic per image, uJ (45 nm circuits, without memory)", ylabel="accuracy, %")
     axes.grid(alpha=0.3, which="both")
-    axes.legend(fontsize="small")
+    axes.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))  # beside the points
     return figure
 
 
