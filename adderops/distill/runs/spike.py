@@ -132,6 +132,7 @@ def spiking_facts(folder: Path) -> dict[str, Any]:
             "test_images",
         ):
             facts[name]
+        CALIBRATIONS[facts["calibrate"]]
     return facts
 
 

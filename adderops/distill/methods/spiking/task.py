@@ -117,8 +117,8 @@ class SpikingTask(Task):
 
 def load_initial(network: nn.Module, cnn: nn.Module, path: Path) -> None:
     """Loads the file of a spiking network, or of its CNN: then the neurons stay as they are."""
-    own = network.state_dict()
-    neurons = {name: value for name, value in own.items() if name not in cnn.state_dict()}
+    of_cnn = cnn.state_dict().keys()
+    neurons = {name: value for name, value in network.state_dict().items() if name not in of_cnn}
 
     def complete(_: nn.Module, state: dict[str, Tensor], *__: object) -> None:
         state.update({name: value for name, value in neurons.items() if name not in state})
