@@ -88,16 +88,16 @@ def test_refusals(runs, run, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_calibrations_in_order(tmp_path, capsys):
-    """The more is calibrated, the closer the spiking network comes to the CNN."""
+def test_calibrations_bring_the_network_closer_to_the_cnn(tmp_path, capsys):
+    """Both do; that 'advanced' gains more than 'light' shows on larger images than the digits: docs/spiking.md."""
     run = tmp_path / "run"
     assert main(["--data", "digits", "--method", "cnn", "--epochs", "4", "--threads", "1", "--output", str(run)]) == 0
     [(images, _)] = load_data("digits").test.batches([torch.arange(300)])
     wanted, errors = RunFolder.load(run).network("teacher")(images), []
     for calibration in ("none", "light", "advanced"):
-        assert main(["spike", str(run), "--steps", "8", "--images", "200", "--calibrate", calibration]) == 0
-        network = load_spiking(run / "spiking" / f"teacher-8-{calibration}")
+        assert main(["spike", str(run), "--steps", "4", "--images", "200", "--calibrate", calibration]) == 0
+        network = load_spiking(run / "spiking" / f"teacher-4-{calibration}")
         errors.append((network(images) - wanted).square().mean().item())
-    assert errors[0] > errors[1] > errors[2]
-    facts = spiking_facts(run / "spiking" / "teacher-8-advanced")
-    assert abs(facts["spiking_accuracy"] - facts["cnn_accuracy"]) <= 0.01
+    assert max(errors[1:]) < 0.9 * errors[0]  # .74 to .81 over five seeds
+    facts = spiking_facts(run / "spiking" / "teacher-4-advanced")
+    assert abs(facts["spiking_accuracy"] - facts["cnn_accuracy"]) <= 0.02  # at most .010 over six seeds
