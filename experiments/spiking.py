@@ -26,8 +26,8 @@ CALIBRATIONS = ("none", "light", "advanced")
 # Of each network: epochs, epochs of the spiking methods and their steps, options of training, of conversion.
 NETWORKS = {
     "lenet5": (10, 5, 8, "", ""),
-    "resnet20": (3, 3, 4, "--train-images 12000", "--test-images 2000 --images 256"),
-    "vgg_small": (3, 0, 0, "--train-images 12000", "--test-images 500 --images 256"),
+    "resnet20": (3, 2, 4, "--train-images 12000", "--test-images 2000 --images 256"),
+    "vgg_small": (3, 0, 0, "--train-images 8000 --batch-size 64", "--test-images 300 --images 64"),
 }
 # Where the recipe's rate is for hundreds of epochs, another rate or batch: chosen on the digits.
 SPIKING = {

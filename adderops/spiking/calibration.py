@@ -4,7 +4,9 @@ Source: SNN calibration, arXiv 2106.06984, and its code.
 """
 
 import copy
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -82,22 +84,70 @@ def calibrate(cnn: nn.Module, images: Tensor, steps: int, calibration: str = "ad
         raise ValueError(f"calibrate: calibration: expected one of {', '.join(CALIBRATIONS)}, got {calibration!r}")
     if not len(images):
         raise ValueError("calibrate: images: expected at least one, got none")
+    corrections = CALIBRATIONS[calibration]
     network = converted(cnn, steps)
     reference = copy.deepcopy(network)
-    parts = images.split(max(1, ROWS // steps))
+    exact = _Stages(reference, network.graph, images.split(ROWS))
+    spikes = _Stages(network, network.graph, images.split(max(1, ROWS // steps)))
     for name, site in sites(network).items():
-        exact, spikes = _until(reference, name), _until(network, name)
-        with as_cnn(exact):
-            threshold = best_threshold(exact(images[:THRESHOLD_IMAGES]), steps)
-            wanted = _mean(exact, images.split(ROWS))
+        with as_cnn(reference):
+            activations = torch.cat(list(exact.run(name, go_on=True)))
+        threshold, wanted = best_threshold(activations[:THRESHOLD_IMAGES], steps), _mean([activations])
         neuron = site.neuron
         neuron.threshold, neuron.initial = threshold, threshold / 2
-        if "bias" in CALIBRATIONS[calibration]:
-            error = wanted - _mean(spikes, parts)
+        if "bias" in corrections:
+            error = wanted - _mean(spikes.run(name))
             _bias_before(network, name).add_(error.flatten(1).mean(1))
-        if "initial" in CALIBRATIONS[calibration]:
-            neuron.initial = (threshold / 2 + steps * (wanted - _mean(spikes, parts))).to(threshold.dtype)
+        if "initial" in corrections:
+            neuron.initial = (threshold / 2 + steps * (wanted - _mean(spikes.run(name)))).to(threshold.dtype)
+        for _ in spikes.run(name, go_on=True) if corrections else ():
+            pass
     return network
+
+
+class _Stages:
+    """Runs a network on parts of some images from neurons to neurons, so that calibrated stages are not run again.
+
+    Args:
+        network, graph: the modules, and what they compute.
+        parts: of the images.
+    """
+
+    def __init__(self, network: nn.Module, graph: fx.Graph, parts: Sequence[Tensor]) -> None:
+        self.interpreter = fx.Interpreter(network, graph=graph)
+        self.interpreter.args_iter = iter(())  # other arguments have their defaults
+        image, *self.nodes = graph.nodes
+        self.kept: list[dict[fx.Node, _Kept]] = [{image: _Kept(part)} for part in parts]
+
+    def run(self, name: str, go_on: bool = False) -> Iterator[Tensor]:
+        """Yields the output of the neurons of a name for each part; with go_on, the next stage begins there."""
+        end = 1 + next(i for i, node in enumerate(self.nodes) if node.target == name)
+        stage, later = self.nodes[:end], {*self.nodes[end:]}
+        for i, kept in enumerate(self.kept):
+            env = self.interpreter.env = {node: value.read() for node, value in kept.items()}
+            for node in stage:
+                env[node] = self.interpreter.run_node(node)
+            if go_on:
+                self.kept[i] = {node: _Kept(value) for node, value in env.items() if later & {*node.users}}
+            yield env[stage[-1]]
+        if go_on:
+            self.nodes = self.nodes[end:]
+
+
+class _Kept:
+    """What a later stage reads; spikes take a byte each."""
+
+    def __init__(self, value: Any) -> None:
+        self.value, self.spikes = value, None
+        if isinstance(value, Tensor) and value.is_floating_point():
+            spikes, size = value != 0, value.max()
+            if torch.equal(spikes * size, value):
+                self.value, self.spikes = size, spikes
+
+    def read(self) -> Any:
+        if self.spikes is not None:
+            return self.spikes * self.value
+        return self.value.clone() if isinstance(self.value, Tensor) else self.value  # a stage may change it
 
 
 def best_threshold(activations: Tensor, steps: int) -> Tensor:
@@ -123,23 +173,11 @@ def best_threshold(activations: Tensor, steps: int) -> Tensor:
     return grid[torch.stack(errors).argmin()].clone()
 
 
-def _until(network: fx.GraphModule, name: str) -> fx.GraphModule:
-    """Returns the part of a network whose output is that of a module; it shares the modules."""
-    graph, copies = fx.Graph(), dict[fx.Node, fx.Node]()
-    for node in network.graph.nodes:
-        copies[node] = graph.node_copy(node, copies.__getitem__)
-        if node.target == name:
-            graph.output(copies[node])
-            break
-    return fx.GraphModule(network, graph)
-
-
-def _mean(network: nn.Module, parts: tuple[Tensor, ...]) -> Tensor:
-    """Returns the mean of the output over images and steps, per neuron."""
-    total, count = torch.zeros((), dtype=torch.float64, device=parts[0].device), 0
-    for part in parts:
-        output = network(part)
-        total = total + output.sum(0, dtype=torch.float64)
+def _mean(outputs: Iterable[Tensor]) -> Tensor:
+    """Returns the mean of outputs (N, ...) over images and steps, per neuron."""
+    total, count = torch.zeros((), dtype=torch.float64), 0
+    for output in outputs:
+        total = total.to(output.device) + output.sum(0, dtype=torch.float64)
         count += len(output)
     return total / count
 

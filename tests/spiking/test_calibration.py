@@ -130,6 +130,26 @@ def test_a_deep_network_in_many_steps_is_the_cnn():
     assert error < 0.01 * wanted.var() and error < 0.1 * shorter
 
 
+def test_each_layer_runs_once_per_correction():
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.network = resnet8("cnn", in_channels=1).eval()
+
+        def forward(self, x: torch.Tensor, flag: bool = False) -> torch.Tensor:
+            return self.network(x)
+
+    images, runs = torch.randn(4, 1, 16, 16), []
+    handle = nn.modules.module.register_module_forward_hook(lambda layer, *_: runs.append(type(layer)))
+    try:
+        for calibration, spiking_runs in (("none", 0), ("light", 2), ("advanced", 3)):
+            runs.clear()
+            calibrate(Model(), images, 8, calibration)
+            assert runs.count(nn.Conv2d) == 9 * (1 + spiking_runs)  # and once as the CNN
+    finally:
+        handle.remove()
+
+
 def test_refusals():
     images = torch.zeros(1, 1, 32, 32)
     with pytest.raises(ValueError, match="calibration: expected one of none, light, advanced, got 'best'"):
