@@ -1,7 +1,7 @@
 """CNN, adder network and spiking networks on Fashion-MNIST: the runs behind docs/spiking.md.
 
     python experiments/spiking.py run --runs FOLDER [NAME ...]     trains what is missing (hours); a stopped run resumes
-    python experiments/spiking.py table --runs FOLDER              results/spiking-ARCH.{md,csv,png}, of finished runs
+    python experiments/spiking.py table --runs FOLDER              results/spiking-TABLE.{md,csv,png}, of finished runs
     python experiments/spiking.py list                             the commands
 
 Every run is one command of `python -m adderops.distill`; `list` prints them all.  Several processes may work on one
@@ -20,14 +20,22 @@ from adderops.atomic import write_atomically
 from adderops.distill import main as distill
 
 RESULTS = Path(__file__).parent / "results"
-COMMON = "--data fashion-mnist --lr-per-step --threads 1 --device cpu"
+DATA = "--data fashion-mnist --lr-per-step"
+MACHINE = "--threads 1 --device cpu"
 STEPS = (8, 16, 32)  # of the conversions
 CALIBRATIONS = ("none", "light", "advanced")
-# Of each network: epochs, epochs of the spiking methods and their steps, options of training, of conversion.
-NETWORKS = {
+# Of each table: epochs, epochs of the spiking methods and their steps, options of training, of conversion.  The network
+# is the name's first part; without epochs of spiking methods there is the CNN alone.
+TABLES = {
     "lenet5": (10, 5, 8, "", ""),
     "resnet20": (3, 2, 4, "--train-images 12000", "--test-images 2000 --images 256"),
+    "resnet20-all_images": (3, 0, 0, "", "--test-images 2000 --images 256"),
     "vgg_small": (3, 0, 0, "--train-images 8000 --batch-size 64", "--test-images 300 --images 64"),
+}
+# Runs of their own, by table and method.
+OTHERS = {
+    "lenet5-long-dsr": f"--method dsr --arch lenet5 --epochs 10 --steps 8 {DATA}",
+    "mlp-desire": "--recipe desire-fashion-mnist-mlp --epochs 60 --schedule cosine",
 }
 # Where the recipe's rate is for hundreds of epochs, another rate or batch: chosen on the digits.
 SPIKING = {
@@ -43,15 +51,13 @@ JOINT_STEPS = 4  # it goes back through all steps
 def commands() -> dict[str, str]:
     """Returns the options of each training by the name of its run, cheap ones first."""
     found = {}
-    for arch, (epochs, of_spiking, steps, of_training, _) in NETWORKS.items():
+    for name, (epochs, of_spiking, steps, of_training, _) in TABLES.items():
         methods = {method: f"--epochs {epochs}" for method in ("cnn", "plain", "pkkd")[: 3 if of_spiking else 1]}
         for method, options in SPIKING.items() if of_spiking else ():
             methods[method] = f"--epochs {of_spiking} --steps {JOINT_STEPS if method == 'joint' else steps} {options}"
         for method, options in methods.items():
-            words = f"--method {method} --arch {arch} {options} {of_training} {COMMON}"
-            found[f"{arch}-{method}"] = " ".join(words.split())
-    found["mlp-desire"] = "--recipe desire-fashion-mnist-mlp --epochs 60 --schedule cosine --threads 1 --device cpu"
-    return found
+            found[f"{name}-{method}"] = f"--method {method} --arch {name.split('-')[0]} {options} {of_training} {DATA}"
+    return {name: " ".join(f"{words} {MACHINE}".split()) for name, words in (found | OTHERS).items()}
 
 
 def train(runs: Path, names: list[str]) -> None:
@@ -73,7 +79,7 @@ def train(runs: Path, names: list[str]) -> None:
 
 def _after(name: str, folder: Path) -> list[list[str]]:
     """Returns the commands on a finished run whose results are missing."""
-    arch, method = name.split("-")
+    of_table, _, method = name.rpartition("-")
     missing: list[list[str]] = []
     if method in ("cnn", "pkkd") and not list(folder.glob("export/int8.*")):
         missing.append(["quantize", str(folder)])
@@ -82,7 +88,7 @@ def _after(name: str, folder: Path) -> list[list[str]]:
             for calibration in CALIBRATIONS:
                 if not (folder / "spiking" / f"teacher-{steps}-{calibration}" / "spiking.json").exists():
                     missing.append(["spike", str(folder), "--steps", str(steps), "--calibrate", calibration])
-                    missing[-1] += NETWORKS[arch][-1].split()
+                    missing[-1] += TABLES[of_table][-1].split()
     return missing
 
 
@@ -91,16 +97,18 @@ def _run(words: list[str]) -> int:
 
 
 def table(runs: Path) -> None:
-    """Writes what `compare` prints, one file per architecture with finished runs; other files stay."""
-    for arch in (*NETWORKS, "mlp"):
-        folders = [str(runs / name) for name in commands() if name.startswith(f"{arch}-")]
+    """Writes what `compare` prints, one file per table with finished runs; other files stay."""
+    names = commands()
+    for of_table in dict.fromkeys(name.rpartition("-")[0] for name in names):
+        folders = [str(runs / name) for name in names if name.rpartition("-")[0] == of_table]
         finished = [folder for folder in folders if (Path(folder) / "summary.json").exists()]
         if not finished:
             continue
-        text, files = io.StringIO(), {suffix: RESULTS / f"spiking-{arch}.{suffix}" for suffix in ("csv", "png", "md")}
+        text, path = io.StringIO(), RESULTS / f"spiking-{of_table}"
+        csv, plot = (str(path.with_suffix(suffix)) for suffix in (".csv", ".png"))
         with contextlib.redirect_stdout(text):
-            distill(["compare", *finished, "--csv", str(files["csv"]), "--trade-off", str(files["png"])])
-        write_atomically(files["md"], f"# {arch}\n\n```\n{text.getvalue()}```\n".encode())
+            distill(["compare", *finished, "--csv", csv, "--trade-off", plot])
+        write_atomically(path.with_suffix(".md"), f"# {of_table}\n\n```\n{text.getvalue()}```\n".encode())
 
 
 def main() -> None:
