@@ -15,6 +15,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 from adderops.atomic import write_atomically
 from adderops.distill import main as distill
@@ -24,18 +25,39 @@ DATA = "--data fashion-mnist --lr-per-step"
 MACHINE = "--threads 1 --device cpu"
 STEPS = (8, 16, 32)  # of the conversions
 CALIBRATIONS = ("none", "light", "advanced")
-# Of each table: epochs, epochs of the spiking methods and their steps, options of training, of conversion.  The network
-# is the name's first part; without epochs of spiking methods there is the CNN alone.
+
+
+class Table(NamedTuple):
+    """One network, the first part of the table's name, trained in several ways."""
+
+    epochs: int  # of CNN and adder networks
+    spiking_epochs: int = 0  # of the methods that train spiking networks; 0: the CNN alone
+    steps: int = 0  # of those
+    training: str = ""  # further options
+    conversion: str = ""  # options of `spike`
+    seeds: int = 1
+
+
 TABLES = {
-    "lenet5": (10, 5, 8, "", ""),
-    "resnet20": (3, 2, 4, "--train-images 12000", "--test-images 2000 --images 256"),
-    "resnet20-all_images": (3, 0, 0, "", "--test-images 2000 --images 256"),
-    "vgg_small": (3, 0, 0, "--train-images 8000 --batch-size 64", "--test-images 300 --images 64"),
+    "lenet5": Table(10, 5, 8),
+    "resnet20": Table(3, 2, 4, "--train-images 12000", "--test-images 2000 --images 256"),
+    "resnet20-all_images": Table(3, conversion="--test-images 1000 --images 256"),
+    "vgg_small": Table(3, 0, 0, "--train-images 8000 --batch-size 64", "--test-images 300 --images 64"),
 }
-# Runs of their own, by table and method.
+
+
+class Run(NamedTuple):
+    """A training: its table, its method and the options of its command."""
+
+    table: str
+    method: str
+    options: str
+
+
+# Runs beside those of the tables.
 OTHERS = {
-    "lenet5-long-dsr": f"--method dsr --arch lenet5 --epochs 10 --steps 8 {DATA}",
-    "mlp-desire": "--recipe desire-fashion-mnist-mlp --epochs 60 --schedule cosine",
+    "lenet5-long-dsr": Run("lenet5-long", "dsr", f"--method dsr --arch lenet5 --epochs 10 --steps 8 {DATA}"),
+    "mlp-desire": Run("mlp", "desire", "--recipe desire-fashion-mnist-mlp --epochs 60 --schedule cosine"),
 }
 # Where the recipe's rate is for hundreds of epochs, another rate or batch: chosen on the digits.
 SPIKING = {
@@ -48,47 +70,55 @@ SPIKING = {
 JOINT_STEPS = 4  # it goes back through all steps
 
 
-def commands() -> dict[str, str]:
-    """Returns the options of each training by the name of its run, cheap ones first."""
+def runs_by_name() -> dict[str, Run]:
+    """Returns each training by the name of its run."""
     found = {}
-    for name, (epochs, of_spiking, steps, of_training, _) in TABLES.items():
-        methods = {method: f"--epochs {epochs}" for method in ("cnn", "plain", "pkkd")[: 3 if of_spiking else 1]}
-        for method, options in SPIKING.items() if of_spiking else ():
-            methods[method] = f"--epochs {of_spiking} --steps {JOINT_STEPS if method == 'joint' else steps} {options}"
-        for method, options in methods.items():
-            found[f"{name}-{method}"] = f"--method {method} --arch {name.split('-')[0]} {options} {of_training} {DATA}"
-    return {name: " ".join(f"{words} {MACHINE}".split()) for name, words in (found | OTHERS).items()}
+    for name, table in TABLES.items():
+        methods = {method: f"--epochs {table.epochs}" for method in ("cnn", "plain", "pkkd")}
+        if not table.spiking_epochs:
+            methods = {"cnn": methods["cnn"]}
+        for method, options in SPIKING.items() if table.spiking_epochs else ():
+            steps = JOINT_STEPS if method == "joint" else table.steps
+            methods[method] = f"--epochs {table.spiking_epochs} --steps {steps} {options}"
+        for seed in range(table.seeds):
+            for method, options in methods.items():
+                words = f"--method {method} --arch {name.split('-')[0]} {options} {table.training} {DATA}"
+                words += f" --seed {seed}" * (seed > 0)
+                found[f"{name}-{method}" + f"-{seed}" * (seed > 0)] = Run(name, method, words)
+    return {
+        name: run._replace(options=" ".join(f"{run.options} {MACHINE}".split()))
+        for name, run in (found | OTHERS).items()
+    }
 
 
 def train(runs: Path, names: list[str]) -> None:
     """Trains what is missing, converts the CNNs, and quantizes CNNs and distilled adder networks."""
-    found = commands()
+    found = runs_by_name()
     for name in names or found:
-        folder = runs / name
+        folder, run = runs / name, found[name]
         if not (folder / "summary.json").exists():
-            words = ["--resume", str(folder)] if (folder / "config.json").exists() else shlex.split(found[name])
+            words = ["--resume", str(folder)] if (folder / "config.json").exists() else shlex.split(run.options)
             words += [] if words[0] == "--resume" else ["--output", str(folder)]
             print(f"== {name}: {shlex.join(words)}", flush=True)
             if status := _run(words):
                 print(f"== {name}: exit status {status}", flush=True)
                 continue
-        for words in _after(name, folder):
+        for words in _after(run, folder):
             if status := _run(words):
                 print(f"== {shlex.join(words)}: exit status {status}", flush=True)
 
 
-def _after(name: str, folder: Path) -> list[list[str]]:
+def _after(run: Run, folder: Path) -> list[list[str]]:
     """Returns the commands on a finished run whose results are missing."""
-    of_table, _, method = name.rpartition("-")
     missing: list[list[str]] = []
-    if method in ("cnn", "pkkd") and not list(folder.glob("export/int8.*")):
+    if run.method in ("cnn", "pkkd") and not list(folder.glob("export/int8.*")):
         missing.append(["quantize", str(folder)])
-    if method == "cnn":
+    if run.method == "cnn":
         for steps in STEPS:
             for calibration in CALIBRATIONS:
                 if not (folder / "spiking" / f"teacher-{steps}-{calibration}" / "spiking.json").exists():
                     missing.append(["spike", str(folder), "--steps", str(steps), "--calibrate", calibration])
-                    missing[-1] += TABLES[of_table][-1].split()
+                    missing[-1] += TABLES[run.table].conversion.split()
     return missing
 
 
@@ -98,9 +128,9 @@ def _run(words: list[str]) -> int:
 
 def table(runs: Path) -> None:
     """Writes what `compare` prints, one file per table with finished runs; other files stay."""
-    names = commands()
-    for of_table in dict.fromkeys(name.rpartition("-")[0] for name in names):
-        folders = [str(runs / name) for name in names if name.rpartition("-")[0] == of_table]
+    found = runs_by_name()
+    for of_table in dict.fromkeys(run.table for run in found.values()):
+        folders = [str(runs / name) for name, run in found.items() if run.table == of_table]
         finished = [folder for folder in folders if (Path(folder) / "summary.json").exists()]
         if not finished:
             continue
@@ -114,7 +144,7 @@ def table(runs: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("task", choices=("run", "table", "list"))
-    parser.add_argument("names", nargs="*", choices=[[], *commands()], metavar="NAME")
+    parser.add_argument("names", nargs="*", choices=[[], *runs_by_name()], metavar="NAME")
     parser.add_argument("--runs", type=Path, default=Path("runs/spiking"))
     options = parser.parse_intermixed_args()  # names may follow --runs
     if options.task == "run":
@@ -122,8 +152,8 @@ def main() -> None:
     elif options.task == "table":
         table(options.runs)
     else:
-        for name, words in commands().items():
-            print(f"python -m adderops.distill {words} --output {options.runs / name}")
+        for name, run in runs_by_name().items():
+            print(f"python -m adderops.distill {run.options} --output {options.runs / name}")
 
 
 if __name__ == "__main__":

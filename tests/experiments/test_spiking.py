@@ -23,10 +23,10 @@ def experiment(monkeypatch):
 
 def test_commands_are_options_of_the_trainer(experiment):
     parser = training_parser()
-    for name, words in experiment.commands().items():
-        config = Options(**vars(parser.parse_args(shlex.split(words)))).resolve()
-        assert name.rpartition("-")[2] == config.method
-        assert name.startswith(config.arch)
+    for name, run in experiment.runs_by_name().items():
+        config = Options(**vars(parser.parse_args(shlex.split(run.options)))).resolve()
+        assert run.method == config.method
+        assert name.startswith(f"{run.table}-{run.method}") and run.table.split("-")[0] == config.arch
 
 
 @pytest.mark.slow
@@ -34,7 +34,7 @@ def test_trains_converts_and_tabulates_once(experiment, monkeypatch, tmp_path, c
     data, runs = tmp_path / "bars", tmp_path / "runs"
     data.mkdir()
     write_bars(data)
-    monkeypatch.setattr(experiment, "TABLES", {"lenet5": (1, 1, 4, "", "--images 16")})
+    monkeypatch.setattr(experiment, "TABLES", {"lenet5": experiment.Table(1, 1, 4, conversion="--images 16", seeds=2)})
     monkeypatch.setattr(experiment, "DATA", f"--data {data}")
     monkeypatch.setattr(experiment, "SPIKING", {"dsr": "--batch-size 16"})
     monkeypatch.setattr(experiment, "OTHERS", {})
@@ -46,9 +46,9 @@ def test_trains_converts_and_tabulates_once(experiment, monkeypatch, tmp_path, c
         experiment.main()
         return capfd.readouterr().out
 
-    assert "exit status" not in call("run", "lenet5-cnn", "lenet5-dsr")
-    assert {path.name for path in runs.iterdir()} == {"lenet5-cnn", "lenet5-dsr"}
-    assert call("run", "lenet5-cnn", "lenet5-dsr") == ""
+    assert "exit status" not in call("run", "lenet5-cnn", "lenet5-dsr", "lenet5-dsr-1")
+    assert {path.name for path in runs.iterdir()} == {"lenet5-cnn", "lenet5-dsr", "lenet5-dsr-1"}
+    assert call("run", "lenet5-cnn", "lenet5-dsr", "lenet5-dsr-1") == ""
     call("table")
     found = (tmp_path / "spiking-lenet5.md").read_text()
     assert all(name in found for name in ("CNN, int8", "spiking, 2 steps, advanced", "spiking, by DSR"))
