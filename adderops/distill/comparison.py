@@ -94,7 +94,7 @@ def _in_int8(run: RunFolder, data: Data) -> nn.Module:
 def _costs(networks: dict[str, nn.Module], data: Data) -> dict[str, dict[str, float]]:
     """Returns the costs of each network by label; the plain student costs what the distilled one does."""
     [(images, _)] = data.test.batches([torch.arange(TIMED_BATCH) % len(data.test)])
-    speeds, costs = images_per_second(networks, images), {}
+    speeds, costs = images_per_second(networks, dict.fromkeys(networks, images)), {}
     for label, network in networks.items():
         in_int8 = label == INT8
         counted = count_operations(networks[PKKD] if in_int8 else network, images)

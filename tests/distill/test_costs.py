@@ -3,6 +3,7 @@
 import re
 import shutil
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from adderops.distill import Options, load_data, main, train
 from adderops.distill.checkpoint import write_json
 from adderops.distill.evaluate import evaluate
 from adderops.distill.runs import costs
-from adderops.distill.runs.costs import cost_rows, networks_of, why_not
+from adderops.distill.runs.costs import cost_rows, faster_batch, networks_of, why_not
 from adderops.distill.runs.folder import RunFolder
 from adderops.distill.runs.onnxruntime_int8 import OnnxNetwork
 from adderops.distill.runs.results import standard_error
@@ -105,6 +106,20 @@ def test_only_some_images_are_counted(spiking, data, monkeypatch):
     [(images, _)] = data.test.batches([torch.arange(3)])
     [row], _ = cost_rows(spiking[:1], data, ["method"])
     assert row["additions"] == count_spiking_operations(spiking[0].network("student"), images).additions
+
+
+@pytest.mark.parametrize("per_image", [0.01, -0.001])
+def test_a_spiking_network_is_timed_with_the_faster_batch(spiking, runs, per_image):
+    spiking_network, cnn = spiking[0].network("student"), runs["cnn"].network("teacher")
+    images, fewer = torch.zeros(8, 1, 32, 32), 8 // 2  # of 2 steps
+
+    def slowed(module, args):  # a time per image that grows or shrinks with the batch
+        time.sleep(len(args[0]) * (0.01 + per_image * len(args[0])))
+
+    for network in (spiking_network, cnn):
+        network.register_forward_pre_hook(slowed)
+    assert len(faster_batch(spiking_network, images)) == (fewer if per_image > 0 else 8)
+    assert faster_batch(cnn, images) is images
 
 
 def test_float_ends_of_an_int8_network_cost_what_floats_cost(runs, tmp_path):

@@ -3,6 +3,7 @@
 import copy
 import statistics
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -164,7 +165,8 @@ def _test(
 ) -> dict[str, float]:
     """Prints a table of test accuracies, and of the speeds of those to be timed; returns the accuracies."""
     [(images, _)] = data.test.batches([torch.arange(options.batch_size) % len(data.test)])
-    speeds = {label: f"{speed:.0f}" for label, speed in images_per_second(networks, images).items()}
+    timed = images_per_second(networks, dict.fromkeys(networks, images))
+    speeds = {label: f"{speed:.0f}" for label, speed in timed.items()}
     accuracies, rows = {}, []
     for label, network in (networks | untimed).items():
         accuracies[label] = evaluate({"it": network}, data.test, torch.device("cpu"))["it_test_accuracy"]
@@ -206,11 +208,14 @@ def _write_c(options: Options, run: RunFolder, integer: nn.Module, example: Tens
 
 
 @torch.inference_mode()
-def images_per_second(networks: dict[str, nn.Module], images: Tensor) -> dict[str, float]:
-    """Returns the median speed of each network, channels last, over rounds in which the networks take turns."""
-    images = images.contiguous(memory_format=torch.channels_last)
+def images_per_second(networks: Mapping[str, nn.Module], images: Mapping[str, Tensor]) -> dict[str, float]:
+    """Returns the median speed of each network on a batch of its own, over rounds in which the networks take turns.
+
+    Networks and images are channels last.
+    """
+    batches = {name: batch.contiguous(memory_format=torch.channels_last) for name, batch in images.items()}
     copies = {name: copy.deepcopy(network) for name, network in networks.items()}
-    calls = {name: partial(own.to(memory_format=torch.channels_last), images) for name, own in copies.items()}
+    calls = {name: partial(own.to(memory_format=torch.channels_last), batches[name]) for name, own in copies.items()}
     rates: dict[str, list[float]] = {name: [] for name in networks}
     for _ in range(TIMED_ROUNDS):
         for name, call in calls.items():
@@ -219,5 +224,5 @@ def images_per_second(networks: dict[str, nn.Module], images: Tensor) -> dict[st
             while time.perf_counter() < begin + TIMED_SECONDS:
                 call()
                 count += 1
-            rates[name].append(count * len(images) / (time.perf_counter() - begin))
+            rates[name].append(count * len(batches[name]) / (time.perf_counter() - begin))
     return {name: statistics.median(values) for name, values in rates.items()}
