@@ -4,6 +4,7 @@ Source: SNN calibration, arXiv 2106.06984, and its code.
 """
 
 import copy
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -56,7 +57,7 @@ def calibrate(cnn: nn.Module, images: Tensor, steps: int, calibration: str = "ad
     The neurons are calibrated in the order of the forward pass, so the input of each comes from calibrated ones. With
     a the activation of the CNN, s the mean of the spikes over the steps, both averaged over the images:
 
-    - all calibrations: V is the `best_threshold` of a, one for all neurons of a ReLU.
+    - all calibrations: V is the `best_threshold` of a, one per channel; the next layer's weights can take it in.
     - 'light' and 'advanced': bias += a - s, averaged over the neurons of each channel.
     - 'advanced': then initial membrane += T (a - s), for each neuron.
 
@@ -71,8 +72,8 @@ def calibrate(cnn: nn.Module, images: Tensor, steps: int, calibration: str = "ad
     Raises:
         ValueError: another calibration, no image, or as `spiking`.
 
-    Source: arXiv 2106.06984. There V/(2T) is added to the current of each step, the same in all; and weights may be
-    tuned, too.
+    Source: arXiv 2106.06984. There all neurons of a ReLU have one V, V/(2T) is added to the current of each step, the
+    same in all, and weights may be tuned, too.
 
     >>> from adderops.models import lenet5
     >>> cnn, images = lenet5("cnn").eval(), torch.randn(8, 1, 32, 32)
@@ -93,13 +94,14 @@ def calibrate(cnn: nn.Module, images: Tensor, steps: int, calibration: str = "ad
         with as_cnn(reference):
             activations = torch.cat(list(exact.run(name, go_on=True)))
         threshold, wanted = best_threshold(activations[:THRESHOLD_IMAGES], steps), _mean([activations])
-        neuron = site.neuron
-        neuron.threshold, neuron.initial = threshold, threshold / 2
+        neuron, half = site.neuron, threshold / 2
+        neuron.threshold, neuron.initial = threshold, half
         if "bias" in corrections:
             error = wanted - _mean(spikes.run(name))
             _bias_before(network, name).add_(error.flatten(1).mean(1))
         if "initial" in corrections:
-            neuron.initial = (threshold / 2 + steps * (wanted - _mean(spikes.run(name)))).to(threshold.dtype)
+            initial = half.view(-1, *[1] * (wanted.dim() - 1)) + steps * (wanted - _mean(spikes.run(name)))
+            neuron.initial = initial.to(threshold.dtype)
         for _ in spikes.run(name, go_on=True) if corrections else ():
             pass
     return network
@@ -140,7 +142,7 @@ class _Kept:
     def __init__(self, value: Any) -> None:
         self.value, self.spikes = value, None
         if isinstance(value, Tensor) and value.is_floating_point():
-            spikes, size = value != 0, value.max()
+            spikes, size = value != 0, value.amax([i for i in range(value.dim()) if i != 1], keepdim=True)
             if torch.equal(spikes * size, value):
                 self.value, self.spikes = size, spikes
 
@@ -151,26 +153,31 @@ class _Kept:
 
 
 def best_threshold(activations: Tensor, steps: int) -> Tensor:
-    r"""Returns the threshold whose spikes come closest to some activations of a ReLU, a scalar tensor.
+    r"""Returns the thresholds whose spikes come closest to some activations of a ReLU, one per channel.
 
     .. math:: \operatorname*{argmin}_V \sum_a \left(a - \tfrac{V}{T}\,clip(\lfloor \tfrac{Ta}{V} + \tfrac12 \rfloor, 0,
               T)\right)^2
 
-    over 95 values: 100 %, 99 %, ... 6 % of the largest activation, each rounded to bfloat16, so that sums of up to
-    65,536 spikes are exact. 1 if all activations are 0.
+    over 95 values: 100 %, 99 %, ... 6 % of the channel's largest activation, each rounded to bfloat16, so that sums of
+    up to 65,536 spikes are exact. 1 for a channel whose activations are all 0.
 
-    >>> best_threshold(torch.tensor([0.0, 0.5, 1.0]), steps=2)
-    tensor(1.)
+    Args:
+        activations: (N, C, ...).
+        steps: T.
+
+    >>> best_threshold(torch.tensor([[0.0, 0.0], [0.5, 0.0], [1.0, 0.0]]), steps=2)
+    tensor([1., 1.])
     """
-    largest = activations.max()
-    if not largest > 0:
-        return torch.ones_like(largest)
-    grid = (largest * torch.linspace(1, 1 - (GRID - 1) / 100, GRID, device=largest.device)).bfloat16().to(largest.dtype)
-    errors = []
-    for v in grid:
-        rates = (activations * (steps / v) + 0.5).floor_().clamp_(0, steps).mul_(v / steps)
-        errors.append(rates.sub_(activations).square_().sum(dtype=torch.float64))
-    return grid[torch.stack(errors).argmin()].clone()
+    a = activations.transpose(0, 1).flatten(1)  # (C, numbers)
+    largest = a.amax(1, keepdim=True)
+    largest[largest <= 0] = 1
+    best, least = largest, torch.full_like(largest, math.inf, dtype=torch.float64)
+    for share in torch.linspace(1, 1 - (GRID - 1) / 100, GRID, device=largest.device):
+        v = (largest * share).bfloat16().to(largest.dtype)
+        rates = (a * (steps / v) + 0.5).floor_().clamp_(0, steps).mul_(v / steps)
+        error = rates.sub_(a).square_().sum(1, keepdim=True, dtype=torch.float64)
+        best, least = torch.where(error < least, v, best), error.minimum(least)
+    return best.flatten()
 
 
 def _mean(outputs: Iterable[Tensor]) -> Tensor:

@@ -23,19 +23,21 @@ def test_count_of_a_constant_input():
 
 @pytest.mark.parametrize("steps", [1, 4, 32])
 def test_best_threshold_by_brute_force(steps):
-    activations = torch.randn(200, generator=torch.Generator().manual_seed(steps), dtype=torch.float64).relu_()
-    activations[0] = 9.0  # an outlier, which the best threshold gives up
-
-    def error(v: float) -> float:
-        nearest = [min(math.floor(a * steps / v + 0.5), steps) * v / steps for a in activations.tolist()]
-        return sum((a - r) ** 2 for a, r in zip(activations.tolist(), nearest, strict=True))
-
-    grid = [torch.tensor(9.0 * (100 - percent) / 100).bfloat16().item() for percent in range(95)]
-    assert best_threshold(activations, steps).item() == min(grid, key=error) < 9
+    activations = torch.randn(100, 3, 2, generator=torch.Generator().manual_seed(steps), dtype=torch.float64).relu_()
+    activations[:, 1] *= 0.1
+    activations[0, :2, 0] = torch.tensor([9.0, 0.9])  # outliers, which the best thresholds give up
+    found = best_threshold(activations, steps)
+    assert found.dtype == torch.float64 and found.shape == (3,)
+    for channel, threshold in zip(activations.unbind(1), found.tolist(), strict=True):
+        numbers, largest = channel.flatten().tolist(), channel.max().item()
+        grid = [torch.tensor(largest * (100 - percent) / 100).bfloat16().item() for percent in range(95)]
+        nearest = [[min(math.floor(a * steps / v + 0.5), steps) * v / steps for a in numbers] for v in grid]
+        errors = [sum((a - r) ** 2 for a, r in zip(numbers, rates, strict=True)) for rates in nearest]
+        assert threshold == grid[errors.index(min(errors))] < largest
 
 
 def test_without_activations_the_threshold_is_one():
-    assert best_threshold(torch.zeros(5), 4) == 1
+    assert best_threshold(torch.tensor([[0.0, 0.5], [0.0, 0.0]]), 1).tolist() == [1, 0.5]
 
 
 def spikes_of(currents: torch.Tensor, v: torch.Tensor, initial: torch.Tensor) -> torch.Tensor:
@@ -66,6 +68,7 @@ def test_bias_and_membrane_against_their_definitions():
         inputs = images.expand(steps, *images.shape)
         for layer, site, a in zip((0, 2), sites(network).values(), wanted, strict=True):
             weight, bias, v = model[layer].weight, model[layer].bias, best_threshold(a, steps)
+            v = v[:, None, None]
             currents, initial = torch.stack([F.conv2d(x, weight, bias) for x in inputs]), v / 2
             if calibration != "none":
                 shift = (a - spikes_of(currents, v, initial).mean(0)).mean((0, 2, 3))
@@ -73,9 +76,10 @@ def test_bias_and_membrane_against_their_definitions():
                 assert shift.abs().max() > 1e-4
             if calibration == "advanced":
                 initial = initial + steps * (a - spikes_of(currents, v, initial).mean(0)).mean(0)
-            assert site.neuron.threshold == v
+            assert torch.equal(site.neuron.threshold, v.flatten()) and v[0] != v[1]
             torch.testing.assert_close(network.get_parameter(f"{layer}.bias").data, bias, rtol=0, atol=1e-12)
-            torch.testing.assert_close(site.neuron.initial, initial, rtol=0, atol=1e-12)
+            found = site.neuron.initial if calibration == "advanced" else site.neuron.initial[:, None, None]
+            torch.testing.assert_close(found, initial, rtol=0, atol=1e-12)
             inputs = spikes_of(currents, v, initial)
         expected = model[5](inputs.mean(0).flatten(1))
         torch.testing.assert_close(network(images), expected, rtol=0, atol=1e-12)
