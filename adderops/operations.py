@@ -195,8 +195,9 @@ def count_spiking_operations(network: nn.Module, images: Tensor) -> SpikingOpera
     """Counts the multiplications and additions of a spiking network per image, by running it on images.
 
     The input of a layer is made of spikes if it is the output of neurons, or sums of such outputs, maxima or averages
-    of their windows, views and concatenations, or anything with a row per time step and image that has one value
-    besides 0. The value of the spikes and the divisor of an average belong to the weights then, and what counts is
+    of their windows, views and concatenations, or anything with a row per time step and image that has one value per
+    channel besides 0. The value of the spikes and the divisor of an average belong to the weights then, and what counts
+    is
 
         per spike in a layer's input    an addition for each output that it reaches: out_features; of a convolution
                                         C_out/groups for each window that has it, fewer at borders and with strides
@@ -318,7 +319,7 @@ class _SpikeCounter(TorchDispatchMode):
         if operator in (_ATEN.convolution, _ATEN.mm, _ATEN.addmm):
             input = args[1 if operator is _ATEN.addmm else 0]
             spikes = self._spikes.get(input)
-            if spikes is None and len(input) != self._images and _has_one_value(input):
+            if spikes is None and len(input) != self._images and _has_one_value_per_channel(input):
                 spikes = (input != 0).to(input.dtype)
         if spikes is None:
             return _split({operator: flop_registry[operator](*args, **kwargs, out_val=output)})
@@ -331,10 +332,12 @@ class _SpikeCounter(TorchDispatchMode):
         return 0, _total(operator(summed, ones, None, *args[3:])) * (output.size(1) // groups)
 
 
-def _has_one_value(x: Tensor) -> bool:
-    """Whether a tensor has at most one value besides 0, up to rounding."""
-    values = x[x != 0]
-    return len(values) == 0 or bool(values.max() - values.min() <= 1e-4 * values.abs().max())
+def _has_one_value_per_channel(x: Tensor) -> bool:
+    """Whether each channel, dimension 1, has at most one value besides 0, up to rounding."""
+    values = x.transpose(0, 1).flatten(1)
+    zero = values == 0
+    spread = values.masked_fill(zero, -torch.inf).amax(1) - values.masked_fill(zero, torch.inf).amin(1)
+    return bool((spread <= 1e-4 * values.abs().amax(1)).all())
 
 
 def _total(x: Tensor) -> int:

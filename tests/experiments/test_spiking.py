@@ -1,8 +1,10 @@
 """experiments/spiking.py: its commands are valid, and it trains, converts and tabulates what is missing."""
 
+import importlib.util
 import shlex
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from distill.runs import write_bars
@@ -14,11 +16,13 @@ EXPERIMENTS = Path(__file__).resolve().parents[2] / "experiments"
 
 
 @pytest.fixture
-def experiment(monkeypatch):
-    monkeypatch.syspath_prepend(str(EXPERIMENTS))
-    import spiking
-
-    return spiking
+def experiment() -> ModuleType:
+    """The script, whatever else is called spiking."""
+    spec = importlib.util.spec_from_file_location("experiments_spiking", EXPERIMENTS / "spiking.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def test_commands_are_options_of_the_trainer(experiment):
