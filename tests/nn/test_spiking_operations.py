@@ -219,6 +219,27 @@ def test_one_value_in_each_step_is_a_spike():
         assert (counted["0"], counted["4"]) == ((9, 9), (10, 10))
 
 
+@pytest.mark.parametrize("channels_differ", [True, False])
+def test_one_value_per_channel_is_a_spike(channels_differ):
+    """Squares of spikes, which the counter does not follow; noise within a channel is no spike."""
+
+    class Squares(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.relu, self.conv = nn.Conv2d(1, 2, 1, bias=False), nn.ReLU(), nn.Conv2d(2, 5, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.relu(self.conv(self.relu(self.first(x)) ** 2)).sum((2, 3))
+
+    network = spiking(Squares(), 4, lambda: IntegrateAndFire(scaled=True)).eval()
+    network.first.weight.data.fill_(1)
+    in_rows = torch.tensor([[0.5, 0.5], [2, 2]]).repeat(2, 1, 1)  # of neurons, in both channels
+    network.get_submodule("spikes.0.neuron").threshold = torch.tensor([0.5, 2]) if channels_differ else in_rows
+    counted = rows(network, torch.ones(1, 1, 2, 2))["conv"]
+    fired = 4 * 4 + 4 * 2  # of 0.5 in each step, of 2 in every second one
+    assert counted == ((0, 5 * fired) if channels_differ else (4 * 4 * 10, 4 * 4 * 10))
+
+
 # --- networks of the zoo ---
 
 
