@@ -44,7 +44,7 @@ class Table(NamedTuple):
 TABLES = {
     "lenet5": Table(10, 5, 8, seeds=2),
     "resnet20": Table(3, 2, 4, "--train-images 12000", "--test-images 2000 --images 256"),
-    "resnet20-all_images": Table(3, conversion="--test-images 1000 --images 256", counted=20),
+    "resnet20-all_images": Table(3, conversion="--test-images 1000 --images 512", counted=20),
     "vgg_small": Table(
         3, 0, 0, "--train-images 8000 --batch-size 64 --lr 0.02", "--test-images 300 --images 64", counted=20
     ),

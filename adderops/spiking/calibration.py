@@ -1,4 +1,4 @@
-"""A trained CNN becomes a spiking network without training: thresholds, biases, initial membranes fit its activations.
+"""A trained CNN becomes a spiking network without training: it is fitted to the CNN's activations.
 
 Source: SNN calibration, arXiv 2106.06984, and its code.
 """
@@ -10,18 +10,21 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.fx.experimental.optimization import fuse
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from adderops.spiking.network import Spikes, as_cnn, sites, spiking
+from adderops.spiking.network import as_cnn, sites, spiking
 from adderops.spiking.neuron import IntegrateAndFire
 
 # What each calibration corrects, after the thresholds.
-CALIBRATIONS = {"none": (), "light": ("bias",), "advanced": ("bias", "initial")}
+CALIBRATIONS = {"none": (), "light": ("bias",), "advanced": ("weights", "initial")}
 GRID = 95  # thresholds to choose from, in steps of 1 % of the largest activation
 THRESHOLD_IMAGES = 256
-ROWS = 512  # images times steps that run at once
+ROWS = 64  # images times steps that run at once
+RIDGE = 0.1  # of the mean square of a layer's inputs
+COLUMNS = 1 << 24  # numbers of a layer's inputs, as a convolution reads them, that are multiplied at once
 
 
 def converted(cnn: nn.Module, steps: int) -> fx.GraphModule:
@@ -58,10 +61,12 @@ def calibrate(cnn: nn.Module, images: Tensor, steps: int, calibration: str = "ad
     a the activation of the CNN, s the mean of the spikes over the steps, both averaged over the images:
 
     - all calibrations: V is the `best_threshold` of a, one per channel; the next layer's weights can take it in.
-    - 'light' and 'advanced': bias += a - s, averaged over the neurons of each channel.
-    - 'advanced': then initial membrane += T (a - s), for each neuron.
+    - 'light': bias += a - s, averaged over the neurons of each channel.
+    - 'advanced': weights and bias += what `add_least_squares` finds for a - s of each image and neuron. Then initial
+      membrane += T (a - s), for each neuron.
 
-    The bias is that of the last layer that has one; where a shortcut is added, of the layer that it is added to.
+    The layer is the last one that has a bias; where a shortcut is added, the layer that it is added to. If that is a
+    BatchNorm, or a pool follows, 'advanced', too, moves the bias alone.
 
     Args:
         cnn: see `spiking`.
@@ -73,7 +78,7 @@ def calibrate(cnn: nn.Module, images: Tensor, steps: int, calibration: str = "ad
         ValueError: another calibration, no image, or as `spiking`.
 
     Source: arXiv 2106.06984. There all neurons of a ReLU have one V, V/(2T) is added to the current of each step, the
-    same in all, and weights may be tuned, too.
+    same in all, and weights are tuned by thousands of steps of Adam, as an option.
 
     >>> from adderops.models import lenet5
     >>> cnn, images = lenet5("cnn").eval(), torch.randn(8, 1, 32, 32)
@@ -86,23 +91,31 @@ def calibrate(cnn: nn.Module, images: Tensor, steps: int, calibration: str = "ad
     if not len(images):
         raise ValueError("calibrate: images: expected at least one, got none")
     corrections = CALIBRATIONS[calibration]
-    network = converted(cnn, steps)
+    network, rows = converted(cnn, steps), max(1, ROWS // steps)
     reference = copy.deepcopy(network)
     exact = _Stages(reference, network.graph, images.split(ROWS))
-    spikes = _Stages(network, network.graph, images.split(max(1, ROWS // steps)))
-    for name, site in sites(network).items():
+    spikes = _Stages(network, network.graph, images.split(rows))
+    for name, neurons in sites(network).items():
+        [site] = network.graph.find_nodes(op="call_module", target=name)
+        last = _last_with_bias(network, spikes.nodes, site) if corrections else site
         with as_cnn(reference):
-            activations = torch.cat(list(exact.run(name, go_on=True)))
+            parts, shapes = zip(*((a, output.shape) for a, output in exact.run(site, last, go_on=True)), strict=True)
+        activations, pooled = torch.cat(parts), parts[0].shape != shapes[0]
         threshold, wanted = best_threshold(activations[:THRESHOLD_IMAGES], steps), _mean([activations])
-        neuron, half = site.neuron, threshold / 2
+        neuron, half = neurons.neuron, threshold / 2
         neuron.threshold, neuron.initial = threshold, half
-        if "bias" in corrections:
-            error = wanted - _mean(spikes.run(name))
-            _bias_before(network, name).add_(error.flatten(1).mean(1))
+        if corrections:
+            layer, x = network.get_submodule(str(last.target)), last.all_input_nodes[0]
+            if "weights" in corrections and isinstance(layer, (nn.Conv2d, nn.Linear)) and not pooled:
+                runs = zip(activations.split(rows), spikes.run(site, x), strict=True)
+                add_least_squares(layer, ((_rates(x, len(a)), a - _rates(s, len(a))) for a, (s, x) in runs))
+            else:
+                error = wanted - _mean(s for [s] in spikes.run(site))
+                layer.get_parameter("bias").add_(error.flatten(1).mean(1))
         if "initial" in corrections:
-            initial = half.view(-1, *[1] * (wanted.dim() - 1)) + steps * (wanted - _mean(spikes.run(name)))
-            neuron.initial = initial.to(threshold.dtype)
-        for _ in spikes.run(name, go_on=True) if corrections else ():
+            shift = steps * (wanted - _mean(s for [s] in spikes.run(site)))
+            neuron.initial = (half.view(-1, *[1] * (wanted.dim() - 1)) + shift).to(threshold.dtype)
+        for _ in spikes.run(site, go_on=True) if corrections else ():
             pass
     return network
 
@@ -121,9 +134,9 @@ class _Stages:
         image, *self.nodes = graph.nodes
         self.kept: list[dict[fx.Node, _Kept]] = [{image: _Kept(part)} for part in parts]
 
-    def run(self, name: str, go_on: bool = False) -> Iterator[Tensor]:
-        """Yields the output of the neurons of a name for each part; with go_on, the next stage begins there."""
-        end = 1 + next(i for i, node in enumerate(self.nodes) if node.target == name)
+    def run(self, site: fx.Node, *others: fx.Node, go_on: bool = False) -> Iterator[list[Tensor]]:
+        """Yields what neurons and nodes before them give for each part; with go_on, the next stage begins there."""
+        end = 1 + self.nodes.index(site)
         stage, later = self.nodes[:end], {*self.nodes[end:]}
         for i, kept in enumerate(self.kept):
             env = self.interpreter.env = {node: value.read() for node, value in kept.items()}
@@ -131,7 +144,7 @@ class _Stages:
                 env[node] = self.interpreter.run_node(node)
             if go_on:
                 self.kept[i] = {node: _Kept(value) for node, value in env.items() if later & {*node.users}}
-            yield env[stage[-1]]
+            yield [env[node] for node in (site, *others)]
         if go_on:
             self.nodes = self.nodes[end:]
 
@@ -180,6 +193,54 @@ def best_threshold(activations: Tensor, steps: int) -> Tensor:
     return best.flatten()
 
 
+def add_least_squares(layer: nn.Conv2d | nn.Linear, samples: Iterable[tuple[Tensor, Tensor]]) -> None:
+    r"""Adds to weights and bias of a layer the D and d that explain best what its outputs lack.
+
+    .. math:: \operatorname*{argmin}_{D, d} \sum \lVert D x + d - y \rVert^2 + 0.1\,\overline{x^2}\,\lVert D \rVert^2
+
+    The sum is over samples and positions; the ridge has the mean square of the numbers that a neuron reads.
+
+    Args:
+        layer: has a bias.
+        samples: inputs x of the layer, and y, of the shape of its outputs.
+
+    >>> layer, x = nn.Linear(2, 1), torch.tensor([[0.0, 1.0], [0.0, -1.0]])
+    >>> weight = layer.weight.detach().clone()
+    >>> with torch.no_grad():
+    ...     add_least_squares(layer, [(x, 2 * x[:, 1:])])
+    >>> (layer.weight.detach() - weight).round(decimals=2)  # without the ridge 0 and 2
+    tensor([[0.0000, 1.9000]])
+    """
+    groups, taps = (layer.groups if isinstance(layer, nn.Conv2d) else 1), math.prod(layer.weight.shape[2:])
+    gram = moment = torch.zeros((), dtype=torch.float64, device=layer.weight.device)
+    for sample in samples:
+        size = max(1, COLUMNS // (sample[0][0].numel() * taps))
+        for x, y in zip(*(part.split(size) for part in sample), strict=True):
+            if isinstance(layer, nn.Conv2d):
+                mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+                x = F.pad(x, layer._reversed_padding_repeated_twice, mode)
+                x = F.unfold(x, layer.kernel_size, layer.dilation, stride=layer.stride)
+            columns, lacking = _rows(x, groups), _rows(y, groups)
+            columns = torch.cat([columns, torch.ones_like(columns[..., :1])], -1)  # the last one is of the bias
+            gram = gram + columns.mT @ columns
+            moment = moment + columns.mT @ lacking
+    square = gram.diagonal(dim1=1, dim2=2)[:, :-1].mean(1, keepdim=True)
+    ridge = torch.cat([(RIDGE * square + (square == 0)).expand(-1, gram.size(1) - 1), torch.zeros_like(square)], 1)
+    change = torch.linalg.solve(gram + ridge.diag_embed(), moment).mT.flatten(0, 1)
+    layer.weight.add_(change[:, :-1].reshape(layer.weight.shape))
+    layer.get_parameter("bias").add_(change[:, -1])
+
+
+def _rows(x: Tensor, groups: int) -> Tensor:
+    """(N, groups·K) or (N, groups·K, ...) -> (groups, rows, K): a row per image and position."""
+    return x.reshape(len(x), groups, x.size(1) // groups, -1).permute(1, 0, 3, 2).flatten(1, 2)
+
+
+def _rates(outputs: Tensor, count: int) -> Tensor:
+    """Returns the mean over the steps (count, ...) of outputs (steps·count, ...), or of constant ones (count, ...)."""
+    return outputs.unflatten(0, (-1, count)).mean(0)
+
+
 def _mean(outputs: Iterable[Tensor]) -> Tensor:
     """Returns the mean of outputs (N, ...) over images and steps, per neuron."""
     total, count = torch.zeros((), dtype=torch.float64), 0
@@ -189,18 +250,19 @@ def _mean(outputs: Iterable[Tensor]) -> Tensor:
     return total / count
 
 
-def _bias_before(network: fx.GraphModule, name: str) -> Tensor:
-    """Returns the bias of the last layer before the neurons of a name."""
-    order = {node: i for i, node in enumerate(network.graph.nodes)}
-    [site] = network.graph.find_nodes(op="call_module", target=name)
-    waiting, found = [site], dict[int, Tensor]()
+def _last_with_bias(network: fx.GraphModule, nodes: list[fx.Node], site: fx.Node) -> fx.Node:
+    """Returns the last of some nodes, before some neurons, that is a layer with a bias."""
+    order = {node: i for i, node in enumerate(nodes)}
+    waiting, found = [site], set[fx.Node]()
     while waiting:
-        for node in waiting.pop().all_input_nodes:
+        for node in order.keys() & waiting.pop().all_input_nodes:
             layer = network.get_submodule(str(node.target)) if node.op == "call_module" else None
             if isinstance(layer, (nn.Conv2d, nn.Linear, _BatchNorm)) and layer.bias is not None:
-                found[order[node]] = layer.bias
-            elif not isinstance(layer, Spikes):
+                found.add(node)
+            else:
                 waiting.append(node)
     if not found:
-        raise ValueError(f"calibrate: cnn: expected a layer with a bias before each ReLU, got none before {name}")
-    return found[max(found)]
+        raise ValueError(
+            f"calibrate: cnn: expected a layer with a bias before each ReLU, got none before {site.target}"
+        )
+    return max(found, key=order.__getitem__)

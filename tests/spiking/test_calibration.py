@@ -1,5 +1,6 @@
 """Calibration: counts, thresholds and corrections against their definitions, and the order of the calibrations."""
 
+import copy
 import math
 
 import pytest
@@ -10,7 +11,7 @@ from torch import nn
 from adderops.models import lenet5, resnet8
 from adderops.models.resnet import BasicBlock
 from adderops.spiking import IntegrateAndFire, as_cnn, sites, spiking
-from adderops.spiking.calibration import best_threshold, calibrate, converted
+from adderops.spiking.calibration import add_least_squares, best_threshold, calibrate, converted
 
 
 def test_count_of_a_constant_input():
@@ -58,7 +59,8 @@ def two_layers() -> nn.Sequential:
     return model.double()
 
 
-def test_bias_and_membrane_against_their_definitions():
+@torch.no_grad()
+def test_corrections_against_their_definitions():
     steps, model = 4, two_layers()
     images = (torch.randint(-32, 33, (8, 1, 3, 3)) / 16).double()
     wanted = [F.relu(model[0](images))]
@@ -67,22 +69,83 @@ def test_bias_and_membrane_against_their_definitions():
         network = calibrate(model, images, steps, calibration)
         inputs = images.expand(steps, *images.shape)
         for layer, site, a in zip((0, 2), sites(network).values(), wanted, strict=True):
-            weight, bias, v = model[layer].weight, model[layer].bias, best_threshold(a, steps)
+            conv, v = copy.deepcopy(model[layer]), best_threshold(a, steps)
             v = v[:, None, None]
-            currents, initial = torch.stack([F.conv2d(x, weight, bias) for x in inputs]), v / 2
-            if calibration != "none":
+            currents, initial = torch.stack([conv(x) for x in inputs]), v / 2
+            if calibration == "light":
                 shift = (a - spikes_of(currents, v, initial).mean(0)).mean((0, 2, 3))
-                bias, currents = bias + shift, currents + shift[:, None, None]
+                conv.bias += shift
+                currents = torch.stack([conv(x) for x in inputs])
                 assert shift.abs().max() > 1e-4
             if calibration == "advanced":
+                add_least_squares(conv, [(inputs.mean(0), a - spikes_of(currents, v, initial).mean(0))])
+                currents = torch.stack([conv(x) for x in inputs])
                 initial = initial + steps * (a - spikes_of(currents, v, initial).mean(0)).mean(0)
+                assert (conv.weight - model[layer].weight).abs().max() > 1e-4
             assert torch.equal(site.neuron.threshold, v.flatten()) and v[0] != v[1]
-            torch.testing.assert_close(network.get_parameter(f"{layer}.bias").data, bias, rtol=0, atol=1e-12)
+            for name, parameter in conv.named_parameters():
+                found = network.get_parameter(f"{layer}.{name}")
+                torch.testing.assert_close(found, parameter, rtol=0, atol=1e-10, check_stride=False)
             found = site.neuron.initial if calibration == "advanced" else site.neuron.initial[:, None, None]
-            torch.testing.assert_close(found, initial, rtol=0, atol=1e-12)
+            torch.testing.assert_close(found, initial, rtol=0, atol=1e-10)
             inputs = spikes_of(currents, v, initial)
         expected = model[5](inputs.mean(0).flatten(1))
-        torch.testing.assert_close(network(images), expected, rtol=0, atol=1e-12)
+        torch.testing.assert_close(network(images), expected, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.Linear(5, 3),
+        nn.Conv2d(2, 3, 3, padding=1),
+        nn.Conv2d(4, 6, (2, 3), stride=(2, 1), padding=(0, 2), dilation=(1, 2), groups=2),
+        nn.Conv2d(4, 4, 2, padding="same", groups=4),
+        nn.Conv2d(2, 3, 3, padding=1, padding_mode="reflect"),
+    ],
+    ids=str,
+)
+@pytest.mark.filterwarnings("ignore:Using padding=.same. with even kernel")
+def test_least_squares_of_the_layer_as_it_runs(layer, monkeypatch):
+    layer = copy.deepcopy(layer).double()
+    x = torch.randn(7, *([5] if isinstance(layer, nn.Linear) else [layer.in_channels, 6, 5]), dtype=torch.float64)
+    y = torch.randn_like(layer(x))
+
+    def output(weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        return torch.func.functional_call(layer, {"weight": weight, "bias": bias}, x)
+
+    parameters = tuple(parameter.detach().clone() for parameter in layer.parameters())
+    jacobians = torch.func.jacrev(output, (0, 1))(*parameters)
+    reads = jacobians[0].movedim(1, 0).flatten(1, -(layer.weight.dim() + 1)).flatten(2)  # (outputs, rows, weights)
+    square = reads.square().sum((1, 2)) / layer.weight[0].numel()  # of what each output reads, summed over the rows
+    ridge = (0.1 * square).sqrt().repeat_interleave(layer.weight[0].numel()).diag()
+    a = torch.cat([jacobians[0].flatten(y.dim()), jacobians[1]], -1).flatten(0, -2)
+    a = torch.cat([a, F.pad(ridge, (0, len(parameters[1])))])
+    wanted = torch.linalg.lstsq(a, F.pad(y.flatten(), (0, len(ridge)))).solution
+    monkeypatch.setattr("adderops.spiking.calibration.COLUMNS", 3 * x[0].numel() * layer.weight[0, 0].numel())
+    with torch.no_grad():
+        add_least_squares(layer, [(x[:5], y[:5]), (x[5:], y[5:])])
+    found = torch.cat([(now - before).flatten() for now, before in zip(layer.parameters(), parameters, strict=True)])
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-10)
+
+
+def test_least_squares_of_what_is_never_active_moves_the_bias_alone():
+    layer = nn.Conv2d(2, 2, 1, groups=2)
+    before, x = copy.deepcopy(layer), torch.cat([torch.zeros(3, 1, 2, 2), torch.randn(3, 1, 2, 2)], 1)
+    with torch.no_grad():
+        add_least_squares(layer, [(x, torch.full_like(x, 0.25))])
+    torch.testing.assert_close(layer.weight, before.weight, rtol=0, atol=1e-6)
+    torch.testing.assert_close(layer.bias, before.bias + 0.25)
+
+
+def test_before_a_pool_and_in_a_batchnorm_the_bias_alone_moves():
+    layers = [nn.Conv2d(1, 2, 3), nn.MaxPool2d(2), nn.ReLU(), nn.Conv2d(2, 2, 1), nn.ReLU(), nn.AvgPool2d(2)]
+    layers += [nn.BatchNorm2d(2), nn.ReLU(), nn.Flatten(), nn.Linear(8, 2)]
+    torch.manual_seed(0)
+    images, cnn = torch.randn(4, 1, 10, 10), nn.Sequential(*layers)
+    none, light, advanced = (calibrate(cnn, images, 4, name) for name in ("none", "light", "advanced"))
+    changed = [name for name, value in advanced.named_parameters() if not torch.equal(value, none.get_parameter(name))]
+    assert changed == ["0.bias", "3.weight", "3.bias", "6.bias"]
+    assert torch.equal(advanced.get_parameter("0.bias"), light.get_parameter("0.bias"))
 
 
 def test_the_cnn_stays_as_it_is():

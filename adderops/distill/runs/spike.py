@@ -31,7 +31,8 @@ class Options(CommandOptions):
     steps: int = option(32, "time steps per image", least=1, most=4096)
     calibrate: str = option(
         "advanced",
-        "what fits the CNN's activations: thresholds (none), biases too (light), initial membranes too (advanced)",
+        "what is fitted to the CNN's activations: thresholds (none), biases too (light), weights, biases and initial "
+        "membranes too (advanced)",
         choices=tuple(CALIBRATIONS),
     )
     images: int = option(1024, "training images for the calibration", least=1)
