@@ -67,6 +67,10 @@ OTHERS = {
         )
         for steps in (4, 8, 20)
     },
+    "lenet5-20_epochs-cnn": Run("lenet5-20_epochs", "cnn", f"--method cnn --arch lenet5 --epochs 20 {DATA}"),
+    "lenet5-20_epochs-dsr-4": Run(
+        "lenet5-20_epochs", "dsr", f"--method dsr --arch lenet5 --epochs 20 --steps 4 {DATA}"
+    ),
     "lenet5-crop-cnn": Run("lenet5-crop", "cnn", f"--method cnn --arch lenet5 --augment crop --epochs 12 {DATA}"),
     "lenet5-crop-proxy": Run(
         "lenet5-crop", "proxy", "--recipe proxy-fashion-mnist-lenet5 --epochs 12 --lr 1e-3 --lr-per-step"

@@ -101,6 +101,7 @@ def calibrate(cnn: nn.Module, images: Tensor, steps: int, calibration: str = "ad
         with as_cnn(reference):
             parts, shapes = zip(*((a, output.shape) for a, output in exact.run(site, last, go_on=True)), strict=True)
         activations, pooled = torch.cat(parts), parts[0].shape != shapes[0]
+        del parts  # a second copy
         threshold, wanted = best_threshold(activations[:THRESHOLD_IMAGES], steps), _mean([activations])
         neuron, half = neurons.neuron, threshold / 2
         neuron.threshold, neuron.initial = threshold, half
