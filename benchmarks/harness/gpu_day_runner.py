@@ -182,6 +182,7 @@ def _call(command: Sequence[str], environ: dict[str, str], log: Path, limit: flo
     grace = min(8.0, limit / 5)
     with open(log, "w") as file:
         print("$", shlex.join(command), file=file, flush=True)
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell's & ignores, the part ignores
         try:
             process = subprocess.Popen(
                 command, cwd=ROOT, env=environ, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
@@ -189,6 +190,8 @@ def _call(command: Sequence[str], environ: dict[str, str], log: Path, limit: flo
         except OSError as error:
             print(error, file=file)
             return 127
+        finally:
+            signal.signal(signal.SIGINT, before)
         try:
             return process.wait(limit - grace)
         except subprocess.TimeoutExpired:
