@@ -73,7 +73,7 @@ OTHERS = {
     ),
     "lenet5-crop-cnn": Run("lenet5-crop", "cnn", f"--method cnn --arch lenet5 --augment crop --epochs 12 {DATA}"),
     "lenet5-crop-proxy": Run(
-        "lenet5-crop", "proxy", "--recipe proxy-fashion-mnist-lenet5 --epochs 12 --lr 1e-3 --lr-per-step"
+        "lenet5-crop", "proxy", "--recipe proxy-fashion-mnist-lenet5 --epochs 24 --lr 2e-3 --lr-per-step"
     ),
     "mlp-desire": Run(
         *("mlp", "desire"),
