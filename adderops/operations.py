@@ -196,8 +196,7 @@ def count_spiking_operations(network: nn.Module, images: Tensor) -> SpikingOpera
 
     The input of a layer is made of spikes if it is the output of neurons, or sums of such outputs, maxima or averages
     of their windows, views and concatenations, or anything with a row per time step and image that has one value per
-    channel besides 0. The value of the spikes and the divisor of an average belong to the weights then, and what counts
-    is
+    channel besides 0. The value of the spikes and the divisor of an average then belong to the weights. What counts is
 
         per spike in a layer's input    an addition for each output that it reaches: out_features; of a convolution
                                         C_out/groups for each window that has it, fewer at borders and with strides

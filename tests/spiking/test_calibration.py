@@ -85,12 +85,12 @@ def test_corrections_against_their_definitions():
             assert torch.equal(site.neuron.threshold, v.flatten()) and v[0] != v[1]
             for name, parameter in conv.named_parameters():
                 found = network.get_parameter(f"{layer}.{name}")
-                torch.testing.assert_close(found, parameter, rtol=0, atol=1e-10, check_stride=False)
+                torch.testing.assert_close(found, parameter, rtol=0, atol=1e-12, check_stride=False)
             found = site.neuron.initial if calibration == "advanced" else site.neuron.initial[:, None, None]
-            torch.testing.assert_close(found, initial, rtol=0, atol=1e-10)
+            torch.testing.assert_close(found, initial, rtol=0, atol=1e-12)
             inputs = spikes_of(currents, v, initial)
         expected = model[5](inputs.mean(0).flatten(1))
-        torch.testing.assert_close(network(images), expected, rtol=0, atol=1e-10)
+        torch.testing.assert_close(network(images), expected, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize(
